@@ -1,0 +1,48 @@
+"""Distil object detectors with Dual Relation Knowledge Distillation (Ni et al., IJCAI 2023).
+
+The names below are the public API. They are imported when first used, so that ``drkd --help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from drkd.adapters.checkpoint import load_detector
+    from drkd.adapters.torchvision import wrap_torchvision
+    from drkd.engine.distiller import Distiller
+    from drkd.methods import DRKD, FeatureHint, PaperDRKD, ReleasedDRKD
+
+__all__ = [
+    "DRKD",
+    "Distiller",
+    "FeatureHint",
+    "PaperDRKD",
+    "ReleasedDRKD",
+    "__version__",
+    "load_detector",
+    "wrap_torchvision",
+]
+
+_HOMES = {
+    "DRKD": "drkd.methods",
+    "Distiller": "drkd.engine.distiller",
+    "FeatureHint": "drkd.methods",
+    "PaperDRKD": "drkd.methods",
+    "ReleasedDRKD": "drkd.methods",
+    "load_detector": "drkd.adapters.checkpoint",
+    "wrap_torchvision": "drkd.adapters.torchvision",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
