@@ -1,0 +1,1 @@
+"""Data sets: files to records, records to batches."""

@@ -1,0 +1,225 @@
+"""Finds the splits of a data set folder and serves their images with boxes, ready for a detector."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from drkd.contracts import BoxTargets, DrkdError, Size
+from drkd.data.formats.coco import read_coco
+from drkd.data.image import decode_image
+from drkd.data.split import DatasetSplit
+
+__all__ = ["DatasetSplit", "DetectionDataset", "Sample", "find_splits", "load_split", "map_classes"]
+
+Transform = Callable[[tv_tensors.Image, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
+"""Maps an image, uint8 (3, H, W), and its target to a float image in [0, 1] and the moved target."""
+
+_SYNONYMS = {"valid": "val", "validation": "val", "training": "train"}
+
+
+def find_splits(root: Path) -> dict[str, tuple[Path, Path]]:
+    """Find the splits of a COCO-format folder.
+
+    Two layouts are known: ``annotations/instances_SPLIT*.json`` with images in ``SPLIT*/``, ``images/SPLIT*/`` or
+    ``images/`` (COCO), and ``SPLIT/_annotations.coco.json`` beside the images (Roboflow). SPLIT is train, tune, val
+    (or valid) or test.
+
+    Args:
+        root: The data set's folder.
+
+    Returns:
+        By split, the annotation file and the folder of its images.
+
+    Raises:
+        DrkdError: If there is no such folder, no split in it, or two files for one split.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DrkdError(f"{root}: there is no such folder; expected a data set in COCO format.")
+    found: dict[str, tuple[Path, Path]] = {}
+    candidates = [(file, re.sub(r"^instances_", "", file.stem)) for file in sorted((root / "annotations").glob("*.json"))]
+    candidates += [(file, file.parent.name) for file in sorted(root.glob("*/_annotations.coco.json"))]
+    for file, stem in candidates:
+        split = _split_name(stem)
+        if split is None:
+            continue
+        if split in found:
+            raise DrkdError(
+                f"{root}: two annotation files for the split '{split}': {found[split][0]} and {file}. Keep one of them "
+                "in the folder."
+            )
+        found[split] = file, _image_folder(root, file, stem)
+    if not found:
+        raise DrkdError(
+            f"{root}: no COCO annotations found. Expected annotations/instances_train*.json (images in train*/ or "
+            "images/train*/) or train/_annotations.coco.json, and the same for val."
+        )
+    return found
+
+
+def _split_name(stem: str) -> str | None:
+    match = re.fullmatch(r"(training|train|tune|validation|valid|val|test)[-_]?\d*", stem)
+    return _SYNONYMS.get(match[1], match[1]) if match else None
+
+
+def _image_folder(root: Path, file: Path, stem: str) -> Path:
+    if file.name == "_annotations.coco.json":
+        return file.parent
+    split = _split_name(stem) or stem
+    options = [root / stem, root / "images" / stem, root / split, root / "images" / split, root / "images", root]
+    return next(option for option in options if option.is_dir())
+
+
+def load_split(root: Path, split: str, *, class_names: Sequence[str] | None = None) -> DatasetSplit:
+    """Load one split of a COCO-format folder.
+
+    Args:
+        root: The data set's folder.
+        split: "train", "tune", "val" or "test".
+        class_names: Classes whose order the labels must follow (a checkpoint's, another split's); the file's
+            categories are mapped to them by name. The file's own order by default.
+
+    Raises:
+        DrkdError: If the split is not there, cannot be used, or has a category that ``class_names`` lacks.
+    """
+    splits = find_splits(root)
+    if split not in splits:
+        raise DrkdError(f"{root}: there is no split '{split}'; this folder has {', '.join(sorted(splits))}.")
+    annotations, images = splits[split]
+    loaded = read_coco(annotations, images, name=split)
+    return loaded if class_names is None else map_classes(loaded, class_names, source=annotations)
+
+
+def map_classes(split: DatasetSplit, class_names: Sequence[str], *, source: Path) -> DatasetSplit:
+    """Renumber the labels of a split to follow other class names.
+
+    Args:
+        split: The split.
+        class_names: The wanted classes; may hold more than the split's.
+        source: The split's file, for the message.
+
+    Raises:
+        DrkdError: If a class of the split is not among the wanted ones, or a wanted one is listed twice.
+    """
+    names = tuple(class_names)
+    if names == split.class_names:
+        return split
+    unknown = [name for name in split.class_names if name not in names]
+    if unknown:
+        raise DrkdError(
+            f"{source}: the classes differ: its {_listing(unknown)} not among the expected {len(names)} classes "
+            f"({_listing(names)}). Use the data set that the model was made for, or rename the categories."
+        )
+    if len(set(names)) != len(names):
+        names_twice = sorted({name for name in split.class_names if names.count(name) > 1})
+        if names_twice:
+            raise DrkdError(f"{source}: the class names {_listing(names_twice)} are expected more than once.")
+    new_labels = torch.tensor([names.index(name) for name in split.class_names], dtype=torch.int64)
+    ids = dict(zip(split.class_names, split.category_ids, strict=False))
+    records = tuple(replace(record, labels=new_labels[record.labels]) for record in split.records)
+    return replace(
+        split, records=records, class_names=names, category_ids=tuple(ids.get(name, -1) for name in names) if ids else ()
+    )
+
+
+def _listing(names: Sequence[str], *, shown: int = 6) -> str:
+    text = ", ".join(f"'{name}'" for name in names[:shown])
+    return text + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image ready to be put in a batch.
+
+    Args:
+        image: (3, H, W) float32, RGB in [0, 1].
+        targets: Boxes in px of ``image``.
+        original_size: Height and width of the stored image, px.
+        image_id: The record's id.
+    """
+
+    image: Tensor
+    targets: BoxTargets
+    original_size: Size
+    image_id: int
+
+
+class DetectionDataset(Dataset[Sample]):
+    """The images of a split, decoded and transformed.
+
+    An index is a position or an ``(epoch, position)`` pair. What is random in the transforms is a function of
+    (seed, epoch, image id) and of nothing else: neither of the worker nor of what ran before.
+
+    Args:
+        split: The annotated images.
+        transforms: Maps image and target; see ``drkd.data.transforms``.
+        seed: Of the augmentation.
+        keep_crowds: Keep crowds in the targets, flagged to be ignored, rather than leaving them out.
+        minimum_side: Boxes with a side shorter than this after the transforms are left out, px.
+    """
+
+    def __init__(
+        self,
+        split: DatasetSplit,
+        transforms: Transform,
+        *,
+        seed: int = 0,
+        keep_crowds: bool = False,
+        minimum_side: float = 0.0,
+    ) -> None:
+        self.split = split
+        self._transforms = transforms
+        self._seed = seed
+        self._keep_crowds = keep_crowds
+        self._minimum_side = minimum_side
+
+    def __len__(self) -> int:
+        return len(self.split.records)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> Sample:
+        epoch, position = (0, index) if isinstance(index, int) else index
+        record = self.split.records[position]
+        image = tv_tensors.Image(decode_image(record.path, record.size))
+        chosen = torch.ones_like(record.crowd) if self._keep_crowds else ~record.crowd
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(
+                record.boxes[chosen], format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=record.size
+            ),
+            "labels": record.labels[chosen],
+            "ignore": record.crowd[chosen],
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(_mix(self._seed, epoch, record.image_id))
+            moved, target = self._transforms(image, target)
+        return Sample(
+            torch.Tensor(moved), self._targets(target, moved), record.size, record.image_id
+        )
+
+    def _targets(self, target: dict[str, Any], image: Tensor) -> BoxTargets:
+        height, width = image.shape[-2:]
+        boxes = target["boxes"].as_subclass(Tensor)
+        limit = torch.tensor([width, height, width, height], dtype=boxes.dtype)
+        boxes = torch.minimum(boxes.clamp(min=0), limit)
+        sides = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1) if len(boxes) else boxes.new_zeros(0)
+        kept = (sides > 0) & (sides >= self._minimum_side)
+        return BoxTargets(boxes[kept], target["labels"][kept], target["ignore"][kept])
+
+
+def _mix(seed: int, epoch: int, image_id: int) -> int:
+    """One well-spread 63-bit seed of three integers (splitmix64's finaliser after each)."""
+    state = 0
+    for value in (seed, epoch, image_id):
+        state = (state + value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1

@@ -1,0 +1,1 @@
+"""Readers: the files of a data set format to a split of image records."""

@@ -1,0 +1,43 @@
+"""One split of a detection data set, whatever format it was read from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from drkd.contracts import ImageRecord
+
+
+@dataclass(frozen=True)
+class DatasetSplit:
+    """The annotated images of one split.
+
+    Args:
+        name: The split's name ("train", "tune", "val").
+        records: One entry an image, in the order of the source file.
+        class_names: Names of classes 0..K-1.
+        category_ids: The source file's category ids by label, for writing results in its terms; -1 for a class that
+            the file does not list. Empty if the format has none.
+    """
+
+    name: str
+    records: tuple[ImageRecord, ...]
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def first(self, count: int | None) -> DatasetSplit:
+        """The split cut to its first images.
+
+        Args:
+            count: How many images to keep, > 0; ``None`` keeps all.
+
+        Raises:
+            ValueError: If ``count`` is not positive.
+        """
+        if count is None:
+            return self
+        if count <= 0:
+            raise ValueError(f"the number of images to keep must be positive, got {count}")
+        return replace(self, records=self.records[:count])

@@ -1,0 +1,119 @@
+"""Image and box transforms for training and evaluation, and the padding of samples to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from drkd.contracts import DetectionBatch, Size
+from drkd.data.dataset import Sample
+
+
+class ResizeKeepRatio(v2.Transform):
+    """Scales so that the short side has one of the given lengths, unless the long side would become too long.
+
+    Args:
+        min_size: Short side, px; one of them is drawn where there are several (multi-scale training).
+        max_size: Limit of the long side, px.
+    """
+
+    def __init__(self, min_size: Sequence[int], max_size: int) -> None:
+        super().__init__()
+        if not min_size or min(min_size) <= 0 or max_size < 1:
+            raise ValueError(f"expected positive min_size and max_size, got {list(min_size)} and {max_size}")
+        self.min_size = tuple(min_size)
+        self.max_size = max_size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the short side and work out the new size (called by torchvision)."""
+        height, width = v2.query_size(flat_inputs)
+        chosen = int(torch.randint(len(self.min_size), ()).item()) if len(self.min_size) > 1 else 0
+        return {"size": resized_size((height, width), self.min_size[chosen], self.max_size)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Resize an image or its boxes (called by torchvision)."""
+        return self._call_kernel(functional.resize, inpt, size=list(params["size"]), antialias=True)
+
+
+def resized_size(size: Size, min_size: int, max_size: int) -> Size:
+    """Height and width, px, after a resize that keeps the ratio to within rounding."""
+    scale = min(min_size / min(size), max_size / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def train_transforms(
+    *,
+    min_size: int | Sequence[int] = 800,
+    max_size: int = 1333,
+    horizontal_flip: float = 0.5,
+    photometric: bool = False,
+    zoom_out: float = 0.0,
+) -> v2.Compose:
+    """Transforms for training images.
+
+    Args:
+        min_size: Short side, px; one of several is drawn for each image.
+        max_size: Limit of the long side, px.
+        horizontal_flip: Probability of mirroring. Zero for digits and letters: mirrored, they are others or none.
+        photometric: Jitter brightness, contrast, saturation and hue.
+        zoom_out: Probability of putting the image on a grey canvas up to twice as wide, so that objects shrink.
+    """
+    steps: list[torch.nn.Module] = []
+    if photometric:
+        steps.append(v2.RandomPhotometricDistort())
+    if zoom_out > 0:
+        steps.append(v2.RandomZoomOut(fill=114, side_range=(1.0, 2.0), p=zoom_out))
+    if horizontal_flip > 0:
+        steps.append(v2.RandomHorizontalFlip(horizontal_flip))
+    steps.append(ResizeKeepRatio(_several(min_size), max_size))
+    steps.append(v2.ToDtype(torch.float32, scale=True))
+    return v2.Compose(steps)
+
+
+def eval_transforms(*, min_size: int | Sequence[int] = 800, max_size: int = 1333) -> v2.Compose:
+    """Transforms for evaluation images: nothing random.
+
+    Args:
+        min_size: Short side, px; of several the largest, as is the custom after multi-scale training.
+        max_size: Limit of the long side, px.
+    """
+    return v2.Compose(
+        [ResizeKeepRatio([max(_several(min_size))], max_size), v2.ToDtype(torch.float32, scale=True)]
+    )
+
+
+def _several(min_size: int | Sequence[int]) -> list[int]:
+    return [min_size] if isinstance(min_size, int) else list(min_size)
+
+
+def collate(samples: Sequence[Sample], *, size_divisor: int = 32, pad_to: Size | None = None) -> DetectionBatch:
+    """Pad samples with zeros, at the right and at the bottom, to one batch.
+
+    Args:
+        samples: At least one.
+        size_divisor: Height and width of the batch are the smallest multiples of it that hold every image, px.
+        pad_to: At least this height and width, px, so that every batch has one shape.
+
+    Raises:
+        ValueError: If there is no sample, or ``size_divisor`` is not positive.
+    """
+    if not samples or size_divisor <= 0:
+        raise ValueError(f"expected samples and a positive size_divisor, got {len(samples)} and {size_divisor}")
+    least = pad_to or (1, 1)
+    height = max(least[0], *(sample.image.shape[1] for sample in samples))
+    width = max(least[1], *(sample.image.shape[2] for sample in samples))
+    height, width = (-(-side // size_divisor) * size_divisor for side in (height, width))
+    images = samples[0].image.new_zeros((len(samples), 3, height, width))
+    for canvas, sample in zip(images, samples, strict=True):
+        canvas[:, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
+    return DetectionBatch(
+        images=images,
+        sizes=tuple((int(sample.image.shape[1]), int(sample.image.shape[2])) for sample in samples),
+        original_sizes=tuple(sample.original_size for sample in samples),
+        targets=tuple(sample.targets for sample in samples),
+        image_ids=tuple(sample.image_id for sample in samples),
+    )
