@@ -15,10 +15,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help:  ## Show this list.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(VENV)/.demo-installed  ## Distil a small detector and write runs/demo/report.html (about a quarter of an hour).
+demo: $(VENV)/.demo-installed  ## Distil a small detector and write runs/demo/report.html.
 	$(BIN)/drkd demo
 
-quick: $(VENV)/.demo-installed  ## The same in a minute: shows that everything works, not that it learns.
+quick: $(VENV)/.demo-installed  ## A short run that shows that everything works, not that it learns.
 	$(BIN)/drkd demo --quick
 
 # One thread a worker: two workers with a thread pool each would fight over the cores.
