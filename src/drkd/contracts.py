@@ -244,8 +244,10 @@ class Detector(nn.Module, ABC):
 
 
 class DetectorBuilder(ABC):
-    """How to build a detector. Implementations are frozen dataclasses of plain values, so that a recipe and a
-    checkpoint can hold them."""
+    """How to build a detector.
+
+    Implementations are frozen dataclasses of plain values, so that a recipe and a checkpoint can hold them.
+    """
 
     @abstractmethod
     def build(self, class_names: Sequence[str]) -> Detector:
