@@ -118,6 +118,11 @@ class DetectionDataModule(LightningDataModule):
         self._workers = workers
         self._seed = seed
         self._limits = (limit, val_limit)
+        self.image_settings: dict[str, Any] = {
+            "min_size": min_size if isinstance(min_size, int) else list(min_size),
+            "max_size": max_size,
+            "size_divisor": size_divisor,
+        }
         self._group_by_aspect = group_by_aspect
         self._keep_empty = keep_empty
         self._class_names = tuple(class_names) if class_names is not None else None
@@ -174,8 +179,20 @@ class DetectionDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Every image once, in order, crowds flagged."""
-        split = self.val_split
+        """Every image of the validation split once, in order, crowds flagged."""
+        return self._evaluation_loader(self.val_split)
+
+    def split(self, name: str) -> DatasetSplit:
+        """Load a split by name, with the classes of the training split and limited as validation is."""
+        if name == self._names[1]:
+            return self.val_split
+        return load_split(self.root, name, class_names=self.class_names).first(self._limits[1])
+
+    def loader(self, name: str) -> DataLoader[Any]:
+        """Every image of a split once, in order, crowds flagged."""
+        return self._evaluation_loader(self.split(name))
+
+    def _evaluation_loader(self, split: DatasetSplit) -> DataLoader[Any]:
         return DataLoader(
             DetectionDataset(split, self._eval_transforms, seed=self._seed, keep_crowds=True),
             batch_sampler=EvaluationBatchSampler(len(split), self._batch_size),

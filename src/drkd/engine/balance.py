@@ -1,0 +1,124 @@
+"""Keep every distillation term as loud as it was meant to be, by gradient norms at the student's features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def term_family(name: str) -> str:
+    """Return the part of a term's name before the level: ``pixel_relation`` of ``pixel_relation/p3``."""
+    return name.partition("/")[0]
+
+
+def gradient_norms(losses: Mapping[str, Tensor], features: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Measure the squared gradient norm of each loss at each feature map, without touching any ``.grad``.
+
+    Args:
+        losses: 0-d tensors by name; their graph is kept.
+        features: L maps the losses were computed from.
+
+    Returns:
+        (L,) float32 by name; NaN marks a map that the loss does not depend on at all.
+    """
+    measured = {}
+    for name, loss in losses.items():
+        if not loss.requires_grad:
+            measured[name] = torch.full((len(features),), float("nan"), device=features[0].device)
+            continue
+        gradients = torch.autograd.grad(loss, list(features), retain_graph=True, allow_unused=True)
+        measured[name] = torch.stack(
+            [
+                torch.full((), float("nan"), device=feature.device)
+                if gradient is None
+                else gradient.detach().float().square().sum()
+                for gradient, feature in zip(gradients, features, strict=True)
+            ]
+        )
+    return measured
+
+
+class GradientBalance(nn.Module):
+    r"""Weights that hold each term's gradient norm at the student's features at a wanted ratio to the task loss's.
+
+    For a term k with wanted ratio r, and the feature maps M(k) that k depends on, the weight is
+
+        w_k = r * ||d task / d M(k)|| / ||d k / d M(k)||
+
+    with both norms averaged over the measurements taken in the first ``calibration_steps`` steps (recent ones count
+    more: early training is not typical), and frozen afterwards. Why: with weights that look sensible the gradient of
+    relative distances was 10 to 100 times smaller than the task's and distillation was silently off
+    (docs/method.md). A weight fitted at one image size, batch size or width does not carry over; a ratio does.
+
+    The state (norms, weights, step) is part of the state dict, so a resumed run goes on with the same weights. Under
+    ``torch.distributed`` the norms are averaged over the processes, so that all use the same weights.
+
+    Args:
+        calibration_steps: Steps after which the weights are frozen.
+        interval: Every how many steps a measurement is taken while calibrating.
+        momentum: Share of the old average kept at a measurement, in [0, 1).
+    """
+
+    def __init__(self, *, calibration_steps: int = 100, interval: int = 5, momentum: float = 0.8) -> None:
+        super().__init__()
+        if calibration_steps < 1 or interval < 1 or not 0 <= momentum < 1:
+            raise ValueError(
+                "GradientBalance expects calibration_steps >= 1, interval >= 1 and 0 <= momentum < 1, "
+                f"got {calibration_steps}, {interval} and {momentum}"
+            )
+        self.calibration_steps = calibration_steps
+        self.interval = interval
+        self.momentum = momentum
+        self._task_norms: dict[str, Tensor] = {}
+        self._term_norms: dict[str, Tensor] = {}
+
+    def wants_measurement(self, step: int) -> bool:
+        """Whether the norms are to be measured at this step (0-based)."""
+        return step < self.calibration_steps and step % self.interval == 0
+
+    def update(self, task: Tensor, terms: Mapping[str, Tensor]) -> None:
+        """Take in one measurement.
+
+        Args:
+            task: (L,) squared gradient norms of the task loss, from `gradient_norms`.
+            terms: (L,) squared gradient norms by term; NaN where a term does not reach a map.
+        """
+        for name, squared in terms.items():
+            reached = ~squared.isnan()
+            pair = torch.stack(
+                [torch.where(reached, task.nan_to_num(), 0).sum().sqrt(), squared.nan_to_num().sum().sqrt()]
+            )
+            pair = _mean_over_processes(pair)
+            # A batch in which the term had nothing to say (no boxes) must not pull the averages down.
+            usable = (pair > 0).all() & pair.isfinite().all()
+            old = torch.stack([self._task_norms.get(name, pair[0]), self._term_norms.get(name, pair[1])])
+            started = (old > 0).all() & old.isfinite().all()
+            kept = torch.where(started, self.momentum * old + (1 - self.momentum) * pair, pair)
+            new = torch.where(usable, kept, old)
+            self._task_norms[name], self._term_norms[name] = new[0], new[1]
+
+    def scale(self, name: str, like: Tensor) -> Tensor:
+        """Return the factor that makes the term exactly as loud as the task loss; 0 before any measurement."""
+        if name not in self._term_norms:
+            return torch.zeros((), device=like.device)
+        task, term = self._task_norms[name].to(like.device), self._term_norms[name].to(like.device)
+        return torch.where((term > 0) & term.isfinite(), task / term.clamp_min(1e-30), torch.zeros_like(term))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """State that is saved with the state dict."""
+        return {"task": dict(self._task_norms), "terms": dict(self._term_norms)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over saved state."""
+        self._task_norms, self._term_norms = dict(state["task"]), dict(state["terms"])
+
+
+def _mean_over_processes(value: Tensor) -> Tensor:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    usable = torch.cat([value.nan_to_num(posinf=0.0), (value > 0).all().to(value).reshape(1)])
+    torch.distributed.all_reduce(usable)
+    return usable[:2] / usable[2].clamp_min(1)

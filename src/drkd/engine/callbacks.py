@@ -1,0 +1,172 @@
+"""Lightning callbacks: averaged weights, the non-finite guard, progress in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from drkd.contracts import DrkdError
+from drkd.engine.module import DistillationModule
+
+
+class StudentAverage(Callback):
+    """Exponential moving average of the student, used for validation and for what is saved as the student.
+
+    Lightning's own averaging copies the whole module, teacher included; this one copies the student only.
+
+    Args:
+        decay: Share of the old average kept at a step, in (0, 1), once training is under way. Early on the share is
+            limited to (1 + step) / (10 + step), so that short runs are not dominated by the initial weights.
+    """
+
+    def __init__(self, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise DrkdError(f"training.ema: expected a decay in (0, 1), got {decay}")
+        self.decay = decay
+        self._average: AveragedModel | None = None
+        self._saved: dict[str, Any] | None = None
+        self._swapped: dict[str, Tensor] | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start from the current student, or from the checkpoint's average."""
+        del trainer
+        student = _student(pl_module)
+        self._average = AveragedModel(student, use_buffers=True)
+        if self._saved is not None:
+            self._average.load_state_dict(self._saved)
+            self._saved = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Average after each optimizer step."""
+        del outputs, batch, batch_idx
+        if self._average is None or trainer.fit_loop._should_accumulate():
+            return
+        step = trainer.global_step
+        decay = min(self.decay, (1 + step) / (10 + step))
+        self._average.multi_avg_fn = get_ema_multi_avg_fn(decay)
+        self._average.update_parameters(_student(pl_module))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate the average."""
+        del trainer
+        self._swap_in(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on training the raw weights."""
+        del trainer
+        if self._swapped is not None:
+            _student(pl_module).load_state_dict(self._swapped)
+            self._swapped = None
+
+    def apply_to(self, pl_module: LightningModule) -> None:
+        """Put the average into the student for good (the end of a run)."""
+        self._swap_in(pl_module)
+        self._swapped = None
+
+    def _swap_in(self, pl_module: LightningModule) -> None:
+        if self._average is None or int(self._average.n_averaged) == 0:
+            return
+        student = _student(pl_module)
+        self._swapped = {name: value.detach().clone() for name, value in student.state_dict().items()}
+        student.load_state_dict(self._average.module.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Saved with the checkpoint."""
+        return {} if self._average is None else {"average": self._average.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Taken over when fitting starts."""
+        self._saved = state_dict.get("average")
+
+
+class FiniteLossGuard(Callback):
+    """Stop with an explanation when the loss is no longer finite, before such weights are saved.
+
+    Args:
+        interval: Every how many steps the flag is read where reading costs a synchronisation (GPU).
+    """
+
+    def __init__(self, interval: int = 20) -> None:
+        self.interval = interval
+        self._broken: Tensor | None = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note a non-finite loss; read the note now and then."""
+        del batch
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        broken = ~torch.isfinite(loss.detach())
+        self._broken = broken if self._broken is None else self._broken | broken
+        if loss.device.type == "cpu" or batch_idx % self.interval == 0 or trainer.is_last_batch:
+            self._check(trainer, pl_module)
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._broken is None or not bool(self._broken):
+            return
+        terms = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(("task/", "kd/")) and not torch.isfinite(value)
+        }
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        raise DrkdError(
+            f"The loss became NaN or infinite at step {trainer.global_step} (not finite: "
+            f"{', '.join(terms) or 'the sum'}; learning rate {rate:g}). Nothing was saved after the last checkpoint. "
+            "Lower training.optimization.learning_rate, raise warmup_steps, clip gradients (training.clip_norm), or "
+            "use precision 32-true or bf16-mixed instead of 16-mixed."
+        )
+
+
+class LineProgress(Callback):
+    """One line every few seconds, for logs and terminals that cannot redraw.
+
+    Args:
+        seconds: Time between lines.
+    """
+
+    def __init__(self, seconds: float = 15.0) -> None:
+        self.seconds = seconds
+        self._started = self._last = 0.0
+        self._first_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        del pl_module
+        self._started = self._last = time.monotonic()
+        self._first_step = trainer.global_step
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Print when it is time."""
+        del pl_module, outputs, batch, batch_idx
+        now, step = time.monotonic(), trainer.global_step
+        total = int(trainer.estimated_stepping_batches)
+        if now - self._last < self.seconds and step != total:
+            return
+        self._last = now
+        rate = (now - self._started) / max(1, step - self._first_step)
+        metrics = trainer.callback_metrics
+        shown = " ".join(
+            f"{name} {float(value):.3f}"
+            for name, value in sorted(metrics.items())
+            if name == "loss" or name in ("val/ap", "val/ap_small") or name.startswith(("task/", "kd/", "ratio/"))
+        )
+        print(f"step {step}/{total} eta {rate * (total - step):.0f}s {shown}", file=sys.stderr, flush=True)
+
+
+def _student(pl_module: LightningModule) -> nn.Module:
+    if not isinstance(pl_module, DistillationModule):
+        raise TypeError(f"expected a DistillationModule, got {type(pl_module).__name__}")
+    return pl_module.distiller.student

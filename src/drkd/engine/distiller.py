@@ -1,0 +1,226 @@
+"""Student, frozen teacher and method in one plain ``nn.Module``: a batch goes in, named weighted losses come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drkd.contracts import (
+    Detector,
+    DetectorOutput,
+    DetectorSpec,
+    DetectionBatch,
+    DrkdError,
+    KDMethod,
+    Want,
+)
+from drkd.engine.balance import GradientBalance, gradient_norms, term_family
+
+MethodFactory = Callable[[DetectorSpec, DetectorSpec], KDMethod]
+
+
+class DeadDistillationError(DrkdError):
+    """A term that could have taught the student has sent it no gradient for many measurements."""
+
+
+@dataclass
+class DistillationMonitor:
+    """What the last step and the last measurement showed; read by loggers, never by the arithmetic.
+
+    Attributes:
+        terms: By term, its bare value summed over levels, 0-d and detached, of the last step.
+        ratios: By term, gradient norm at the student's features over the task's, after weighting; 0-d, detached.
+        weights: By full term name, the factor in force.
+        silent: By term, consecutive measurements without any gradient although it could have had one.
+    """
+
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    ratios: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    silent: dict[str, int] = field(default_factory=dict)
+
+
+class Distiller(nn.Module):
+    r"""Distillation as a plain module for any training loop: ``losses = distiller(batch); sum(losses.values())``.
+
+    The total is L = sum task/* + sum_k w_k * kd/k (METHOD: DRKD equation of the paper, any method here). The teacher
+    stays in eval mode whatever ``train()`` says, computes only what the method needs, and gets no gradient. The student
+    is not changed: `student.model` keeps its parameter names and its graph.
+
+    Optimise ``distiller.trainable_parameters()``: the student's and the method's connectors.
+
+    Args:
+        student: The detector to train.
+        teacher: The detector to learn from, or None to train the student alone.
+        method: A method, or what builds one from the two specs (``DRKD`` itself will do); None with no teacher.
+        calibration_steps: With a balanced method, steps after which the weights are frozen.
+        calibration_interval: Every how many steps norms are measured while calibrating.
+        monitor_interval: Every how many steps norms are measured afterwards, for the log and the guard.
+        dead_after: Consecutive silent measurements of a term that raise `DeadDistillationError`.
+
+    Raises:
+        ValueError: If exactly one of teacher and method is given.
+        DeadDistillationError: In forward, when a term is silent.
+    """
+
+    def __init__(
+        self,
+        student: Detector,
+        teacher: Detector | None = None,
+        method: KDMethod | MethodFactory | None = None,
+        *,
+        calibration_steps: int = 100,
+        calibration_interval: int = 5,
+        monitor_interval: int = 50,
+        dead_after: int = 3,
+    ) -> None:
+        super().__init__()
+        if (teacher is None) != (method is None):
+            raise ValueError("Distiller expects both a teacher and a method, or neither (student alone)")
+        if monitor_interval < 1 or dead_after < 1:
+            raise ValueError(
+                f"Distiller expects monitor_interval >= 1 and dead_after >= 1, got {monitor_interval}, {dead_after}"
+            )
+        self.student = student
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+        if method is None or isinstance(method, KDMethod):
+            self.method = method
+        else:
+            assert teacher is not None  # narrowed by the check above
+            self.method = method(student.spec, teacher.spec)
+        self.balance = GradientBalance(calibration_steps=calibration_steps, interval=calibration_interval)
+        self.monitor = DistillationMonitor()
+        self.monitor_interval = monitor_interval
+        self.dead_after = dead_after
+        self._step = 0
+
+    def train(self, mode: bool = True) -> Distiller:
+        """Set the mode of the student and the method; the teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters to give to the optimizer: the student's and the method's that require gradient."""
+        for module in (self.student, self.method):
+            if module is not None:
+                yield from (p for p in module.parameters() if p.requires_grad)
+
+    def forward(self, batch: DetectionBatch) -> dict[str, Tensor]:
+        """Run student, teacher and method.
+
+        Returns:
+            0-d tensors: ``task/<name>`` as the detector gives them, ``kd/<term>`` weighted and summed over levels.
+            Their sum is what to back-propagate.
+        """
+        if self.method is None or self.teacher is None:
+            output = self.student(batch, want=frozenset[Want]({"losses"}))
+            return {f"task/{name}": value for name, value in output.losses.items()}
+        student: DetectorOutput = self.student(batch, want=self.method.needs | {"losses"})
+        with torch.no_grad():
+            teacher: DetectorOutput = self.teacher(batch, want=self.method.needs)
+        terms = self.method(student, teacher, batch)
+        losses = {f"task/{name}": value for name, value in student.losses.items()}
+        if self.training and torch.is_grad_enabled():
+            self._measure(sum(losses.values(), torch.zeros((), device=batch.images.device)), terms, student, batch)
+        losses.update(self._weigh(terms))
+        if self.training:
+            self._step += 1
+        return losses
+
+    def _warmup(self) -> float:
+        steps = self.method.warmup_steps if self.method is not None else 0
+        return min(1.0, (self._step + 1) / steps) if steps > 0 else 1.0
+
+    def _weight(self, name: str, like: Tensor) -> Tensor | float:
+        assert self.method is not None  # only called with a method
+        weight = self.method.weights.get(term_family(name), 1.0)
+        return weight * self.balance.scale(name, like) if self.method.balanced else weight
+
+    def _weigh(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        warmup = self._warmup()
+        weighted: dict[str, Tensor] = {}
+        bare: dict[str, Tensor] = {}
+        for name, value in terms.items():
+            weight = self._weight(name, value) * warmup
+            self.monitor.weights[name] = torch.as_tensor(weight)
+            key = f"kd/{term_family(name)}"
+            weighted[key] = weighted[key] + weight * value if key in weighted else weight * value
+            family = term_family(name)
+            bare[family] = bare[family] + value.detach() if family in bare else value.detach()
+        self.monitor.terms = bare
+        return weighted
+
+    def _measure(
+        self, task: Tensor, terms: Mapping[str, Tensor], student: DetectorOutput, batch: DetectionBatch
+    ) -> None:
+        assert self.method is not None  # only called with a method
+        calibrating = self.method.balanced and self.balance.wants_measurement(self._step)
+        if not calibrating and self._step % self.monitor_interval:
+            return
+        features = [level.tensor for level in student.features]
+        if not task.requires_grad or not any(feature.requires_grad for feature in features):
+            raise DeadDistillationError(
+                "The student's features carry no gradient, so nothing can be distilled into them: its backbone and "
+                "neck are frozen, or its features were detached. Unfreeze it (frozen_stages) or distil other levels."
+            )
+        reached = [index for index, feature in enumerate(features) if feature.requires_grad]
+        norms = gradient_norms({"": task, **terms}, [features[index] for index in reached])
+        task_norms = norms.pop("")
+        if calibrating:
+            self.balance.update(task_norms, norms)
+        self._note_ratios(task_norms, norms, terms, batch)
+
+    def _note_ratios(
+        self, task: Tensor, norms: Mapping[str, Tensor], terms: Mapping[str, Tensor], batch: DetectionBatch
+    ) -> None:
+        assert self.method is not None  # only called with a method
+        warmup = self._warmup()
+        squared: dict[str, Tensor] = {}
+        for name, value in norms.items():
+            family = term_family(name)
+            weighted = value.nan_to_num().sum() * (self._weight(name, terms[name]) * warmup) ** 2
+            squared[family] = squared[family] + weighted if family in squared else weighted
+        total = task.nan_to_num().sum().sqrt()
+        self.monitor.ratios = {family: value.sqrt() / total.clamp_min(1e-30) for family, value in squared.items()}
+        self._guard({family: float(value) for family, value in squared.items()}, batch)
+
+    def _guard(self, squared: Mapping[str, float], batch: DetectionBatch) -> None:
+        """Stop a run whose distillation is silently off (one host sync a measurement, none at other steps)."""
+        assert self.method is not None  # only called with a method
+        most_boxes = max((len(boxes) for boxes in batch.boxes), default=0)
+        for family, value in squared.items():
+            could = (
+                self.method.weights.get(family, 1.0) > 0
+                and self._warmup() > 0
+                and most_boxes >= self.method.minimum_boxes.get(family, 0)
+            )
+            if not could:
+                continue
+            dead = not 0 < value < float("inf")
+            self.monitor.silent[family] = self.monitor.silent.get(family, 0) + 1 if dead else 0
+            if self.monitor.silent[family] >= self.dead_after:
+                raise DeadDistillationError(
+                    f"Distillation is silently off: '{family}' sent no usable gradient (squared norm {value:g}) to the "
+                    f"student's features in {self.dead_after} measurements in a row, the last at step {self._step}, "
+                    f"although its weight is {self.method.weights.get(family, 1.0):g} and an image held {most_boxes} "
+                    "boxes. Usual causes: the teacher's features are constant (untrained or wrong checkpoint), "
+                    "features that are detached, an adapter initialised to zero, or a scale that underflows under "
+                    "float16. Check the teacher first: `drkd evaluate` on your validation data."
+                )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """State that is saved with the state dict: the step count and the guard's counters."""
+        return {"step": self._step, "silent": dict(self.monitor.silent)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over saved state."""
+        self._step = int(state["step"])
+        self.monitor.silent = dict(state["silent"])

@@ -1,0 +1,227 @@
+"""The Lightning module: optimisation, logging and validation around a `Distiller`."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from lightning import LightningModule
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from drkd.contracts import DetectionBatch, Detections, DrkdError
+from drkd.engine.distiller import Distiller
+
+
+class Evaluator(Protocol):
+    """Collects detections and turns them into metrics (drkd.evaluation has the COCO one)."""
+
+    def update(self, image_ids: Sequence[int], detections: Sequence[Detections]) -> None:
+        """Add the detections of some images."""
+
+    def compute(self) -> Any:
+        """Return metrics that have ``as_dict()``."""
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How the weights move.
+
+    Args:
+        optimizer: Any name that timm's optimizer factory knows: sgd, adamw, ...
+        learning_rate: Peak learning rate of the student.
+        method_learning_rate: Peak learning rate of the method's connectors; None = the student's.
+        weight_decay: Not applied to biases and norm layers unless ``decay_all``.
+        decay_all: Apply the weight decay to every parameter, as MMDetection's schedules do.
+        momentum: Of SGD.
+        schedule: "cosine" to 0 (as a share of the steps), or "multistep".
+        milestones: Shares of the whole run at which "multistep" multiplies by ``gamma``, ascending, in (0, 1).
+        gamma: Factor at each milestone.
+        warmup_steps: Steps of linear warm-up.
+        warmup_factor: Share of the learning rate at step 0.
+    """
+
+    optimizer: str = "sgd"
+    learning_rate: float = 0.01
+    method_learning_rate: float | None = None
+    weight_decay: float = 1e-4
+    decay_all: bool = False
+    momentum: float = 0.9
+    schedule: Literal["cosine", "multistep"] = "multistep"
+    milestones: tuple[float, ...] = (16 / 24, 22 / 24)
+    gamma: float = 0.1
+    warmup_steps: int = 500
+    warmup_factor: float = 0.001
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or self.weight_decay < 0:
+            raise DrkdError(
+                "training.optimization: expected learning_rate > 0 and weight_decay >= 0, "
+                f"got {self.learning_rate} and {self.weight_decay}"
+            )
+        if list(self.milestones) != sorted(self.milestones) or not all(0 < m < 1 for m in self.milestones):
+            raise DrkdError(
+                "training.optimization.milestones: expected ascending shares of the run, each in (0, 1), "
+                f"got {list(self.milestones)}"
+            )
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Learning rate at a step, as a share of the peak.
+
+        Args:
+            step: 0-based optimizer step.
+            total_steps: Optimizer steps of the whole run.
+        """
+        if step < self.warmup_steps:
+            return self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup_steps
+        if self.schedule == "cosine":
+            done = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return float(self.gamma ** bisect.bisect_right([m * total_steps for m in self.milestones], step))
+
+
+class DistillationModule(LightningModule):
+    """Trains the student of a `Distiller`; checkpoints hold student, method and balance, not the teacher.
+
+    Logged names: ``task/*`` and ``kd/*`` (weighted, what is minimised), ``bare/*`` (terms before weighting: these must
+    fall), ``ratio/*`` (gradient norm at the student's features over the task's), ``loss``, ``val/*``.
+
+    Args:
+        distiller: What to train.
+        optimization: How the weights move.
+        evaluator: Makes a fresh evaluator for a pass over the validation data; None = no validation metrics.
+        seed: Every step's randomness is a function of it, the step and the rank, so a resumed run draws what an
+            uninterrupted one would.
+        channels_last: Use the channels-last memory layout.
+    """
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        optimization: Optimization,
+        *,
+        evaluator: Callable[[], Evaluator] | None = None,
+        seed: int = 0,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        self.distiller = distiller
+        self.optimization = optimization
+        self.evaluation_model: nn.Module | None = None
+        self.last_metrics: dict[str, float] = {}
+        self._make_evaluator = evaluator
+        self._evaluator: Evaluator | None = None
+        self._seed = seed
+        self._channels_last = channels_last
+        # The teacher is left out of the checkpoint, so loading cannot be strict; load_state_dict checks instead.
+        self.strict_loading = False
+        if channels_last:
+            self.distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def transfer_batch_to_device(self, batch: DetectionBatch, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch, images in the module's memory layout."""
+        del dataloader_idx
+        moved = batch.to(device, non_blocking=True)
+        if self._channels_last:
+            moved = _with_images(moved, moved.images.contiguous(memory_format=torch.channels_last))
+        return moved
+
+    def on_train_batch_start(self, batch: DetectionBatch, batch_idx: int) -> None:
+        """Draw this step's randomness (box sampling, dropout) from the seed, the step and the rank."""
+        del batch
+        position = self.current_epoch * 10_000_019 + batch_idx
+        torch.manual_seed((self._seed * 1_000_003 + position * 8191 + self.global_rank) % 2**63)
+
+    def training_step(self, batch: DetectionBatch, batch_idx: int) -> Tensor:
+        """One step: the sum of the named losses."""
+        del batch_idx
+        losses = self.distiller(batch)
+        total = torch.stack([value.float() for value in losses.values()]).sum()
+        for name, value in losses.items():
+            self.log(name, value.detach(), batch_size=len(batch))
+        monitor = self.distiller.monitor
+        for name, value in monitor.terms.items():
+            self.log(f"bare/{name}", value, batch_size=len(batch))
+        for name, value in monitor.ratios.items():
+            self.log(f"ratio/{name}", value, batch_size=len(batch))
+        self.log("loss", total.detach(), prog_bar=True, batch_size=len(batch))
+        return total
+
+    def on_validation_epoch_start(self) -> None:
+        """Start a fresh evaluator."""
+        self._evaluator = self._make_evaluator() if self._make_evaluator else None
+
+    def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:
+        """Detect; metrics come at the end of the pass."""
+        del batch_idx
+        if self._evaluator is not None:
+            self._evaluator.update(batch.image_ids, self.distiller.student.detect(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Compute and log the metrics."""
+        if self._evaluator is None:
+            return
+        metrics = self._evaluator.compute().as_dict()
+        self._evaluator = None
+        self.last_metrics = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        for name, value in self.last_metrics.items():
+            self.log(f"val/{name}", value, prog_bar=name in ("ap", "ap_small"), sync_dist=False, batch_size=1)
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer over student and connectors, and the learning-rate schedule by optimizer step."""
+        settings = self.optimization
+        groups = _parameter_groups(self.distiller, settings)
+        if not groups:
+            raise DrkdError("Nothing to train: every parameter of the student is frozen. Lower frozen_stages.")
+        optimizer = create_optimizer_v2(
+            groups,
+            opt=settings.optimizer,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            filter_bias_and_bn=False,
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = LambdaLR(optimizer, lambda step: settings.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the teacher out."""
+        state = checkpoint["state_dict"]
+        for name in [name for name in state if name.startswith("distiller.teacher.")]:
+            del state[name]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another student or method, naming the keys."""
+        own = {name for name in self.state_dict() if not name.startswith("distiller.teacher.")}
+        saved = set(checkpoint["state_dict"])
+        if own != saved:
+            missing, unexpected = sorted(own - saved), sorted(saved - own)
+            raise DrkdError(
+                f"The checkpoint belongs to another student or method: {len(missing)} keys missing "
+                f"({', '.join(missing[:3])} ...), {len(unexpected)} unexpected ({', '.join(unexpected[:3])} ...)."
+            )
+
+
+def _with_images(batch: DetectionBatch, images: Tensor) -> DetectionBatch:
+    return DetectionBatch(images, batch.sizes, batch.original_sizes, batch.targets, batch.image_ids)
+
+
+def _parameter_groups(distiller: Distiller, settings: Optimization) -> list[dict[str, Any]]:
+    """Groups by owner (student, method) and by whether weight decay applies."""
+    groups = []
+    method_rate = settings.method_learning_rate or settings.learning_rate
+    for module, rate in ((distiller.student, settings.learning_rate), (distiller.method, method_rate)):
+        if module is None:
+            continue
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        decayed = [p for p in trainable if p.ndim > 1 or settings.decay_all]
+        kept = [p for p in trainable if not (p.ndim > 1 or settings.decay_all)]
+        groups.append({"params": decayed, "lr": rate, "weight_decay": settings.weight_decay})
+        groups.append({"params": kept, "lr": rate, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]

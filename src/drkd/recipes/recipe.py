@@ -1,0 +1,170 @@
+"""The typed recipe: what a YAML file with command-line overrides turns into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from drkd.contracts import DetectorBuilder, DetectorSpec, DrkdError, KDMethod
+from drkd.data.module import DetectionDataModule
+from drkd.engine.module import Optimization
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long, how precise, on what.
+
+    Args:
+        steps: Optimizer steps; give this or ``epochs``.
+        epochs: Passes over the training data.
+        optimization: Optimizer and schedule.
+        ema: Decay of the student's moving average, which is then what is validated and saved; None = off.
+        clip_norm: Clip the norm of the gradient over all parameters; None = off.
+        accumulate: Batches per optimizer step.
+        precision: Lightning's precision: 32-true, bf16-mixed, 16-mixed, ...
+        accelerator: auto, cpu, gpu, mps, ...
+        devices: Number of devices, or "auto".
+        num_nodes: Number of machines.
+        strategy: Lightning's strategy: auto, ddp, ...
+        sync_batchnorm: Convert batch norms to synchronised ones (several devices).
+        validate_every: Validate every so many epochs; 0 = only at the end.
+        patience: Stop after so many validations without a better AP, and keep the best student; None = never.
+        keep: Which student is saved: the "last", or the "best" on the validation split (an optimistic choice if you
+            also report that split).
+        channels_last: Use the channels-last memory layout.
+        monitor_interval: Steps between measurements of the gradient ratios.
+        calibration_steps: Steps after which balanced weights are frozen.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    optimization: Optimization = field(default_factory=Optimization)
+    ema: float | None = None
+    clip_norm: float | None = None
+    accumulate: int = 1
+    precision: str = "32-true"
+    accelerator: str = "auto"
+    devices: int | str = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    sync_batchnorm: bool = False
+    validate_every: int = 1
+    patience: int | None = None
+    keep: Literal["last", "best"] = "last"
+    channels_last: bool = True
+    monitor_interval: int = 50
+    calibration_steps: int = 100
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise DrkdError(
+                f"training: expected exactly one of steps and epochs, got steps={self.steps}, epochs={self.epochs}"
+            )
+        if (self.steps or self.epochs or 0) < 1:
+            raise DrkdError(f"training: expected at least one step or epoch, got {self.steps or self.epochs}")
+        if (self.patience is not None or self.keep == "best") and self.validate_every == 0:
+            raise DrkdError("training: patience and keep=best need validation; set validate_every to 1 or more")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured at the end.
+
+    Args:
+        split: Split that is evaluated once, at the end; None = none.
+        area_scale: Factor on COCO's area limits of small and medium (32^2 and 96^2 px); 1 = COCO's. Said wherever
+            AP_S is printed.
+        cost: Also measure parameters, FLOPs and CPU latency.
+    """
+
+    split: str | None = "val"
+    area_scale: float = 1.0
+    cost: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run, as typed objects.
+
+    Args:
+        student: How to build the student.
+        teacher: How to build the teacher; None for training alone.
+        method: Builds the method from the two specs; None for training alone.
+        data: The data module.
+        training: How to train.
+        evaluation: What to measure at the end.
+        output: Run folder.
+        seed: Of everything random.
+        resume: Go on from the run folder's last checkpoint.
+        overwrite: Replace what is in the run folder.
+        resolved: The recipe as YAML, every default written out.
+    """
+
+    student: DetectorBuilder
+    data: DetectionDataModule
+    training: Training
+    evaluation: Evaluation
+    output: Path
+    seed: int = 0
+    teacher: DetectorBuilder | None = None
+    method: Callable[[DetectorSpec, DetectorSpec], KDMethod] | None = None
+    resume: bool = False
+    overwrite: bool = False
+    resolved: str = ""
+
+
+def recipe_parser(description: str = "", **settings: Any) -> ArgumentParser:
+    """Build the parser of a recipe: every field is both a YAML key and a command-line option."""
+    parser = ArgumentParser(description=description, **settings)
+    parser.add_argument(
+        "--config", action="config", help="Recipe file; give several and later ones override earlier ones."
+    )
+    parser.add_argument("--student", type=DetectorBuilder, required=True, help="How to build the student.")
+    parser.add_argument("--teacher", type=DetectorBuilder | None, default=None, help="How to build the teacher.")
+    parser.add_argument(
+        "--method",
+        type=Callable[[DetectorSpec, DetectorSpec], KDMethod] | None,
+        default=None,
+        help="Distillation method, e.g. drkd.methods.DRKD.",
+    )
+    parser.add_class_arguments(DetectionDataModule, "data")
+    parser.link_arguments("seed", "data.seed")
+    parser.add_class_arguments(Training, "training")
+    parser.add_class_arguments(Evaluation, "evaluation")
+    parser.add_argument("--output", type=Path, required=True, help="Run folder.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of everything random.")
+    parser.add_argument("--resume", type=bool, default=False, help="Go on from the run folder's last checkpoint.")
+    parser.add_argument("--overwrite", type=bool, default=False, help="Replace what is in the run folder.")
+    return parser
+
+
+def instantiate(parser: ArgumentParser, config: Namespace) -> Recipe:
+    """Turn a parsed recipe into objects.
+
+    Raises:
+        DrkdError: If a value is out of its range.
+    """
+    resolved = parser.dump(config, skip_none=False)
+    built = parser.instantiate_classes(config)
+    fields = {name: built[name] for name in Recipe.__dataclass_fields__ if name in built}
+    fields["output"] = Path(str(fields["output"]))
+    return Recipe(**fields, resolved=resolved)
+
+
+def load_recipe(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> Recipe:
+    """Read recipe files, later ones over earlier ones, then overrides such as ``--training.steps=10``.
+
+    Raises:
+        DrkdError: If a file is missing, or a key or a value is wrong; the message is jsonargparse's.
+    """
+    parser = recipe_parser(exit_on_error=False)
+    arguments = [f"--config={file}" for file in files]
+    try:
+        config = parser.parse_args([*arguments, *overrides])
+    except Exception as error:
+        raise DrkdError(f"The recipe {', '.join(map(str, files))} cannot be read: {error}") from error
+    return instantiate(parser, config)

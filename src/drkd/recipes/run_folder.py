@@ -1,0 +1,184 @@
+"""What a run leaves behind: recipe, provenance, metrics, evaluation; written aside and renamed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drkd.contracts import DrkdError
+
+_PACKAGES = ("drkd", "torch", "torchvision", "timm", "lightning", "faster-coco-eval", "numpy")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that it is never half-written.
+
+    Raises:
+        DrkdError: If the disk is full or the folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as aside:
+            aside.write(text)
+        # NamedTemporaryFile makes private files; these are to be shared like any other output.
+        os.chmod(aside.name, 0o644)  # noqa: PTH101
+        Path(aside.name).replace(path)
+    except OSError as error:
+        raise DrkdError(f"{path} cannot be written: {error.strerror}. Is the disk full or read-only?") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, indented; NaN becomes null."""
+    write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and value != value:
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: The folder.
+        resume: Go on in a folder that has a checkpoint.
+        overwrite: Remove what an earlier run left.
+
+    Raises:
+        DrkdError: If the folder holds a run and neither resume nor overwrite was said, or there is nothing to resume.
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+        self.path = path
+        taken = (path / "run.json").exists()
+        if resume and not self.last_checkpoint.exists():
+            raise DrkdError(f"Nothing to resume: {self.last_checkpoint} does not exist. Start without --resume.")
+        if taken and not resume and not overwrite:
+            raise DrkdError(
+                f"{path} already holds a run. Go on with it (--resume=true), replace it (--overwrite=true), or choose "
+                "another folder (--output)."
+            )
+        if taken and overwrite and not resume:
+            for name in ("run.json", "recipe.yaml", "metrics.csv", "evaluation.json", "cost.json", "student.pt"):
+                (path / name).unlink(missing_ok=True)
+            for name in ("checkpoints", "logs"):
+                shutil.rmtree(path / name, ignore_errors=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._run: dict[str, Any] = {}
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the Lightning checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The checkpoint that a resumed run starts from."""
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def student(self) -> Path:
+        """The student alone."""
+        return self.path / "student.pt"
+
+    def start(self, *, resolved: str, seed: int, kind: str) -> None:
+        """Write the recipe and where the run comes from."""
+        write_text(self.path / "recipe.yaml", resolved)
+        self._run = {
+            "kind": kind,
+            "seed": seed,
+            "command": ["drkd", *sys.argv[1:]] if sys.argv and sys.argv[0].endswith("drkd") else sys.argv,
+            "commit": source_commit(),
+            "versions": versions(),
+            "machine": machine(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "status": "running",
+        }
+        write_json(self.path / "run.json", self._run)
+
+    def finish(self, status: str, **extra: Any) -> None:
+        """Note how the run ended."""
+        self._run.update(status=status, finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **extra)
+        write_json(self.path / "run.json", self._run)
+
+    def next_log(self) -> Path:
+        """Folder for this session's raw logs; a resumed run gets one of its own."""
+        logs = self.path / "logs"
+        count = len(list(logs.glob("part-*"))) if logs.exists() else 0
+        return logs / f"part-{count:03d}"
+
+    def merge_metrics(self) -> None:
+        """Join the sessions' logs into ``metrics.csv``; where sessions overlap, the later one counts."""
+        rows: list[dict[str, str]] = []
+        for part in sorted((self.path / "logs").glob("part-*/metrics.csv")):
+            with part.open(newline="") as file:
+                new = list(csv.DictReader(file))
+            first = min((int(row["step"]) for row in new if row.get("step")), default=0)
+            rows = [row for row in rows if int(row["step"] or 0) < first] + new
+        if not rows:
+            return
+        names = sorted({name for row in rows for name in row} - {"step", "epoch"})
+        lines = [",".join(["step", "epoch", *names])]
+        lines += [",".join(row.get(name) or "" for name in ["step", "epoch", *names]) for row in rows]
+        write_text(self.path / "metrics.csv", "\n".join(lines) + "\n")
+
+
+def source_commit() -> str | None:
+    """Commit of the checkout that drkd runs from, with "+dirty" where files differ; None for an installed wheel."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}+dirty" if changed else commit
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads and accelerators."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "accelerators": devices}

@@ -1,0 +1,216 @@
+"""Assemble a recipe and run it: train a detector alone, or distil it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from drkd.adapters.checkpoint import save_student
+from drkd.contracts import Detector, DrkdError
+from drkd.engine.callbacks import FiniteLossGuard, LineProgress, StudentAverage
+from drkd.engine.distiller import Distiller
+from drkd.engine.module import DistillationModule
+from drkd.evaluation import CocoEvaluator
+from drkd.recipes.evaluation import evaluate_detector
+from drkd.recipes.recipe import Recipe
+from drkd.recipes.run_folder import RunFolder, write_json
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run produced.
+
+    Args:
+        folder: The run folder.
+        student: The student, trained, in eval mode.
+        metrics: COCO numbers on the evaluation split; empty when none was asked for.
+    """
+
+    folder: Path
+    student: Detector
+    metrics: dict[str, Any]
+
+
+def distill(recipe: Recipe) -> RunResult:
+    """Train the student with the teacher's help.
+
+    Raises:
+        DrkdError: If the recipe names no teacher or no method, or for anything else a user can put right.
+    """
+    missing = [name for name in ("teacher", "method") if getattr(recipe, name) is None]
+    if missing:
+        raise DrkdError(
+            f"drkd distill needs a {' and a '.join(missing)} in the recipe; give --{missing[0]}, or use `drkd train` "
+            "to train the student alone."
+        )
+    return _run(recipe, kind="distill")
+
+
+def train(recipe: Recipe) -> RunResult:
+    """Train the student alone: the same harness with the recipe's teacher and method left out.
+
+    Raises:
+        DrkdError: For anything that a user can put right.
+    """
+    return _run(recipe, kind="train")
+
+
+def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
+    """Build student, teacher, method and the Lightning module; the student's initial weights depend on the seed only.
+
+    Args:
+        recipe: The recipe; its data module must be set up.
+        kind: "distill" or "train".
+    """
+    names = recipe.data.class_names
+    lightning.seed_everything(recipe.seed, verbose=False)
+    student = recipe.student.build(names)
+    teacher = method = None
+    if kind == "distill" and recipe.teacher is not None:
+        teacher = recipe.teacher.build(names)
+        lightning.seed_everything(recipe.seed, verbose=False)
+        method = recipe.method
+    distiller = Distiller(
+        student,
+        teacher,
+        method,
+        calibration_steps=recipe.training.calibration_steps,
+        monitor_interval=recipe.training.monitor_interval,
+    )
+    validation = recipe.data.val_split
+
+    def make_evaluator() -> CocoEvaluator:
+        return CocoEvaluator(validation.records, names, area_scale=recipe.evaluation.area_scale)
+
+    return DistillationModule(
+        distiller,
+        recipe.training.optimization,
+        evaluator=make_evaluator,
+        seed=recipe.seed,
+        channels_last=recipe.training.channels_last,
+    )
+
+
+def _run(recipe: Recipe, *, kind: str) -> RunResult:
+    folder = RunFolder(recipe.output, resume=recipe.resume, overwrite=recipe.overwrite)
+    recipe.data.setup("fit")
+    module = build_module(recipe, kind=kind)
+    folder.start(resolved=recipe.resolved, seed=recipe.seed, kind=kind)
+    average = StudentAverage(recipe.training.ema) if recipe.training.ema else None
+    best = ModelCheckpoint(
+        dirpath=folder.checkpoints,
+        filename="best",
+        monitor="val/ap" if recipe.training.validate_every else None,
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+    trainer = _trainer(recipe, folder, [*_callbacks(recipe), best, *([average] if average else [])])
+    try:
+        trainer.fit(
+            module,
+            datamodule=recipe.data,
+            ckpt_path=str(folder.last_checkpoint) if recipe.resume else None,
+            weights_only=True,
+        )
+    except BaseException as error:
+        folder.merge_metrics()
+        folder.finish("failed", error=f"{type(error).__name__}: {error}")
+        raise
+    folder.merge_metrics()
+    if trainer.interrupted:
+        folder.finish("interrupted", steps=trainer.global_step)
+        raise KeyboardInterrupt
+    trainer.save_checkpoint(folder.last_checkpoint)
+    _restore(recipe, module, best, average)
+    student = module.distiller.student.eval()
+    metrics = _finish(recipe, folder, student) if trainer.is_global_zero else {}
+    folder.finish("finished", steps=trainer.global_step, epochs=trainer.current_epoch)
+    return RunResult(folder.path, student, metrics)
+
+
+def _finish(recipe: Recipe, folder: RunFolder, student: Detector) -> dict[str, Any]:
+    """Save the student alone, then measure it."""
+    save_student(
+        folder.student,
+        student,
+        builder=recipe.student,
+        image_settings=recipe.data.image_settings,
+        extra={"seed": recipe.seed},
+    )
+    if recipe.evaluation.split is None:
+        return {}
+    evaluated = evaluate_detector(
+        student,
+        recipe.data.split(recipe.evaluation.split),
+        loader=recipe.data.loader(recipe.evaluation.split),
+        area_scale=recipe.evaluation.area_scale,
+        cost=recipe.evaluation.cost,
+    )
+    write_json(folder.path / "evaluation.json", evaluated.metrics)
+    if evaluated.cost is not None:
+        write_json(folder.path / "cost.json", evaluated.cost)
+    return evaluated.metrics
+
+
+def _restore(
+    recipe: Recipe, module: DistillationModule, best: ModelCheckpoint, average: StudentAverage | None
+) -> None:
+    """Put the weights that are to be saved into the student."""
+    if recipe.training.keep == "best" or recipe.training.patience is not None:
+        saved = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+        module.load_state_dict(saved["state_dict"], strict=False)
+        states = [state for key, state in saved["callbacks"].items() if key.startswith("StudentAverage")]
+        if average is not None and states:
+            average.load_state_dict(states[0])
+            average.restore(module)
+            return
+    if average is not None:
+        average.apply_to(module)
+
+
+def _callbacks(recipe: Recipe) -> list[Callback]:
+    callbacks: list[Callback] = [FiniteLossGuard(), LearningRateMonitor(logging_interval="step")]
+    callbacks.append(TQDMProgressBar(refresh_rate=5) if sys.stderr.isatty() else LineProgress())
+    if recipe.training.patience is not None:
+        callbacks.append(EarlyStopping("val/ap", mode="max", patience=recipe.training.patience))
+    return callbacks
+
+
+def _trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) -> Trainer:
+    settings = recipe.training
+    part = folder.next_log()
+    part.mkdir(parents=True, exist_ok=True)
+    return Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=settings.strategy,
+        precision=settings.precision,  # type: ignore[arg-type]
+        max_steps=settings.steps or -1,
+        max_epochs=settings.epochs if settings.epochs else -1,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=settings.clip_norm,
+        check_val_every_n_epoch=settings.validate_every or None,
+        limit_val_batches=1.0 if settings.validate_every else 0,
+        sync_batchnorm=settings.sync_batchnorm,
+        callbacks=callbacks,
+        logger=[
+            CSVLogger(part.parent, name="", version=part.name),
+            TensorBoardLogger(part.parent, name="", version=part.name),
+        ],
+        log_every_n_steps=10,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stderr.isatty(),
+        default_root_dir=folder.path,
+    )
