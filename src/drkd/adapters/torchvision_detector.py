@@ -1,0 +1,303 @@
+"""A torchvision detector seen through drkd's eyes: our padded batch in, features, losses or detections out."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
+
+from drkd.adapters.backbones import probe_features
+from drkd.contracts import (
+    DetectionBatch,
+    Detections,
+    Detector,
+    DetectorOutput,
+    DetectorSpec,
+    FeatureLevel,
+    FeatureMap,
+    Size,
+    Want,
+)
+
+_PROBE_SIZE = 256
+
+
+class TorchvisionDetector(Detector):
+    """Wraps torchvision's RetinaNet, FCOS or Faster R-CNN without changing it.
+
+    The model's own resize, normalise and pad step is bypassed, so that images, boxes, features and losses share the
+    pixel frame of the batch. Losses equal those of the plain model on the same pixels. Labels are shifted here.
+
+    Args:
+        model: The plain detector.
+        class_names: Names of classes 0..K-1.
+        label_ids: The model's own label of each class; -1 where the model does not know the class.
+        plan: How to rebuild the model with plain calls (see ``checkpoint.save_student``), where that is known.
+
+    Raises:
+        ValueError: If the model is of another kind, or the labels do not fit its head.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_names: Sequence[str],
+        *,
+        label_ids: Sequence[int],
+        plan: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        family = family_of(model)
+        outputs = count_labels(model)
+        if len(label_ids) != len(class_names) or max(label_ids, default=-1) >= outputs:
+            raise ValueError(
+                f"expected one label below {outputs} for each of {len(class_names)} classes, got {list(label_ids)}"
+            )
+        self.model = model
+        self.plan = None if plan is None else dict(plan)
+        self.label_ids = tuple(label_ids)
+        features = probe_features(_backbone(model), _PROBE_SIZE)
+        self._level_keys = tuple(features)
+        self.spec = DetectorSpec(_levels(features, _PROBE_SIZE), tuple(class_names), family)
+        # Not persistent: the state dict stays the plain model's.
+        device = next(model.parameters()).device
+        to_ours = torch.full((outputs,), -1, dtype=torch.int64)
+        for ours, theirs in enumerate(label_ids):
+            if theirs >= 0:
+                to_ours[theirs] = ours
+        transform = _part(model, "transform")
+        self.register_buffer("_to_model", torch.tensor(label_ids, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("_to_ours", to_ours.to(device), persistent=False)
+        for name, values in (("_mean", transform.image_mean), ("_std", transform.image_std)):
+            self.register_buffer(name, torch.tensor(values, device=device).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def missing_classes(self) -> tuple[str, ...]:
+        """Classes of the spec that the model has no output for, and never detects."""
+        names = zip(self.spec.class_names, self.label_ids, strict=True)
+        return tuple(name for name, label in names if label < 0)
+
+    def forward(self, batch: DetectionBatch, *, want: frozenset[Want]) -> DetectorOutput:
+        """Compute features, task losses or both from one pass of the backbone, in train or eval mode alike.
+
+        Args:
+            batch: The images, with targets where losses are wanted.
+            want: "features", "losses".
+        """
+        unknown = want - {"features", "losses"}
+        if unknown:
+            raise ValueError(f"want: expected 'features' and 'losses', got {sorted(unknown)}")
+        images = self._normalise(batch)
+        features = self._pyramid(images.tensors)
+        losses = self._losses(images, features, self._targets(batch)) if "losses" in want else {}
+        maps = self._feature_maps(features, batch.image_size) if "features" in want else ()
+        return DetectorOutput(features=maps, losses=losses)
+
+    @torch.no_grad()
+    def detect(self, batch: DetectionBatch) -> list[Detections]:
+        """Detections in px of the original images.
+
+        Raises:
+            ValueError: In train mode, where batch norm would depend on the other images.
+        """
+        if self.training:
+            raise ValueError("detect needs eval mode: call .eval() first")
+        images = self._normalise(batch)
+        features = self._pyramid(images.tensors)
+        if self.spec.family == "faster_rcnn":
+            with _mode(self.model, features, images, training=False):
+                proposals, _ = _part(self.model, "rpn")(images, features)
+                found, _ = _part(self.model, "roi_heads")(features, proposals, images.image_sizes)
+        else:
+            found = self._dense_detections(images, features)
+        return [
+            self._to_original(entry, size, original)
+            for entry, size, original in zip(found, batch.sizes, batch.original_sizes, strict=True)
+        ]
+
+    def _normalise(self, batch: DetectionBatch) -> ImageList:
+        """Normalise as the model's transform does, and set the padding back to zero."""
+        images = batch.images
+        height, width = batch.image_size
+        values = (images - self._mean.to(images.dtype)) / self._std.to(images.dtype)
+        if any(size != (height, width) for size in batch.sizes):
+            sizes = torch.tensor(batch.sizes).to(images.device, non_blocking=True)
+            rows = torch.arange(height, device=images.device) < sizes[:, :1]
+            columns = torch.arange(width, device=images.device) < sizes[:, 1:]
+            values = values * (rows[:, None, :, None] & columns[:, None, None, :])
+        return ImageList(values, list(batch.sizes))
+
+    def _pyramid(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        features = _backbone(self.model)(images)
+        return OrderedDict([("0", features)]) if isinstance(features, Tensor) else features
+
+    def _feature_maps(self, features: Mapping[str, Tensor], image_size: Size) -> tuple[FeatureMap, ...]:
+        height, width = image_size
+        return tuple(
+            FeatureMap(level.name, tensor, height / tensor.shape[-2], width / tensor.shape[-1])
+            for level, tensor in zip(self.spec.levels, (features[key] for key in self._level_keys), strict=True)
+        )
+
+    def _targets(self, batch: DetectionBatch) -> list[dict[str, Tensor]]:
+        """torchvision's targets: the model's labels, without ignored boxes."""
+        targets = batch.targets
+        labels = [target.labels for target in targets]
+        if self.missing_classes:
+            raise ValueError(f"this model cannot compute losses: it has no output for {list(self.missing_classes)}")
+        boxes = [target.boxes for target in targets]
+        # One look for the whole batch: training batches hold no ignored boxes, and dropping boxes waits for the device.
+        if targets and bool(torch.cat([target.ignore for target in targets]).any()):
+            boxes = [b[~target.ignore] for b, target in zip(boxes, targets, strict=True)]
+            labels = [entry[~target.ignore] for entry, target in zip(labels, targets, strict=True)]
+        return [{"boxes": b, "labels": self._to_model[entry]} for b, entry in zip(boxes, labels, strict=True)]
+
+    def _losses(
+        self, images: ImageList, features: OrderedDict[str, Tensor], targets: list[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        model = self.model
+        if self.spec.family == "faster_rcnn":
+            with _mode(model, features, images, training=True):
+                proposals, rpn = _part(model, "rpn")(images, features, targets)
+                _, roi = _part(model, "roi_heads")(features, proposals, images.image_sizes, targets)
+            return {**roi, **rpn}
+        maps = list(features.values())
+        outputs = _part(model, "head")(maps)
+        anchors = _part(model, "anchor_generator")(images, maps)
+        if self.spec.family == "fcos":
+            cells = [entry.shape[-2] * entry.shape[-1] for entry in maps]
+            return dict(_part(model, "compute_loss")(targets, outputs, anchors, cells))
+        return dict(_part(model, "compute_loss")(targets, outputs, anchors))
+
+    def _dense_detections(self, images: ImageList, features: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        maps = list(features.values())
+        outputs = _part(self.model, "head")(maps)
+        anchors = _part(self.model, "anchor_generator")(images, maps)
+        cells = [entry.shape[-2] * entry.shape[-1] for entry in maps]
+        per_cell = outputs["cls_logits"].shape[1] // sum(cells)
+        counts = [count * per_cell for count in cells]
+        split = {name: list(values.split(counts, dim=1)) for name, values in outputs.items()}
+        split_anchors = [list(entry.split(counts)) for entry in anchors]
+        found = _part(self.model, "postprocess_detections")(split, split_anchors, images.image_sizes)
+        return list(found)
+
+    def _to_original(self, found: Mapping[str, Tensor], size: Size, original: Size) -> Detections:
+        """Scale boxes to the stored image, clip them to it, and drop classes that were not asked for."""
+        boxes, scores, labels = found["boxes"].float(), found["scores"].float(), self._to_ours[found["labels"]]
+        scale_y, scale_x = original[0] / size[0], original[1] / size[1]
+        boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
+        boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([original[1], original[0]] * 2))
+        known = labels >= 0
+        return Detections(boxes[known], scores[known], labels[known])
+
+
+def wrap_torchvision(
+    model: nn.Module, class_names: Sequence[str] | None = None, *, label_ids: Sequence[int] | None = None
+) -> TorchvisionDetector:
+    """Wrap a RetinaNet, FCOS or Faster R-CNN that you already built.
+
+    Args:
+        model: The plain torchvision detector.
+        class_names: Names of classes 0..K-1 without background. None numbers them.
+        label_ids: The model's label of each class. None takes 1..K for Faster R-CNN, where 0 is the background, and for
+            the other two 0..K-1 if the head has K outputs or 1..K if it has K + 1 (torchvision's published habit).
+
+    Raises:
+        ValueError: If the model is of another kind or the number of classes does not fit its head.
+    """
+    outputs = count_labels(model)
+    background = 1 if family_of(model) == "faster_rcnn" else 0
+    if class_names is None:
+        class_names = [str(index) for index in range(outputs - background)]
+    if label_ids is None:
+        offset = outputs - len(class_names)
+        if not background <= offset <= 1:
+            raise ValueError(
+                f"the head of this {family_of(model)} has {outputs} outputs{' with background' if background else ''}, "
+                f"got {len(class_names)} class names; expected {outputs - background}, or give label_ids"
+            )
+        label_ids = range(offset, outputs)
+    return TorchvisionDetector(model, class_names, label_ids=label_ids)
+
+
+def family_of(model: nn.Module) -> str:
+    """The detector's kind by its class.
+
+    Raises:
+        ValueError: If it is none of the three that are supported.
+    """
+    if isinstance(model, FasterRCNN) and not isinstance(model, MaskRCNN):
+        return "faster_rcnn"
+    if isinstance(model, RetinaNet):
+        return "retinanet"
+    if isinstance(model, FCOS):
+        return "fcos"
+    raise ValueError(f"expected torchvision's RetinaNet, FCOS or FasterRCNN, got {type(model).__name__}")
+
+
+def count_labels(model: nn.Module) -> int:
+    """Outputs of the classification head, background included where there is one."""
+    if family_of(model) == "faster_rcnn":
+        return int(_part(_part(_part(model, "roi_heads"), "box_predictor"), "cls_score").out_features)
+    return int(_part(_part(model, "head"), "classification_head").num_classes)
+
+
+def _part(module: Any, name: str) -> Any:  # noqa: ANN401 - torchvision's detectors are not typed
+    return getattr(module, name)
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    backbone = _part(model, "backbone")
+    if not isinstance(backbone, nn.Module):
+        raise ValueError(f"expected {type(model).__name__}.backbone to be a module, got {type(backbone).__name__}")
+    return backbone
+
+
+def _levels(features: Mapping[str, Tensor], size: int) -> tuple[FeatureLevel, ...]:
+    """Name levels p3 for stride 8 and so on where strides are distinct powers of two, else by the backbone's keys."""
+    strides = [size / tensor.shape[-2] for tensor in features.values()]
+    exponents = [math.log2(stride) for stride in strides]
+    names = list(features)
+    if len(set(strides)) == len(strides) and all(exponent.is_integer() for exponent in exponents):
+        names = [f"p{int(exponent)}" for exponent in exponents]
+    return tuple(
+        FeatureLevel(name, tensor.shape[1], stride)
+        for name, tensor, stride in zip(names, features.values(), strides, strict=True)
+    )
+
+
+@contextmanager
+def _mode(
+    model: nn.Module, features: Mapping[str, Tensor], images: ImageList, *, training: bool
+) -> Iterator[None]:
+    """Let a two-stage head compute losses or detections whatever mode the model is in, and at this batch's scales.
+
+    The proposal network and the box head decide by their own ``training`` flag; their children's are left alone.
+    ``MultiScaleRoIAlign`` infers its scales from the valid sizes of its first call and keeps them: they are set here
+    from the padded size, and taken away afterwards.
+    """
+    rpn, heads = _part(model, "rpn"), _part(model, "roi_heads")
+    pool: MultiScaleRoIAlign = heads.box_roi_pool
+    before = rpn.training, heads.training, pool.scales, pool.map_levels
+    height = images.tensors.shape[-2]
+    scales = [2.0 ** round(math.log2(features[name].shape[-2] / height)) for name in features if name in pool.featmap_names]
+    try:
+        rpn.training = heads.training = training
+        pool.scales = scales
+        pool.map_levels = initLevelMapper(
+            int(-math.log2(scales[0])),
+            int(-math.log2(scales[-1])),
+            canonical_scale=pool.canonical_scale,
+            canonical_level=pool.canonical_level,
+        )
+        yield
+    finally:
+        rpn.training, heads.training, pool.scales, pool.map_levels = before

