@@ -1,0 +1,92 @@
+"""Distances between student and teacher tensors, in at least float32 whatever autocast says."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Distance = Literal["frobenius", "relative", "mse", "standardised"]
+"""How two tensors of one shape are compared; see `tensor_distance`."""
+
+TeacherSide = Literal["joint", "shared", "frozen"]
+"""What becomes of the modules on the teacher's side.
+
+``shared``: one module serves the adapted student and the teacher; the target is a constant to the gradient.
+``joint``: the teacher has a module of its own that is trained by the distillation loss, as in the released code; it
+can make its own target easier. ``frozen``: the teacher has a module of its own that keeps its random initial weights.
+"""
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """A context without autocast on the tensor's device."""
+    return torch.autocast(device_type=tensor.device.type, enabled=False)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Cast half-precision tensors to float32 and leave float32 and float64 alone."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def standardise(feature: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Give every channel zero mean and unit variance over batch and space together (PKD, arXiv:2207.02039).
+
+    Deviation from PKD: the variance is biased and ``eps`` is added to it inside the root, so that one value a channel,
+    or a constant channel, gives zeros and a bounded gradient (PKD: NaN, and a gradient of 1e6).
+
+    Args:
+        feature: (B, C, ...), any float dtype.
+        eps: Added to the variance, squared units of the feature.
+
+    Returns:
+        Same shape, at least float32.
+    """
+    with full_precision(feature):
+        feature = at_least_float32(feature)
+        if feature.numel() == 0:
+            return feature
+        axes = [axis for axis in range(feature.ndim) if axis != 1]
+        variance, mean = torch.var_mean(feature, dim=axes, correction=0, keepdim=True)
+        return (feature - mean) * torch.rsqrt(variance + eps)
+
+
+def tensor_distance(student: Tensor, teacher: Tensor, *, kind: Distance, eps: float = 1e-6) -> Tensor:
+    r"""Compare two tensors as wholes. Nothing is detached here: the losses decide what is a constant.
+
+    - ``frobenius``: :math:`\|s - t\|_2` of the whole tensor, un-squared; gradient 0 where it is 0.
+    - ``relative``: :math:`\|s - t\| / \|t\|`, the denominator a constant to the gradient.
+    - ``mse``: mean squared difference.
+    - ``standardised``: half the mean squared difference after `standardise` of both (PKD).
+
+    Args:
+        student: (B, C, ...).
+        teacher: Same shape.
+        kind: See above.
+        eps: Smallest denominator of ``relative``.
+
+    Returns:
+        0-d, at least float32; 0 (with a graph) for empty tensors.
+
+    Raises:
+        ValueError: If the shapes differ or the kind is unknown.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"Expected tensors of one shape, got {tuple(student.shape)} and {tuple(teacher.shape)}")
+    with full_precision(student):
+        if kind == "standardised":
+            return 0.5 * _mean_square(standardise(student) - standardise(teacher))
+        difference = at_least_float32(student) - at_least_float32(teacher)
+        if kind == "mse":
+            return _mean_square(difference)
+        if kind == "frobenius":
+            return torch.linalg.vector_norm(difference)
+        if kind == "relative":
+            size = torch.linalg.vector_norm(at_least_float32(teacher.detach())).clamp_min(eps)
+            return torch.linalg.vector_norm(difference) / size
+    raise ValueError(f"Expected a distance out of frobenius, relative, mse, standardised, got {kind!r}")
+
+
+def _mean_square(difference: Tensor) -> Tensor:
+    # The mean of nothing is NaN; an empty sum is a zero that still reaches every parameter.
+    return difference.square().sum() / max(difference.numel(), 1)

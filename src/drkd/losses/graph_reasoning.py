@@ -1,0 +1,101 @@
+"""The graph reasoning unit: relations among all pixels of a map at a cost linear in their number."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from drkd.losses.distance import at_least_float32, full_precision
+
+GraphNorm = Literal["group", "batch", "none"]
+"""Norm after the reprojection; see `GraphReasoningUnit`."""
+
+
+class GraphReasoningUnit(nn.Module):
+    r"""Global reasoning over a graph of regions (GloRe, Chen et al., CVPR 2019, arXiv:1811.12814; DRKD, section 3.1).
+
+    With L = h w positions, states S = theta(F) (C1, L) and assignment Q = rho(F) (C2, L), both 1x1 convolutions:
+
+    .. math:: V = S Q^T, \quad V' = V + V W_g^T + b, \quad U = W_c\,\mathrm{ReLU}(V'), \quad
+              \mathrm{out} = F + \mathrm{norm}(W_e U Q)
+
+    V holds C2 nodes of C1 states. The paper writes ((I - A) V) W, so W_g is its -A. Nothing of size L x L exists.
+
+    Deviations from the released unit, each an argument: V is divided by L, and the norm is a group norm, because batch
+    norm ties the images of a batch together and fails on a 1x1 map of one image. The released one is
+    ``normalise=False, norm="batch"``.
+
+    Args:
+        channels: Channels of the map, at least 2.
+        nodes: C2, number of graph nodes.
+        states: C1, width of a node.
+        normalise: Divide V by L, so that its size does not follow the map's.
+        norm: ``group`` (groups of at least 8 channels, at most 32 groups), ``batch`` (eps 1e-4, as released), ``none``.
+        activation_before_update: ReLU before W_c, as released; False is the paper's plain linear update.
+        residual: Add F; False returns the relations alone.
+
+    Shape:
+        input: (B, C, h, w).
+        output: same.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        nodes: int,
+        states: int,
+        normalise: bool = True,
+        norm: GraphNorm = "group",
+        activation_before_update: bool = True,
+        residual: bool = True,
+    ) -> None:
+        super().__init__()
+        if min(channels, nodes, states) < 1:
+            raise ValueError(f"Expected channels, nodes and states above 0, got {channels}, {nodes}, {states}")
+        self.state = nn.Conv2d(channels, states, kernel_size=1)
+        self.projection = nn.Conv2d(channels, nodes, kernel_size=1)
+        self.node_mixing = nn.Linear(nodes, nodes)
+        self.state_update = nn.Linear(states, states, bias=False)
+        self.expansion = nn.Conv2d(states, channels, kernel_size=1, bias=False)
+        self.norm = _make_norm(norm, channels)
+        self.normalise = normalise
+        self.activation_before_update = activation_before_update
+        self.residual = residual
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Add to every pixel what the graph says of it."""
+        if feature.ndim != 4 or feature.shape[1] != self.state.in_channels:
+            raise ValueError(f"Expected a map (B, {self.state.in_channels}, h, w), got {tuple(feature.shape)}")
+        feature = feature.to(self.state.weight.dtype)
+        height, width = feature.shape[-2:]
+        states = self.state(feature).flatten(2)
+        assignment = self.projection(feature).flatten(2)
+        with full_precision(feature):
+            # A sum over all positions leaves half precision's range and digits.
+            mixed = self._reason(at_least_float32(states), at_least_float32(assignment))
+        relations = self.norm(self.expansion(mixed.unflatten(2, (height, width))))
+        return feature + relations if self.residual else relations
+
+    def _reason(self, states: Tensor, assignment: Tensor) -> Tensor:
+        nodes = states @ assignment.transpose(1, 2)
+        if self.normalise:
+            nodes = nodes / states.shape[2]
+        nodes = nodes + self.node_mixing(nodes)
+        if self.activation_before_update:
+            nodes = torch.relu(nodes)
+        return self.state_update.weight @ nodes @ assignment
+
+
+def _make_norm(norm: GraphNorm, channels: int) -> nn.Module:
+    if norm == "group":
+        # Groups of several channels keep a variance even on a 1x1 map.
+        groups = max(n for n in range(1, 33) if channels % n == 0 and (n == 1 or channels // n >= 8))
+        return nn.GroupNorm(groups, channels)
+    if norm == "batch":
+        return nn.BatchNorm2d(channels, eps=1e-4)
+    if norm == "none":
+        return nn.Identity()
+    raise ValueError(f"Expected a norm out of group, batch, none, got {norm!r}")

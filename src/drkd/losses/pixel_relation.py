@@ -1,0 +1,100 @@
+"""Pixel-wise relation distillation: student and teacher maps are compared after graph reasoning."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from drkd.losses.alignment import AdapterInit, check_maps, make_adapter, resample
+from drkd.losses.distance import Distance, TeacherSide, standardise, tensor_distance
+from drkd.losses.graph_reasoning import GraphNorm, GraphReasoningUnit
+
+
+class PixelRelationLoss(nn.Module):
+    r"""L_PR of one pyramid level (DRKD, Ni et al., IJCAI 2023, arXiv:2302.05637, section 3.1).
+
+    ``joint`` and ``frozen``: :math:`d(f(\phi_S(s)), \phi_T(t))`, the paper's form. ``shared``:
+    :math:`d(\phi(f(s)), \phi(t))` with one unit and the target a constant, so the two sides are measured by the same
+    ruler, equal maps give exactly zero, and the target cannot be made easier. The teacher's map never gets a gradient.
+
+    Args:
+        student_channels: Channels of the student's map.
+        teacher_channels: Channels of the teacher's map.
+        nodes: Graph nodes, see `GraphReasoningUnit`.
+        states: Width of a node.
+        normalise: Divide the node states by the number of positions.
+        norm: Norm of the graph reasoning unit.
+        activation_before_update: ReLU in the unit as released.
+        distance: See `tensor_distance`.
+        teacher_side: See `TeacherSide`.
+        normalise_features: `standardise` both maps first.
+        adapter_init: See `make_adapter`.
+
+    Shape:
+        student: (B, Cs, h, w); resampled bilinearly to the teacher's size where it differs.
+        teacher: (B, Ct, H, W).
+        output: 0-d, at least float32.
+
+    Raises:
+        ValueError: If batch or channels are not as declared.
+    """
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        *,
+        nodes: int = 32,
+        states: int = 64,
+        normalise: bool = True,
+        norm: GraphNorm = "group",
+        activation_before_update: bool = True,
+        distance: Distance = "mse",
+        teacher_side: TeacherSide = "shared",
+        normalise_features: bool = True,
+        adapter_init: AdapterInit = "identity",
+    ) -> None:
+        super().__init__()
+        if teacher_side not in ("joint", "shared", "frozen"):
+            raise ValueError(f"Expected a teacher side out of joint, shared, frozen, got {teacher_side!r}")
+
+        def unit(channels: int) -> GraphReasoningUnit:
+            return GraphReasoningUnit(
+                channels,
+                nodes=nodes,
+                states=states,
+                normalise=normalise,
+                norm=norm,
+                activation_before_update=activation_before_update,
+            )
+
+        self.student_channels = student_channels
+        self.teacher_channels = teacher_channels
+        self.adapter = make_adapter(student_channels, teacher_channels, init=adapter_init)
+        self.student_unit = unit(teacher_channels if teacher_side == "shared" else student_channels)
+        self.teacher_unit = None if teacher_side == "shared" else unit(teacher_channels)
+        if self.teacher_unit is not None and teacher_side == "frozen":
+            self.teacher_unit.requires_grad_(False)
+        self.distance: Distance = distance
+        self.teacher_side: TeacherSide = teacher_side
+        self.normalise_features = normalise_features
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Distance between the related maps."""
+        return tensor_distance(*self.maps(student, teacher), kind=self.distance)
+
+    def maps(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's maps after graph reasoning, both (B, Ct, H, W)."""
+        check_maps(student, teacher, student_channels=self.student_channels, teacher_channels=self.teacher_channels)
+        teacher = teacher.detach()
+        if self.normalise_features:
+            student, teacher = standardise(student), standardise(teacher)
+        student = resample(student.to(self.adapter.weight.dtype), (teacher.shape[-2], teacher.shape[-1]))
+        teacher_unit = self.student_unit if self.teacher_unit is None else self.teacher_unit
+        if self.teacher_side == "shared":
+            related = self.student_unit(self.adapter(student))
+        else:
+            related = self.adapter(self.student_unit(student))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.teacher_side == "joint"):
+            target = teacher_unit(teacher)
+        return related, target

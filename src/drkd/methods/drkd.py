@@ -1,0 +1,328 @@
+"""Dual relation knowledge distillation: pixel relations, instance relations and instances, level by level."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
+from drkd.losses import (
+    AdapterInit,
+    Distance,
+    FilterMode,
+    GraphNorm,
+    InstanceDistance,
+    InstanceFeatureLoss,
+    InstanceLayout,
+    InstanceRelationLoss,
+    PixelRelationLoss,
+    RelationDistance,
+    RelationTarget,
+    TeacherSide,
+    pool_instances,
+    standardise,
+)
+from drkd.losses.instances import count_boxes
+from drkd.methods.levels import LevelPair, maps_by_name, match_levels, spec_of_maps
+
+PIXEL, RELATION, INSTANCE = "pixel_relation", "instance_relation", "instance"
+
+
+@dataclass(frozen=True)
+class LevelRelations:
+    """What DRKD compares at one level, for pictures and measurements; a field is None where its term is off.
+
+    Args:
+        name: The student's name for the level.
+        student_map: (B, C, H, W), the student's map after graph reasoning.
+        teacher_map: Same for the teacher.
+        student_matrix: (B, Nmax, Nmax), the student's relation matrices, zero where there is no instance.
+        teacher_matrix: Same for the teacher.
+    """
+
+    name: str
+    student_map: Tensor | None
+    teacher_map: Tensor | None
+    student_matrix: Tensor | None
+    teacher_matrix: Tensor | None
+
+
+class DRKD(KDMethod):
+    """DRKD (Ni, Yang, Wen, Zhang; IJCAI 2023; arXiv:2302.05637), every choice an argument; these defaults are ours.
+
+    Terms, one a level each: ``pixel_relation`` (`PixelRelationLoss`), ``instance_relation`` (`InstanceRelationLoss`),
+    ``instance`` (`InstanceFeatureLoss`). A term of weight 0 is neither built nor computed. `PaperDRKD` and
+    `ReleasedDRKD` have the paper's and the released code's choices as defaults.
+
+    Departures of these defaults from the paper, all for one reason (features of unlike size and norms of unlike scale
+    left the distillation silently off): maps are standardised first, distances are means, weights are ratios of
+    gradient norms, one module serves both sides with a constant target, and the relation logits are scaled.
+
+    Args:
+        student: The student's levels.
+        teacher: The teacher's levels; matched to the student's by stride.
+        pixel_weight: Of ``pixel_relation``.
+        relation_weight: Of ``instance_relation``.
+        instance_weight: Of ``instance``.
+        balanced: Whether weights are ratios of gradient norms, see `KDMethod`; otherwise plain multipliers.
+        warmup_steps: Steps over which all weights rise from 0.
+        levels: Student levels to use; None is all that find a partner.
+        pixel_levels: How many of them, finest first, have pixel relations; None is all.
+        instance_levels: How many of them, finest first, have the two instance terms (released: 2); None is all.
+        normalise_features: `standardise` every map over batch and space once; all terms then read that.
+        teacher_side: See `TeacherSide` (released: joint).
+        adapter_init: Start of the 1x1 adapters on the student's side, see `make_adapter`.
+        nodes: Graph nodes (C2): one number, or one a level, finest first, the last holding for all after it.
+        states: Width of a graph node (C1): same.
+        normalise: Divide the graph's states by the number of positions (released: no).
+        norm: After the graph's reprojection: group, batch (released) or none.
+        activation_before_update: ReLU in the graph as released; False is the paper's linear update.
+        pixel_distance: See `tensor_distance` (paper, released: frobenius).
+        roi_size: Cells a side of a pooled instance (released: 3).
+        roi_aligned: Exact RoIAlign; False is the released, unshifted one.
+        roi_sampling_ratio: Samples a cell and axis; -1 adapts to the box (released).
+        instance_target: ``matrix`` (paper) or ``features`` (released).
+        relation_distance: ``frobenius`` (paper, released), ``mse``; ``kl`` for matrix only, ``relative`` for features.
+        relation_filter: ``learned`` (paper), ``random`` (released), ``off``.
+        across_images: Relate the instances of the whole batch to each other.
+        embed_channels: Width of the relation's embeddings; None is half a flattened instance (paper, released).
+        logit_scale: Of the relation logits; None is 1 / sqrt(embed_channels) (paper, released: 1).
+        matrix_connector: f on a relation matrix: ``identity`` or scalar ``affine``.
+        instance_distance: ``mse``, ``relative``, ``standardised``, ``norm`` (paper), ``frobenius`` (released).
+
+    Raises:
+        DrkdError: If the pyramids do not match.
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
+        *,
+        pixel_weight: float = 0.5,
+        relation_weight: float = 0.1,
+        instance_weight: float = 0.5,
+        balanced: bool = True,
+        warmup_steps: int = 0,
+        levels: Sequence[str] | None = None,
+        pixel_levels: int | None = None,
+        instance_levels: int | None = 2,
+        normalise_features: bool = True,
+        teacher_side: TeacherSide = "shared",
+        adapter_init: AdapterInit = "identity",
+        nodes: int | Sequence[int] = 32,
+        states: int | Sequence[int] = 64,
+        normalise: bool = True,
+        norm: GraphNorm = "group",
+        activation_before_update: bool = True,
+        pixel_distance: Distance = "mse",
+        roi_size: int = 3,
+        roi_aligned: bool = True,
+        roi_sampling_ratio: int = 2,
+        instance_target: RelationTarget = "matrix",
+        relation_distance: RelationDistance = "kl",
+        relation_filter: FilterMode = "learned",
+        across_images: bool = False,
+        embed_channels: int | None = 128,
+        logit_scale: float | None = None,
+        matrix_connector: Literal["identity", "affine"] = "identity",
+        instance_distance: InstanceDistance = "mse",
+    ) -> None:
+        super().__init__()
+        weights = {PIXEL: pixel_weight, RELATION: relation_weight, INSTANCE: instance_weight}
+        if min(weights.values()) < 0 or max(weights.values()) == 0:
+            raise ValueError(f"Expected weights of at least 0, one of them above 0, got {weights}")
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        minimum = {RELATION: 2 if instance_target == "matrix" else 1, INSTANCE: 1}
+        self.minimum_boxes = {name: count for name, count in minimum.items() if name in self.weights}
+        self.balanced = balanced
+        self.warmup_steps = warmup_steps
+        self.normalise_features = normalise_features
+        self.roi_size = roi_size
+        self.roi_aligned = roi_aligned
+        self.roi_sampling_ratio = roi_sampling_ratio
+        pairs = match_levels(student, teacher, names=levels)
+        self.pixel_pairs = pairs[:pixel_levels] if PIXEL in self.weights else ()
+        self.instance_pairs = pairs[:instance_levels] if self.minimum_boxes else ()
+        self.pixel_losses = nn.ModuleList(
+            PixelRelationLoss(
+                pair.student.channels,
+                pair.teacher.channels,
+                nodes=_at_level(nodes, index),
+                states=_at_level(states, index),
+                normalise=normalise,
+                norm=norm,
+                activation_before_update=activation_before_update,
+                distance=pixel_distance,
+                teacher_side=teacher_side,
+                normalise_features=False,
+                adapter_init=adapter_init,
+            )
+            for index, pair in enumerate(self.pixel_pairs)
+        )
+        self.relation_losses = nn.ModuleList(
+            InstanceRelationLoss(
+                pair.student.channels,
+                pair.teacher.channels,
+                size=roi_size,
+                target=instance_target,
+                distance=relation_distance,
+                filter_mode=relation_filter,
+                embed_channels=embed_channels,
+                logit_scale=logit_scale,
+                across_images=across_images,
+                teacher_side=teacher_side,
+                connector=matrix_connector,
+                adapter_init=adapter_init,
+            )
+            for pair in (self.instance_pairs if RELATION in self.weights else ())
+        )
+        self.instance_losses = nn.ModuleList(
+            InstanceFeatureLoss(
+                pair.student.channels, pair.teacher.channels, distance=instance_distance, adapter_init=adapter_init
+            )
+            for pair in (self.instance_pairs if INSTANCE in self.weights else ())
+        )
+
+    @classmethod
+    def for_features(
+        cls,
+        student_features: Mapping[str, Tensor],
+        teacher_features: Mapping[str, Tensor],
+        *,
+        image_size: tuple[int, int],
+        **options: Any,
+    ) -> Self:
+        """Build the method for two dicts of feature maps, reading channels and strides off their shapes.
+
+        Args:
+            student_features: (B, C, h, w) by name.
+            teacher_features: Same for the teacher; names and sizes may differ from the student's.
+            image_size: Height and width of the image tensor, px.
+            options: Keyword arguments of the class. Parameters are made on the CPU: move the method to your device.
+        """
+        student = spec_of_maps(student_features, image_size=image_size)
+        teacher = spec_of_maps(teacher_features, image_size=image_size)
+        return cls(student, teacher, **options)
+
+    def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
+        """The unweighted terms, named ``<term>/<student level>``."""
+        return self.from_features(
+            maps_by_name(student.features),
+            maps_by_name(teacher.features),
+            batch.boxes,
+            image_size=batch.image_size,
+        )
+
+    def from_features(
+        self,
+        student_features: Mapping[str, Tensor],
+        teacher_features: Mapping[str, Tensor],
+        boxes: Sequence[Tensor],
+        *,
+        image_size: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """The unweighted terms of feature maps by level name and one (N, 4) tensor of xyxy px boxes an image."""
+        ours, theirs = self._prepare(student_features, teacher_features)
+        terms: dict[str, Tensor] = {}
+        for pair, loss in zip(self.pixel_pairs, self.pixel_losses, strict=True):
+            terms[f"{PIXEL}/{pair.name}"] = loss(ours[pair.student.name], theirs[pair.teacher.name])
+        if not self.instance_pairs:
+            return terms
+        layout = InstanceLayout.build(count_boxes(boxes), ours[self.instance_pairs[0].student.name].device)
+        pooled = [self._pool(pair, ours, theirs, boxes, image_size, layout) for pair in self.instance_pairs]
+        if RELATION in self.weights:
+            for pair, loss, instances in zip(self.instance_pairs, self.relation_losses, pooled, strict=True):
+                terms[f"{RELATION}/{pair.name}"] = loss(*instances, boxes, image_size=image_size)
+        if INSTANCE in self.weights:
+            for pair, loss, instances in zip(self.instance_pairs, self.instance_losses, pooled, strict=True):
+                terms[f"{INSTANCE}/{pair.name}"] = loss(*instances, layout=layout)
+        return terms
+
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Weighted sum of terms, for a training loop without drkd's engine.
+
+        The weights serve as plain multipliers here: balancing by gradient ratios and warm-up are the engine's.
+        """
+        return torch.stack([self.weights[name.partition("/")[0]] * term for name, term in terms.items()]).sum()
+
+    @torch.no_grad()
+    def relations(
+        self,
+        student_features: Mapping[str, Tensor],
+        teacher_features: Mapping[str, Tensor],
+        boxes: Sequence[Tensor],
+        *,
+        image_size: tuple[int, int],
+    ) -> tuple[LevelRelations, ...]:
+        """The maps and matrices that the two relation terms compare, level by level, without gradient."""
+        ours, theirs = self._prepare(student_features, teacher_features)
+        maps: dict[str, tuple[Tensor, Tensor]] = {}
+        for pair, loss in zip(self.pixel_pairs, self.pixel_losses, strict=True):
+            maps[pair.name] = loss.maps(ours[pair.student.name], theirs[pair.teacher.name])
+        matrices: dict[str, tuple[Tensor, Tensor]] = {}
+        if RELATION in self.weights:
+            for pair, loss in zip(self.instance_pairs, self.relation_losses, strict=True):
+                layout = InstanceLayout.build(count_boxes(boxes), ours[pair.student.name].device)
+                instances = self._pool(pair, ours, theirs, boxes, image_size, layout)
+                matrices[pair.name] = loss.matrices(*instances, boxes, image_size=image_size)[:2]
+        return tuple(
+            LevelRelations(name, *maps.get(name, (None, None)), *matrices.get(name, (None, None)))
+            for name in dict.fromkeys([*maps, *matrices])
+        )
+
+    def _prepare(
+        self, student_features: Mapping[str, Tensor], teacher_features: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Only the maps that some term reads, the teacher's detached, both standardised where asked for."""
+        pairs = {pair.name: pair for pair in (*self.pixel_pairs, *self.instance_pairs)}.values()
+        ours = _select({pair.student.name for pair in pairs}, student_features, owner="student")
+        theirs = _select({pair.teacher.name for pair in pairs}, teacher_features, owner="teacher")
+        theirs = {name: tensor.detach() for name, tensor in theirs.items()}
+        if self.normalise_features:
+            ours = {name: standardise(tensor) for name, tensor in ours.items()}
+            theirs = {name: standardise(tensor) for name, tensor in theirs.items()}
+        return ours, theirs
+
+    def _pool(
+        self,
+        pair: LevelPair,
+        ours: Mapping[str, Tensor],
+        theirs: Mapping[str, Tensor],
+        boxes: Sequence[Tensor],
+        image_size: tuple[int, int],
+        layout: InstanceLayout,
+    ) -> tuple[Tensor, Tensor]:
+        student, teacher = (
+            pool_instances(
+                feature,
+                boxes,
+                image_size=image_size,
+                output_size=self.roi_size,
+                aligned=self.roi_aligned,
+                sampling_ratio=self.roi_sampling_ratio,
+                layout=layout,
+            )
+            for feature in (ours[pair.student.name], theirs[pair.teacher.name])
+        )
+        return student, teacher
+
+
+def _at_level(numbers: int | Sequence[int], index: int) -> int:
+    if isinstance(numbers, int):
+        return numbers
+    if not numbers:
+        raise ValueError("Expected at least one number of graph nodes or states, got none")
+    return numbers[min(index, len(numbers) - 1)]
+
+
+def _select(names: set[str], features: Mapping[str, Tensor], *, owner: str) -> dict[str, Tensor]:
+    missing = sorted(names - set(features))
+    if missing:
+        raise ValueError(f"Expected {owner} features named {', '.join(sorted(names))}, missing {', '.join(missing)}")
+    return {name: features[name] for name in sorted(names)}

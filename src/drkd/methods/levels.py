@@ -1,0 +1,92 @@
+"""Which level of the student's pyramid learns from which level of the teacher's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from drkd.contracts import DetectorSpec, DrkdError, FeatureLevel, FeatureMap
+
+
+@dataclass(frozen=True)
+class LevelPair:
+    """A level of the student and the level of the teacher that it learns from."""
+
+    student: FeatureLevel
+    teacher: FeatureLevel
+
+    @property
+    def name(self) -> str:
+        """The student's name for the level."""
+        return self.student.name
+
+
+def match_levels(
+    student: DetectorSpec, teacher: DetectorSpec, *, names: Sequence[str] | None = None, tolerance: float = 0.5
+) -> tuple[LevelPair, ...]:
+    """Pair each level of the student with the teacher's of nearest stride, finest first.
+
+    Of several teacher levels equally near, one that is not taken yet goes first, so that repeated strides pair up in
+    order. A student level without a teacher level within the tolerance is left out.
+
+    Args:
+        student: The student's pyramid.
+        teacher: The teacher's pyramid.
+        names: Student levels to use; None is all.
+        tolerance: Largest difference of two strides, octaves. Maps of unequal strides are resampled by the losses.
+
+    Raises:
+        DrkdError: If a name is unknown or no level finds a partner.
+    """
+    known = [level.name for level in student.levels]
+    unknown = sorted(set(names or ()) - set(known))
+    if unknown:
+        raise DrkdError(
+            f"The method was asked for the feature levels {', '.join(unknown)}, but the student has only "
+            f"{', '.join(known)}. Change `levels` of the method."
+        )
+    taken: set[int] = set()
+    pairs: list[LevelPair] = []
+    for level in sorted(student.levels, key=lambda level: level.stride):
+        if names is not None and level.name not in names:
+            continue
+        distances = [abs(math.log2(other.stride / level.stride)) for other in teacher.levels]
+        near = [(distance, index in taken, index) for index, distance in enumerate(distances) if distance <= tolerance]
+        if near:
+            chosen = min(near)[2]
+            taken.add(chosen)
+            pairs.append(LevelPair(level, teacher.levels[chosen]))
+    if not pairs:
+        raise DrkdError(
+            f"No level of the student's pyramid (strides {_strides(student)}) comes within {tolerance:g} octaves of a "
+            f"level of the teacher's (strides {_strides(teacher)}), so there is nothing to distil. Choose a teacher or "
+            f"a student whose pyramids overlap."
+        )
+    return tuple(pairs)
+
+
+def maps_by_name(features: Sequence[FeatureMap]) -> dict[str, Tensor]:
+    """The tensors of a detector's features by level name."""
+    return {feature.name: feature.tensor for feature in features}
+
+
+def spec_of_maps(features: Mapping[str, Tensor], *, image_size: tuple[int, int]) -> DetectorSpec:
+    """Read channels and strides off feature maps (B, C, h, w) of images of a height and width in px.
+
+    Raises:
+        ValueError: If a map is not (B, C, h, w).
+    """
+    levels = []
+    for name, tensor in features.items():
+        if tensor.ndim != 4:
+            raise ValueError(f"Expected feature maps (B, C, h, w), got {tuple(tensor.shape)} for {name!r}")
+        stride = math.sqrt(image_size[0] / tensor.shape[2] * image_size[1] / tensor.shape[3])
+        levels.append(FeatureLevel(name, int(tensor.shape[1]), stride))
+    return DetectorSpec(tuple(sorted(levels, key=lambda level: level.stride)), ())
+
+
+def _strides(spec: DetectorSpec) -> str:
+    return ", ".join(f"{level.stride:g}" for level in spec.levels)
