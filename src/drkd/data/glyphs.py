@@ -16,6 +16,7 @@ INK = 0.3
 
 _SCAN = 8
 _SUPERSAMPLING = 3
+_MEASURED_AT = 24.0
 
 
 def load_scans() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
@@ -51,38 +52,42 @@ def draw_digit(scan: Mask, size: float, random: np.random.Generator) -> Mask:
     """
     angle, shear = np.deg2rad(random.uniform(-15, 15)), random.uniform(-0.25, 0.25)
     ratio, weight = np.exp(random.uniform(-0.2, 0.2)), random.uniform(0.32, 0.52)
-    scale = size / _SCAN
-    for _ in range(2):
-        mask = _warp(scan, scale, angle, shear, ratio, weight)
-        # The ink of a scan does not fill its 8 x 8 px: measure, then draw again to size.
-        scale *= size / max(mask.shape)
-    return _warp(scan, scale, angle, shear, ratio, weight)
-
-
-def _warp(scan: Mask, scale: float, angle: float, shear: float, ratio: float, weight: float) -> Mask:
-    """Sample the scan along a rotated, sheared grid and cut its smooth ink off at the pen's weight."""
-    side = int(np.ceil(scale * _SCAN * 1.9)) + 4
-    fine = side * _SUPERSAMPLING
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    forward = turn @ np.array([[1.0, shear], [0.0, 1.0]]) @ np.diag([np.sqrt(ratio), 1 / np.sqrt(ratio)])
-    inverse = np.linalg.inv(forward * scale * _SUPERSAMPLING)
+    form = turn @ np.array([[1.0, shear], [0.0, 1.0]]) @ np.diag([np.sqrt(ratio), 1 / np.sqrt(ratio)])
+    # The ink of a scan does not fill its 8 x 8 px: measure it on a small drawing first.
+    draft = _warp(scan, form * (_MEASURED_AT / _SCAN), weight, 1)
+    scale = size / max(draft.shape) * (_MEASURED_AT / _SCAN)
+    return _warp(scan, form * scale, weight, _SUPERSAMPLING if size < 32 else 1)
+
+
+def _warp(scan: Mask, forward: npt.NDArray[np.float64], weight: float, supersampling: int) -> Mask:
+    """Sample the scan along a turned grid and cut its smooth ink off at the pen's weight.
+
+    Args:
+        scan: (8, 8) in [0, 1].
+        forward: (2, 2), scan px to px of the mask.
+        weight: Ink above it is drawn; lower is bolder.
+        supersampling: Samples a pixel and direction; large drawings have edges soft enough without.
+    """
+    corners = np.abs(forward) @ np.full(2, _SCAN / 2 + 0.5)
+    side = (int(np.ceil(2 * corners.max())) + 2) * supersampling
+    inverse = np.linalg.inv(forward * supersampling)
     padded = np.pad(scan, 3)
-    offset = np.full(2, padded.shape[0] / 2) - inverse @ np.full(2, fine / 2)
+    offset = np.full(2, padded.shape[0] / 2) - inverse @ np.full(2, side / 2)
     smooth = Image.fromarray(padded).transform(
-        (fine, fine),
+        (side, side),
         Image.Transform.AFFINE,
         (inverse[0, 0], inverse[0, 1], offset[0], inverse[1, 0], inverse[1, 1], offset[1]),
         Image.Resampling.BICUBIC,
     )
     ink = np.clip((np.asarray(smooth) - weight) / 0.12 + 0.5, 0, 1)
-    return crop_to_ink(_shrink(ink))
+    return crop_to_ink(_shrink(ink, supersampling))
 
 
-def _shrink(mask: npt.NDArray[np.floating]) -> Mask:
-    """Average blocks of supersampled pixels."""
-    height, width = (length // _SUPERSAMPLING for length in mask.shape)
-    blocks = mask[: height * _SUPERSAMPLING, : width * _SUPERSAMPLING]
-    blocks = blocks.reshape(height, _SUPERSAMPLING, width, _SUPERSAMPLING)
+def _shrink(mask: npt.NDArray[np.floating], factor: int) -> Mask:
+    """Average blocks of ``factor`` x ``factor`` px."""
+    height, width = (length // factor for length in mask.shape)
+    blocks = mask[: height * factor, : width * factor].reshape(height, factor, width, factor)
     return blocks.mean(axis=(1, 3), dtype=np.float32)
 
 
@@ -100,7 +105,7 @@ def draw_distractor(scan: Mask, size: float, random: np.random.Generator) -> Mas
     Args:
         scan: (8, 8), a digit of which a fragment may be used.
         size: Longer side, px.
-        random: Draws the kind: a piece of a digit on its side, a letter-like polyline, a blob or a frame.
+        random: Draws the kind: a piece of a digit on its side, a letter-like polyline, a blob or a scribble.
     """
     kind = random.integers(4)
     if kind == 0:
@@ -117,14 +122,13 @@ def draw_distractor(scan: Mask, size: float, random: np.random.Generator) -> Mas
         low, high = sorted(random.uniform(0.1, 0.9, 2) * side)
         pen.ellipse((low * 0.6, low, high, high + 2), fill=255)
     else:
-        points = [tuple(random.uniform(0.1, 0.9, 2) * side) for _ in range(3)]
+        points = [tuple(random.uniform(0.1, 0.9, 2) * side) for _ in range(int(random.integers(5, 8)))]
         pen.line(points, fill=255, width=width, joint="curve")
-    turned = canvas.rotate(float(random.uniform(-30, 30)), Image.Resampling.BILINEAR)
-    return crop_to_ink(_shrink(np.asarray(turned, dtype=np.float32) / 255))
+    turned = canvas.rotate(float(random.uniform(-20, 20)), Image.Resampling.BILINEAR)
+    return crop_to_ink(_shrink(np.asarray(turned, dtype=np.float32) / 255, _SUPERSAMPLING))
 
 
 _LETTERS = (
-    ((0, 1), (0.5, 0), (1, 1)),
     ((0, 0), (0, 1), (1, 1)),
     ((0, 0), (0.5, 1), (1, 0)),
     ((0, 1), (0, 0), (1, 1), (1, 0)),
@@ -133,7 +137,7 @@ _LETTERS = (
     ((0, 0), (1, 1), (0.5, 0.5), (1, 0), (0, 1)),
     ((0, 1), (0, 0), (0, 0.5), (1, 0), (0, 0.5), (1, 1)),
 )
-"""A L V N M H X K: no digit whichever way they lean. Corners (x, y) in [0, 1]."""
+"""L V N M H X K: no digit whichever way they lean. Corners (x, y) in [0, 1]."""
 
 
 def _draw_fragment(scan: Mask, size: float, random: np.random.Generator) -> Mask:
