@@ -1,0 +1,168 @@
+"""Figures of what happened over the steps: learning curves, losses, loudness of the distillation terms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from drkd.reports.figures import DISTILLED, GREY, SERIES, STUDENT, TEACHER, drawing_style, new_figure
+from drkd.reports.files import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def draw_learning_curves(
+    runs: Mapping[str, Mapping[str, Curve]],
+    *,
+    teacher: Mapping[str, float] | None = None,
+    metrics: Mapping[str, str] | None = None,
+) -> Figure:
+    """Draw validation metrics over the steps, one panel a metric and one line a run.
+
+    Args:
+        runs: Columns of ``metrics.csv`` by run: the first is the student, the second the distilled one.
+        teacher: The teacher's final metrics, drawn as a level.
+        metrics: Titles by metric; only those that some run has logged as ``val/<metric>`` are drawn.
+    """
+    metrics = metrics or {"ap": "AP", "ap50": "AP50", "ap_small": "AP_S"}
+    shown = [name for name in metrics if any(f"val/{name}" in curves for curves in runs.values())]
+    with drawing_style():
+        figure = new_figure(3.5 * max(1, len(shown)), 3.1)
+        panels = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
+        for axes, metric in zip(panels, shown, strict=False):
+            for colour, (run, curves) in zip((STUDENT, DISTILLED, *SERIES[2:]), runs.items(), strict=False):
+                if f"val/{metric}" in curves:
+                    curve = curves[f"val/{metric}"]
+                    values = [100 * value for value in curve.values]
+                    axes.plot(curve.steps, values, color=colour, label=run, marker="o", markersize=3)
+            level = (teacher or {}).get(metric, math.nan)
+            if not math.isnan(level):
+                axes.axhline(100 * level, color=TEACHER, linestyle=(0, (5, 3)), linewidth=1.4, label="teacher")
+            axes.set_title(metrics[metric])
+            axes.set_xlabel("step")
+            axes.set_ylim(bottom=0)
+        if shown:
+            panels[0].legend(loc="lower right")
+        else:
+            _say_empty(panels[0], "no validation was logged")
+        return figure
+
+
+def draw_losses(curves: Mapping[str, Curve]) -> Figure:
+    """Draw the task's and the distillation's terms over the steps, smoothed, each group on a logarithmic axis."""
+    groups = {
+        "Task losses": summed_terms(curves, "task/"),
+        "Distillation terms (unweighted)": summed_terms(curves, "kd/"),
+    }
+    groups = {title: terms for title, terms in groups.items() if terms}
+    with drawing_style():
+        figure = new_figure(4.6 * max(1, len(groups)), 3.1)
+        panels = figure.subplots(1, max(1, len(groups)), squeeze=False)[0]
+        for axes, (title, terms) in zip(panels, groups.items(), strict=False):
+            _draw_terms(axes, terms)
+            axes.set_title(title)
+        if not groups:
+            _say_empty(panels[0], "no losses were logged")
+        return figure
+
+
+def draw_kd_report(curves: Mapping[str, Curve]) -> Figure:
+    """Draw what every distillation term did: its gradient against the task's, and how far it fell.
+
+    A term whose ratio stays near zero distils nothing, however sensible its weight looks.
+    """
+    ratios, terms = _every_term(curves, "ratio/"), summed_terms(curves, "kd/")
+    with drawing_style():
+        figure = new_figure(9.6, 0.9 + 0.3 * max(5, len(ratios)))
+        left, right = figure.subplots(1, 2)
+        left.set_title("Gradient at the student's features, relative to the task's")
+        if ratios:
+            for row, curve in enumerate(ratios.values()):
+                values = sorted(value for value in curve.values if value > 0) or [1e-6]
+                middle, last = values[len(values) // 2], curve.values[-1]
+                left.plot(
+                    [values[0], values[-1]], [row, row], color=GREY, linewidth=4, alpha=0.35, solid_capstyle="round"
+                )
+                left.plot([middle], [row], "o", color=DISTILLED, markersize=6, label="median" if row == 0 else None)
+                left.plot(
+                    [max(last, 1e-6)],
+                    [row],
+                    "|",
+                    color=STUDENT,
+                    markersize=11,
+                    markeredgewidth=2,
+                    label="last" if row == 0 else None,
+                )
+            left.axvspan(0.1, 1.0, color="#009E73", alpha=0.08, linewidth=0)
+            left.set_xscale("log")
+            low, high = left.get_xlim()
+            left.set_xlim(min(low, 0.05), max(high, 2.0))
+            left.set_yticks(range(len(ratios)), list(ratios))
+            left.set_ylim(len(ratios) - 0.4, -0.6)
+            left.set_xlabel("ratio of gradient norms (band: 0.1 to 1)")
+            left.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        else:
+            _say_empty(left, "no gradient ratios were logged")
+        right.set_title("Fall of each term since the first steps")
+        falls = {name: _fall(curve) for name, curve in terms.items()}
+        if falls:
+            for row, (first, last) in enumerate(falls.values()):
+                change = 100 * (last / first - 1) if first else 0.0
+                right.barh(row, change, color=SERIES[0] if change <= 0 else SERIES[5], height=0.55)
+                right.annotate(
+                    f"{change:+.0f} %  ({first:.3g} to {last:.3g})",
+                    (max(change, 0), row),
+                    xytext=(5, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8,
+                )
+            right.axvline(0, color="#777777", linewidth=0.8)
+            right.set_xlim(min(-50.0, *(100 * (b / a - 1) if a else 0.0 for a, b in falls.values())) * 1.05, 90)
+            right.set_yticks(range(len(falls)), list(falls))
+            right.set_ylim(len(falls) - 0.4, -0.6)
+            right.set_xlabel("change, %: mean of the last tenth against the first")
+        else:
+            _say_empty(right, "no distillation terms were logged")
+        return figure
+
+
+def summed_terms(curves: Mapping[str, Curve], prefix: str) -> dict[str, Curve]:
+    """Return the curves below a prefix without those of single levels ("kd/pixel_relation/p3") where a sum is there."""
+    named = _every_term(curves, prefix)
+    return {name: curve for name, curve in named.items() if name.rpartition("/")[0] not in named}
+
+
+def _every_term(curves: Mapping[str, Curve], prefix: str) -> dict[str, Curve]:
+    return {name.removeprefix(prefix): curve for name, curve in curves.items() if name.startswith(prefix)}
+
+
+def _draw_terms(axes: Axes, terms: Mapping[str, Curve]) -> None:
+    for colour, (name, curve) in zip(SERIES * 3, terms.items(), strict=False):
+        axes.plot(curve.steps, curve.values, color=colour, alpha=0.22, linewidth=1.0)
+        axes.plot(curve.steps, _smooth(curve.values), color=colour, label=name.replace("_", " "))
+    if all(value > 0 for curve in terms.values() for value in curve.values):
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.legend(loc="upper right")
+
+
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """Running mean over a fifteenth of the points, shorter at the ends."""
+    half = max(1, len(values) // 30)
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _fall(curve: Curve) -> tuple[float, float]:
+    """Mean of the first and of the last tenth of the points."""
+    count = max(1, len(curve.values) // 10)
+    return sum(curve.values[:count]) / count, sum(curve.values[-count:]) / count
+
+
+def _say_empty(axes: Axes, words: str) -> None:
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes, color="#888888")

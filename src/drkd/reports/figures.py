@@ -1,0 +1,96 @@
+"""The look that all figures share, and how they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drkd.reports.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with every kind of colour blindness, and in grey.
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
+    *("#222222", "#E69F00", "#56B4E9", "#009E73"),
+    *("#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
+)
+GREY = "#8a8f98"
+TEACHER, STUDENT, DISTILLED = GREY, ORANGE, BLUE
+SERIES = (BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK)
+
+_STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.labelcolor": "#444444",
+    "axes.edgecolor": "#b5b9c0",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e8eb",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#666666",
+    "ytick.color": "#666666",
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.8,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+@contextmanager
+def drawing_style() -> Iterator[None]:
+    """Draw in the reports' style inside this block; matplotlib's own settings are untouched outside."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of this size in inches, free of matplotlib's global state and of any display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def render_png(figure: Figure, *, dpi: int = 120) -> bytes:
+    """Return the figure as a PNG file."""
+    buffer = BytesIO()
+    # No date and no version inside: the same data gives the same bytes.
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save_png(figure: Figure, path: Path, *, dpi: int = 120) -> Path:
+    """Write the figure as a PNG file, whole or not at all."""
+    return write_atomically(path, render_png(figure, dpi=dpi))
+
+
+def show_image(axes: Axes, image: Any, **options: Any) -> Any:
+    """Show an image without ticks, grid and frame, pixels sharp."""
+    axes.grid(False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return axes.imshow(image, **{"interpolation": "nearest", **options})

@@ -1,0 +1,270 @@
+"""The HTML page of a demo, a run or a run matrix: one file with everything inside, to open or to send."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drkd.contracts import DrkdError
+from drkd.reports.curves import draw_kd_report, draw_learning_curves, draw_losses
+from drkd.reports.figures import render_png
+from drkd.reports.files import Evaluation, Run, read_cost, read_evaluation, read_run, write_atomically
+from drkd.reports.matrix import draw_matrix
+from drkd.reports.pictures import draw_detections, draw_headline, read_compared_images
+from drkd.reports.relations import draw_pixel_relations, draw_relation_matrices, read_explanation
+from drkd.reports.tables import Model, Table, compare_classes, compare_matrix, compare_models, describe_evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PAGE = "report.html"
+_FIGURES = "figures"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Args:
+        title: Heading.
+        text: What the reader sees here and how to read it.
+        table: A table, if any.
+        figure: PNG file, if any.
+        description: The figure in words, for those who cannot see it.
+    """
+
+    title: str
+    text: str = ""
+    table: Table | None = None
+    figure: bytes | None = None
+    description: str = ""
+
+    @property
+    def figure_url(self) -> str:
+        """The figure as a data URL."""
+        return "data:image/png;base64," + base64.b64encode(self.figure or b"").decode("ascii")
+
+
+def write_demo_report(folder: Path) -> Path:
+    """Write the report of a demo: ``report.html``, ``table.md`` and ``figures/*.png`` in its folder.
+
+    Args:
+        folder: Holds ``teacher/`` (evaluation.json, cost.json), the run folders ``student/`` and ``drkd/``,
+            ``detections.json`` with its images and ``explain.npz``.
+
+    Returns:
+        The page.
+
+    Raises:
+        DrkdError: If a file is missing or damaged, naming it and the field.
+    """
+    teacher = Model(
+        "teacher", read_evaluation(folder / "teacher/evaluation.json"), _read_cost_if_there(folder / "teacher")
+    )
+    student, distilled = (read_run(folder / name) for name in ("student", "drkd"))
+    models = (
+        teacher,
+        Model("student", _require_evaluation(student), student.cost),
+        Model("student + DRKD", _require_evaluation(distilled), distilled.cost),
+    )
+    compared = read_compared_images(folder / "detections.json")
+    explanation = read_explanation(folder / "explain.npz")
+    table = compare_models(*models)
+    runs = {"student": student.curves, "student + DRKD": distilled.curves}
+    metrics = dict(zip(("teacher", "student", "drkd"), (model.evaluation.metrics for model in models), strict=True))
+    figures = {
+        "headline": draw_headline(metrics, compared),
+        "learning_curves": draw_learning_curves(runs, teacher=teacher.evaluation.metrics),
+        "detections": draw_detections(compared),
+        "pixel_relations": draw_pixel_relations(explanation),
+        "relation_matrices": draw_relation_matrices(explanation),
+        "distillation": draw_kd_report(distilled.curves),
+        "losses": draw_losses(distilled.curves),
+    }
+    images = _save_figures(figures, folder)
+    sections = [
+        Section("Result", "", table, images["headline"], "Bars of AP and AP_S for each model beside one image"),
+        *_demo_sections(images),
+        Section("Every class", "AP of every class.", compare_classes({m.name: m.evaluation for m in models})),
+    ]
+    write_atomically(folder / "table.md", table.markdown().encode())
+    return _write_page(
+        folder / _PAGE,
+        title="A student taught by DRKD",
+        lead="The same student, budget and seed twice: alone, and taught by a frozen teacher through dual relation "
+        "knowledge distillation. It costs the same at inference; only its weights differ.",
+        sections=sections,
+        runs={"student": student, "student + DRKD": distilled},
+    )
+
+
+def write_run_report(folder: Path) -> Path:
+    """Write the report of one run folder: ``report.html`` and ``figures/*.png`` in it.
+
+    Returns:
+        The page.
+
+    Raises:
+        DrkdError: If ``run.json`` is missing or a file is damaged, naming it and the field.
+    """
+    run = read_run(folder)
+    figures = {"learning_curves": draw_learning_curves({folder.name: run.curves}), "losses": draw_losses(run.curves)}
+    distils = any(name.startswith(("kd/", "ratio/")) for name in run.curves)
+    if distils:
+        figures["distillation"] = draw_kd_report(run.curves)
+    images = _save_figures(figures, folder)
+    sections = []
+    if run.evaluation:
+        sections += [
+            Section("Result", "COCO's twelve numbers, x 100.", describe_evaluation(run.evaluation)),
+            Section("Every class", "AP of every class.", compare_classes({"AP": run.evaluation})),
+        ]
+    sections.append(_learning_section(images["learning_curves"]))
+    sections.append(_loss_section(images["losses"]))
+    if distils:
+        sections.append(_distillation_section(images["distillation"]))
+    status = str(run.facts.get("status", "unknown"))
+    return _write_page(
+        folder / _PAGE,
+        title=f"Run {folder.name}",
+        lead=f"Status: {status}.",
+        sections=sections,
+        runs={folder.name: run},
+    )
+
+
+def write_matrix_report(results: Sequence[Mapping[str, Any]], out: Path) -> Path:
+    """Write the report of a run matrix: ``report.html``, ``table.md`` and ``figures/matrix.png``.
+
+    Args:
+        results: One cell an outcome, as ``compare_matrix`` expects them.
+        out: Folder to write to.
+
+    Returns:
+        The page.
+
+    Raises:
+        DrkdError: If there are no cells or one lacks a field.
+    """
+    if not results:
+        raise DrkdError(f"The run matrix for {out} holds no cells, so there is nothing to report.")
+    table = compare_matrix(results)
+    images = _save_figures({"matrix": draw_matrix(results)}, out)
+    write_atomically(out / "table.md", table.markdown().encode())
+    section = Section(
+        "Result",
+        "Every dot is one seed, every line a mean.",
+        table,
+        images["matrix"],
+        "Scores of every seed by detector and method",
+    )
+    lead = "Every method ran with the same seeds and the same budget."
+    return _write_page(out / _PAGE, title="Run matrix", lead=lead, sections=[section], runs={})
+
+
+def _demo_sections(images: Mapping[str, bytes]) -> list[Section]:
+    return [
+        _learning_section(images["learning_curves"]),
+        Section(
+            "Detections side by side",
+            "Validation images that no model was trained on. Dashed white: an object that the model missed.",
+            figure=images["detections"],
+            description="Ground truth and the detections of teacher, student and distilled student on several images",
+        ),
+        Section(
+            "Where pixels relate",
+            "Left: the strength of plain features, as a feature-imitating loss sees them. Right: what the graph "
+            "reasoning of the pixel-wise relation makes of them, which is what DRKD teaches. Each map has its own scale.",
+            figure=images["pixel_relations"],
+            description="Heat maps of plain features and of pixel relations for student and teacher",
+        ),
+        Section(
+            "How instances relate",
+            "Row and column are the instances shown at the rim; a bright cell is a strong relation. Student and "
+            "teacher share a scale. The filter says which relations the student is asked to copy.",
+            figure=images["relation_matrices"],
+            description="Relation matrices of the instances for student and teacher, and the relation filter",
+        ),
+        _distillation_section(images["distillation"]),
+        _loss_section(images["losses"]),
+    ]
+
+
+def _learning_section(figure: bytes) -> Section:
+    return Section(
+        "Learning curves",
+        "On the validation images, x 100.",
+        figure=figure,
+        description="Validation metrics over steps",
+    )
+
+
+def _loss_section(figure: bytes) -> Section:
+    return Section(
+        "Losses",
+        "As logged (pale) and smoothed. Distillation terms are shown without their weights.",
+        figure=figure,
+        description="Task losses and distillation terms over steps",
+    )
+
+
+def _distillation_section(figure: bytes) -> Section:
+    return Section(
+        "Is the distillation alive?",
+        "A term teaches only if its gradient at the student's features is felt beside the task's (left), and if the "
+        "student can follow it (right). A ratio near zero means that the term is silently off.",
+        figure=figure,
+        description="Gradient ratio and fall of every distillation term",
+    )
+
+
+def _require_evaluation(run: Run) -> Evaluation:
+    if run.evaluation is None:
+        raise DrkdError(f"{run.folder / 'evaluation.json'} is missing. Evaluate the run before its report is written.")
+    return run.evaluation
+
+
+def _read_cost_if_there(folder: Path) -> dict[str, Any]:
+    path = folder / "cost.json"
+    return read_cost(path) if path.exists() else {}
+
+
+def _save_figures(figures: Mapping[str, Figure], folder: Path) -> dict[str, bytes]:
+    images = {name: render_png(figure) for name, figure in figures.items()}
+    for name, image in images.items():
+        write_atomically(folder / _FIGURES / f"{name}.png", image)
+    return images
+
+
+def _write_page(path: Path, *, title: str, lead: str, sections: Sequence[Section], runs: Mapping[str, Run]) -> Path:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    # Everything that comes from a run is escaped: names of classes and folders are not ours.
+    environment = Environment(
+        loader=PackageLoader("drkd.reports", package_path=""), autoescape=True, undefined=StrictUndefined
+    )
+    page = environment.get_template("page.html.j2").render(
+        title=title,
+        lead=lead,
+        sections=sections,
+        runs=[{"name": name, "facts": _describe_facts(run.facts), "recipe": run.recipe} for name, run in runs.items()],
+    )
+    return write_atomically(path, page.encode("utf-8"))
+
+
+def _describe_facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the facts of a run as pairs of words, nested ones in one line."""
+    order = ("seed", "commit", "status", "started", "finished", "machine", "versions", "command")
+    known = [name for name in order if name in facts]
+    return [(name, _describe(facts[name])) for name in (*known, *(name for name in facts if name not in order))]
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_describe(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return " ".join(_describe(part) for part in value)
+    return "-" if value is None else str(value)
