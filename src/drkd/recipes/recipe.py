@@ -12,6 +12,8 @@ from jsonargparse import ArgumentParser, Namespace
 from drkd.contracts import DetectorBuilder, DetectorSpec, DrkdError, KDMethod
 from drkd.data.module import DetectionDataModule
 from drkd.engine.module import Optimization
+from drkd.recipes.recipe_error import readable
+from drkd.recipes.recipe_file import RecipeFile
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,10 @@ def recipe_parser(description: str = "", **settings: Any) -> ArgumentParser:
     """Build the parser of a recipe: every field is both a YAML key and a command-line option."""
     parser = ArgumentParser(description=description, **settings)
     parser.add_argument(
-        "--config", action="config", help="Recipe file; give several and later ones override earlier ones."
+        "--config",
+        action=RecipeFile,
+        help="Recipe file, or the name of a shipped recipe (demo, coco/retinanet_r50, ...). Give several and later "
+        "ones override earlier ones.",
     )
     parser.add_argument("--student", type=DetectorBuilder, required=True, help="How to build the student.")
     parser.add_argument("--teacher", type=DetectorBuilder | None, default=None, help="How to build the teacher.")
@@ -132,13 +137,13 @@ def recipe_parser(description: str = "", **settings: Any) -> ArgumentParser:
         help="Distillation method, e.g. drkd.methods.DRKD.",
     )
     parser.add_class_arguments(DetectionDataModule, "data")
-    parser.link_arguments("seed", "data.seed")
     parser.add_class_arguments(Training, "training")
     parser.add_class_arguments(Evaluation, "evaluation")
     parser.add_argument("--output", type=Path, required=True, help="Run folder.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of everything random.")
-    parser.add_argument("--resume", type=bool, default=False, help="Go on from the run folder's last checkpoint.")
-    parser.add_argument("--overwrite", type=bool, default=False, help="Replace what is in the run folder.")
+    parser.link_arguments("seed", "data.seed")
+    parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help="Go on from the run folder's last checkpoint.")
+    parser.add_argument("--overwrite", type=bool, nargs="?", const=True, default=False, help="Replace what is in the run folder.")
     return parser
 
 
@@ -149,7 +154,12 @@ def instantiate(parser: ArgumentParser, config: Namespace) -> Recipe:
         DrkdError: If a value is out of its range.
     """
     resolved = parser.dump(config, skip_none=False)
-    built = parser.instantiate_classes(config)
+    try:
+        built = parser.instantiate_classes(config)
+    except DrkdError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise DrkdError(f"A value of the recipe cannot be used: {error}") from error
     fields = {name: built[name] for name in Recipe.__dataclass_fields__ if name in built}
     fields["output"] = Path(str(fields["output"]))
     return Recipe(**fields, resolved=resolved)
@@ -159,12 +169,14 @@ def load_recipe(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> R
     """Read recipe files, later ones over earlier ones, then overrides such as ``--training.steps=10``.
 
     Raises:
-        DrkdError: If a file is missing, or a key or a value is wrong; the message is jsonargparse's.
+        DrkdError: If a file is missing, or a key or a value is wrong; the message is jsonargparse's, shortened.
     """
     parser = recipe_parser(exit_on_error=False)
     arguments = [f"--config={file}" for file in files]
     try:
         config = parser.parse_args([*arguments, *overrides])
+    except DrkdError:
+        raise
     except Exception as error:
-        raise DrkdError(f"The recipe {', '.join(map(str, files))} cannot be read: {error}") from error
+        raise DrkdError(f"The recipe {', '.join(map(str, files))} cannot be used: {readable(error, parser)}") from error
     return instantiate(parser, config)
