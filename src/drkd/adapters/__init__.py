@@ -1,5 +1,6 @@
 """Detectors: how to build, wrap, save and load them."""
 
+from drkd.adapters.checkpoint import SavedDetectorBuilder, load_detector, save_student
 from drkd.adapters.torchvision import (
     FasterRCNNBuilder,
     FCOSBuilder,
@@ -14,8 +15,11 @@ __all__ = [
     "FCOSBuilder",
     "FasterRCNNBuilder",
     "RetinaNetBuilder",
+    "SavedDetectorBuilder",
     "TorchvisionDetector",
     "ZooBuilder",
+    "load_detector",
     "load_state",
+    "save_student",
     "wrap_torchvision",
 ]

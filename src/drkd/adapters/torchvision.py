@@ -142,6 +142,8 @@ class PyramidBuilder(DetectorBuilder):
                 "image_std": list(self.image_std or pyramid.std),
             },
         }
+        if pyramid.extra == "p6p7":
+            plan["p6p7"] = {"in_channels": self.fpn_channels, "out_channels": self.fpn_channels}
         plan.update(self._head_plan(num_classes, pyramid, len(sizes[0]) * len(ratios)))
         plan["detector"].update(self._options(num_classes))
         return plan

@@ -65,10 +65,20 @@ def load_state(module: nn.Module, path: str | Path) -> None:
     Raises:
         DrkdError: If the file cannot be read, or a name or shape differs.
     """
-    state = update_names(read_state(path), module.state_dict())
-    check_fit(module.state_dict(), state, path, what=type(module).__name__, strict=True)
-    # Metadata of an older state dict is absent here on purpose: torch then fills in absent batch counters.
-    module.load_state_dict(state, strict=True)
+    fill(module, read_state(path), path)
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Fill a module from a state dict; every name and shape must fit.
+
+    Raises:
+        DrkdError: If a name or shape differs.
+    """
+    wanted = module.state_dict()
+    renamed = update_names(state, wanted)
+    check_fit(wanted, renamed, source, what=type(module).__name__, strict=True)
+    # Names fit; what may still differ is batch counters, which frozen batch norms lack.
+    module.load_state_dict(renamed, strict=False)
 
 
 def update_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torchvision.models.detection._utils import overwrite_eps
 
 from drkd.adapters.backbones import freeze_batch_norm
 from drkd.adapters.torchvision_detector import TorchvisionDetector
-from drkd.adapters.weights import check_fit, read_state, update_names
+from drkd.adapters.weights import fill, read_state, update_names
 from drkd.contracts import DetectorBuilder, DrkdError
 
 ZOO_NAMES = (
@@ -92,8 +92,7 @@ class ZooBuilder(DetectorBuilder):
             other = any(key.startswith(last) and state[key].shape != wanted[key].shape for key in state if key in wanted)
             if other:
                 state = {key: wanted[key] if key.startswith(last) else value for key, value in state.items()}
-        check_fit(wanted, state, weights, what=self.name, strict=True)
-        model.load_state_dict(state)
+        fill(model, state, weights)
         if self.name.endswith("_v2"):
             return {}
         # torchvision freezes the batch norms of these models whenever it loads weights.

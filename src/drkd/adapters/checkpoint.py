@@ -1,0 +1,257 @@
+"""Saving a detector as a file that plain torchvision can load, and loading it back."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from drkd.adapters.backbones import freeze_batch_norm
+from drkd.adapters.plain_code import write_plain_code
+from drkd.adapters.torchvision import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder, ZooBuilder
+from drkd.adapters.torchvision_detector import TorchvisionDetector
+from drkd.adapters.weights import fill, load_state, read_checkpoint
+from drkd.contracts import Detector, DetectorBuilder, DrkdError
+
+__all__ = ["FORMAT", "SavedDetectorBuilder", "load_detector", "load_state", "save_student"]
+
+FORMAT = "drkd-student-1"
+# The only classes that a file may name: a checkpoint must not be able to run code of its choice.
+_BUILDERS: dict[str, type[DetectorBuilder]] = {
+    f"drkd.adapters.torchvision.{builder.__name__}": builder
+    for builder in (RetinaNetBuilder, FasterRCNNBuilder, FCOSBuilder, ZooBuilder)
+}
+_KEYS = ("state_dict", "build", "builder", "class_names", "preprocessing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedDetectorBuilder(DetectorBuilder):
+    """A detector from a file that drkd saved, teacher or student.
+
+    Args:
+        path: The file, as ``save_student`` wrote it.
+    """
+
+    path: str
+
+    def build(self, class_names: Sequence[str]) -> TorchvisionDetector:
+        """Load the detector; its classes must be these, in any order.
+
+        Raises:
+            DrkdError: If the file cannot be read or its classes differ.
+        """
+        return load_detector(self.path, class_names=class_names)
+
+
+def save_student(
+    path: str | Path,
+    detector: Detector,
+    *,
+    builder: DetectorBuilder | None,
+    image_settings: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+    half: bool = False,
+) -> None:
+    """Write a detector alone: weights under its plain names, how to rebuild it, classes and preprocessing.
+
+    The file holds tensors and plain values only, so ``torch.load(path, weights_only=True)`` reads it, and its entry
+    "code" is the source that turns it into a plain torchvision model without drkd.
+
+    Args:
+        path: File to write, replaced at once when all is written.
+        detector: The detector.
+        builder: What built it; None for a model of your own, which then only ``load_state`` can fill again.
+        image_settings: "min_size", "max_size" and "size_divisor" of the evaluation images, px.
+        extra: More plain values to keep.
+        half: Store floating-point tensors in 16 bits (half the size; loading gives float32 again).
+
+    Raises:
+        ValueError: If the detector is not one of torchvision's, or ``image_settings`` lacks an entry.
+    """
+    if not isinstance(detector, TorchvisionDetector):
+        raise ValueError(f"expected a TorchvisionDetector, got {type(detector).__name__}")
+    file = Path(path)
+    absent = {"min_size", "max_size", "size_divisor"} - set(image_settings)
+    if absent:
+        raise ValueError(f"image_settings: expected min_size, max_size and size_divisor, {sorted(absent)} are missing")
+    content = _describe(detector, builder, image_settings)
+    content["state_dict"] = {
+        name: _store(tensor.detach().cpu(), half=half) for name, tensor in detector.model.state_dict().items()
+    }
+    content["extra"] = _plain(dict(extra or {}))
+    _write(file, content)
+
+
+def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None) -> TorchvisionDetector:
+    """Load what ``save_student`` wrote, in eval mode on the CPU.
+
+    Args:
+        path: The file.
+        class_names: The classes that are expected, in the wanted order; None takes the file's.
+
+    Raises:
+        DrkdError: If the file cannot be read, was not written by drkd, or holds other classes.
+    """
+    content = _read(path)
+    saved_names = list(content["class_names"])
+    if class_names is not None:
+        _compare_classes(path, saved_names, class_names)
+    builder = _read_builder(path, content["builder"])
+    detector = builder.build(saved_names)
+    if not isinstance(detector, TorchvisionDetector):
+        raise DrkdError(f"{path}: its builder does not build a torchvision detector.")
+    model = detector.model
+    if "batch_norm_eps" in content["build"]:
+        _freeze_zoo(model, content["build"]["batch_norm_eps"])
+    fill(model, content["state_dict"], path)
+    transform: Any = model.transform
+    settings = content["preprocessing"]
+    transform.min_size, transform.max_size = (settings["min_size"],), settings["max_size"]
+    transform.size_divisible = settings["size_divisor"]
+    names = list(class_names) if class_names is not None else saved_names
+    label_ids = [detector.label_ids[saved_names.index(name)] for name in names]
+    return TorchvisionDetector(model, names, label_ids=label_ids, plan=content["build"]).eval()
+
+
+def read_preprocessing(path: str | Path) -> dict[str, Any]:
+    """Mean, std, min_size, max_size, size_divisor and colour order of a saved detector.
+
+    Raises:
+        DrkdError: If the file cannot be read or was not written by drkd.
+    """
+    return dict(_read(path)["preprocessing"])
+
+
+def _describe(
+    detector: TorchvisionDetector, builder: DetectorBuilder | None, image_settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    sizes = image_settings["min_size"]
+    # Of several short sides, used in training, evaluation takes the largest.
+    min_size = int(sizes) if isinstance(sizes, int) else max(map(int, sizes))
+    max_size, divisor = int(image_settings["max_size"]), int(image_settings["size_divisor"])
+    transform: Any = detector.model.transform
+    build = None
+    if detector.plan is not None:
+        build = _plain(detector.plan)
+        build["detector"].update({"min_size": min_size, "max_size": max_size, "size_divisible": divisor})
+    return {
+        "format": FORMAT,
+        "build": build,
+        "code": None if build is None else write_plain_code(build),
+        "builder": None if builder is None else _describe_builder(builder),
+        "class_names": list(detector.spec.class_names),
+        "label_ids": list(detector.label_ids),
+        "preprocessing": {
+            "mean": [float(value) for value in transform.image_mean],
+            "std": [float(value) for value in transform.image_std],
+            "min_size": min_size,
+            "max_size": max_size,
+            "size_divisor": divisor,
+            "color": "RGB",
+        },
+    }
+
+
+def _describe_builder(builder: DetectorBuilder) -> dict[str, Any]:
+    if isinstance(builder, SavedDetectorBuilder):
+        return dict(_read(builder.path)["builder"])
+    class_path = f"drkd.adapters.torchvision.{type(builder).__name__}"
+    if _BUILDERS.get(class_path) is not type(builder) or not dataclasses.is_dataclass(builder):
+        raise ValueError(f"builder: expected one of {', '.join(_BUILDERS)}, got {type(builder).__name__}")
+    arguments = dataclasses.asdict(builder)
+    # The file's own weights replace those that training began with.
+    arguments.update({name: None for name in ("weights", "backbone_weights") if name in arguments})
+    return {"class_path": class_path, "init_args": _plain(arguments)}
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    content = read_checkpoint(path)
+    if not isinstance(content, Mapping) or content.get("format") != FORMAT or any(key not in content for key in _KEYS):
+        raise DrkdError(
+            f"{path}: not a detector saved by drkd (expected format {FORMAT!r}). A bare state dict needs a builder: give "
+            "it as `weights` of RetinaNetBuilder, FasterRCNNBuilder, FCOSBuilder or ZooBuilder."
+        )
+    if content["builder"] is None or content["build"] is None:
+        raise DrkdError(
+            f"{path}: holds a model of your own, which drkd cannot rebuild: build it, then fill it with "
+            "drkd.adapters.load_state(model, path) and wrap it."
+        )
+    return dict(content)
+
+
+def _read_builder(path: str | Path, entry: Mapping[str, Any]) -> DetectorBuilder:
+    class_path = entry.get("class_path")
+    builder = _BUILDERS.get(str(class_path))
+    if builder is None:
+        raise DrkdError(f"{path}: asks for builder {class_path!r}; expected one of {', '.join(_BUILDERS)}.")
+    try:
+        return builder(**{name: _tuples(value) for name, value in entry["init_args"].items()})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DrkdError(f"{path}: its builder does not fit this version of drkd ({error}).") from error
+
+
+def _compare_classes(path: str | Path, saved: Sequence[str], wanted: Sequence[str]) -> None:
+    if sorted(saved) != sorted(wanted):
+        raise DrkdError(
+            f"{path}: this detector knows {len(saved)} classes ({_shorten(saved)}), but {len(wanted)} are wanted "
+            f"({_shorten(wanted)})."
+        )
+
+
+def _shorten(names: Sequence[str], limit: int = 20) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def _freeze_zoo(model: nn.Module, epsilon: float | None) -> None:
+    freeze_batch_norm(model)
+    for module in model.modules():
+        if epsilon is not None and isinstance(module, FrozenBatchNorm2d):
+            module.eps = epsilon
+
+
+def _store(tensor: Tensor, *, half: bool) -> Tensor:
+    if half and tensor.dtype == torch.float32:
+        short = tensor.to(torch.float16)
+        # A value too large for 16 bits (a running variance, say) keeps its tensor whole.
+        return short if bool(torch.isfinite(short).all()) else tensor.clone()
+    return tensor.clone()
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - any nesting of plain values
+    """Lists and dicts of what ``weights_only`` loading and YAML both accept."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if value is None or isinstance(value, bool | int | float | str | Tensor):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise ValueError(f"expected plain values (numbers, strings, lists, dicts, tensors), got {type(value).__name__}")
+
+
+def _tuples(value: Any) -> Any:  # noqa: ANN401 - any nesting of plain values
+    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    os.close(handle)
+    try:
+        torch.save(dict(content), name)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
