@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from drkd.contracts import Detector, DetectionBatch
+from drkd.contracts import DetectionBatch, Detector
 from drkd.data.dataset import DatasetSplit
 from drkd.evaluation import CocoEvaluator, CocoMetrics, ModelCost, measure_cost
 

@@ -142,8 +142,12 @@ def recipe_parser(description: str = "", **settings: Any) -> ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="Run folder.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of everything random.")
     parser.link_arguments("seed", "data.seed")
-    parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help="Go on from the run folder's last checkpoint.")
-    parser.add_argument("--overwrite", type=bool, nargs="?", const=True, default=False, help="Replace what is in the run folder.")
+    parser.add_argument(
+        "--resume", type=bool, nargs="?", const=True, default=False, help="Go on from the run folder's last checkpoint."
+    )
+    parser.add_argument(
+        "--overwrite", type=bool, nargs="?", const=True, default=False, help="Replace what is in the run folder."
+    )
     return parser
 
 
