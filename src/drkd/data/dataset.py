@@ -46,7 +46,9 @@ def find_splits(root: Path) -> dict[str, tuple[Path, Path]]:
     if not root.is_dir():
         raise DrkdError(f"{root}: there is no such folder; expected a data set in COCO format.")
     found: dict[str, tuple[Path, Path]] = {}
-    candidates = [(file, re.sub(r"^instances_", "", file.stem)) for file in sorted((root / "annotations").glob("*.json"))]
+    candidates = [
+        (file, re.sub(r"^instances_", "", file.stem)) for file in sorted((root / "annotations").glob("*.json"))
+    ]
     candidates += [(file, file.parent.name) for file in sorted(root.glob("*/_annotations.coco.json"))]
     for file, stem in candidates:
         split = _split_name(stem)
@@ -127,7 +129,10 @@ def map_classes(split: DatasetSplit, class_names: Sequence[str], *, source: Path
     ids = dict(zip(split.class_names, split.category_ids, strict=False))
     records = tuple(replace(record, labels=new_labels[record.labels]) for record in split.records)
     return replace(
-        split, records=records, class_names=names, category_ids=tuple(ids.get(name, -1) for name in names) if ids else ()
+        split,
+        records=records,
+        class_names=names,
+        category_ids=tuple(ids.get(name, -1) for name in names) if ids else (),
     )
 
 
@@ -200,9 +205,7 @@ class DetectionDataset(Dataset[Sample]):
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(_mix(self._seed, epoch, record.image_id))
             moved, target = self._transforms(image, target)
-        return Sample(
-            torch.Tensor(moved), self._targets(target, moved), record.size, record.image_id
-        )
+        return Sample(torch.Tensor(moved), self._targets(target, moved), record.size, record.image_id)
 
     def _targets(self, target: dict[str, Any], image: Tensor) -> BoxTargets:
         height, width = image.shape[-2:]

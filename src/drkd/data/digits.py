@@ -225,8 +225,14 @@ def _shape(long_side: int, random: np.random.Generator) -> tuple[int, int]:
 
 def _image_entry(image_id: int, name: str, scene: Scene, photo: Photo) -> dict[str, Any]:
     height, width = scene.pixels.shape[:2]
-    return {"id": image_id, "file_name": name, "height": height, "width": width, "background": photo.name,
-            "grey": photo.grey}
+    return {
+        "id": image_id,
+        "file_name": name,
+        "height": height,
+        "width": width,
+        "background": photo.name,
+        "grey": photo.grey,
+    }
 
 
 def _annotation_entries(image_id: int, first: int, scene: Scene) -> list[dict[str, Any]]:

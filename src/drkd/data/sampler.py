@@ -105,7 +105,9 @@ class TrainBatchSampler(Sampler[Batch]):
         chunks.extend(left[:cut].split(full) if cut else ())
         if not chunks:
             # Fewer images than one step takes: all of them, each process at least one.
-            return [[int(left[i % len(left)]) for i in range(self._rank, max(len(left), self._processes), self._processes)]]
+            return [
+                [int(left[i % len(left)]) for i in range(self._rank, max(len(left), self._processes), self._processes)]
+            ]
         shuffled = torch.randperm(len(chunks), generator=generator).tolist()
         return [chunks[i][self._rank :: self._processes].tolist() for i in shuffled]
 

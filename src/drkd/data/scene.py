@@ -89,13 +89,14 @@ def compose_scene(
         _paint_distractor(canvas, scans[random.choice(pool)], sizes, random)
     placed: list[tuple[PlacedDigit, npt.NDArray[np.bool_]]] = []
     # Large ones first, so that what hides a digit is a smaller one.
-    wanted = np.sort(np.exp(random.uniform(*np.log(sizes), size=count)))[::-1]
+    wanted = np.sort(np.exp(random.uniform(np.log(sizes[0]), np.log(sizes[1]), count)))[::-1]
     for size in wanted.tolist():
         scan = int(random.choice(pool))
         _place(canvas, placed, draw_digit(scans[scan], size, random), int(labels[scan]), scan, random)
     pixels = _expose(canvas, random)
-    digits = tuple(_with_visible(digit, ink, [later for _, later in placed[i + 1 :]])
-                   for i, (digit, ink) in enumerate(placed))
+    digits = tuple(
+        _with_visible(digit, ink, [later for _, later in placed[i + 1 :]]) for i, (digit, ink) in enumerate(placed)
+    )
     return Scene(pixels, digits)
 
 
@@ -131,8 +132,11 @@ def _place(
         top, left = int(random.integers(height - high + 1)), int(random.integers(width - wide + 1))
         ink = np.zeros((height, width), np.bool_)
         ink[top : top + high, left : left + wide] = mask > INK
-        if any(_with_visible(digit, old, [*_inks(placed, i + 1), ink]).visible < 1 - _HIDDEN_AT_MOST
-               or _overlap(digit.box, (left, top, wide, high)) > 0.45 for i, (digit, old) in enumerate(placed)):
+        if any(
+            _with_visible(digit, old, [*_inks(placed, i + 1), ink]).visible < 1 - _HIDDEN_AT_MOST
+            or _overlap(digit.box, (left, top, wide, high)) > 0.45
+            for i, (digit, old) in enumerate(placed)
+        ):
             continue
         spot = canvas[top : top + high, left : left + wide]
         _blend(spot, mask, _ink_colour(spot[mask > INK], random), random.uniform(0.8, 1.0))

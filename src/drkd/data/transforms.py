@@ -81,9 +81,7 @@ def eval_transforms(*, min_size: int | Sequence[int] = 800, max_size: int = 1333
         min_size: Short side, px; of several the largest, as is the custom after multi-scale training.
         max_size: Limit of the long side, px.
     """
-    return v2.Compose(
-        [ResizeKeepRatio([max(_several(min_size))], max_size), v2.ToDtype(torch.float32, scale=True)]
-    )
+    return v2.Compose([ResizeKeepRatio([max(_several(min_size))], max_size), v2.ToDtype(torch.float32, scale=True)])
 
 
 def _several(min_size: int | Sequence[int]) -> list[int]:

@@ -92,8 +92,10 @@ def _load_json(path: Path) -> dict[str, Any]:
         raise DrkdError(f"{path}: expected a COCO object with 'images', got a JSON {type(document).__name__}.")
     for section in ("images", "annotations", "categories"):
         if section not in document:
-            raise DrkdError(f"{path}: the section '{section}' is missing; COCO instance files have all of 'images', "
-                            f"'annotations' and 'categories', this one has {sorted(document) or 'nothing'}.")
+            raise DrkdError(
+                f"{path}: the section '{section}' is missing; COCO instance files have all of 'images', "
+                f"'annotations' and 'categories', this one has {sorted(document) or 'nothing'}."
+            )
         if not isinstance(document[section], list):
             raise DrkdError(f"{path}: the section '{section}' must be a list, got {_kind(document[section])}.")
     return document
@@ -196,8 +198,12 @@ class _Scanner:
             found.paths.append(path or self._folder)
             found.sizes.append(size or (0, 0))
             if path is not None and names.setdefault(row["file_name"], identity) != identity:
-                self._report(record, "file_name", f"'{row['file_name']}' is the file of image "
-                             f"{names[row['file_name']]} too", severity="warning")
+                self._report(
+                    record,
+                    "file_name",
+                    f"'{row['file_name']}' is the file of image {names[row['file_name']]} too",
+                    severity="warning",
+                )
         if not rows:
             self._report("", "images", "the split is empty: expected at least one image, got an empty list")
         return found
@@ -217,8 +223,9 @@ class _Scanner:
     def _image_path(self, row: dict[str, Any], record: str, files: frozenset[str]) -> Path | None:
         name = row.get("file_name")
         if not isinstance(name, str) or not name:
-            self._report(record, "file_name", f"expected a file name, got {_kind(name)}" if "file_name" in row
-                         else "is missing")
+            self._report(
+                record, "file_name", f"expected a file name, got {_kind(name)}" if "file_name" in row else "is missing"
+            )
             return None
         parts = PurePosixPath(name.replace("\\", "/"))
         if parts.is_absolute() or ".." in parts.parts or Path(name).is_absolute() or "\0" in name:
@@ -253,9 +260,13 @@ class _Scanner:
                 ids.append(identity)
         if rows == [] and images.ids:
             self._report("", "annotations", "no image of the split has a box", severity="warning")
-        return self._columns(np.asarray(picked, dtype=np.int64).reshape(-1, 3),
-                             np.asarray(boxes, dtype=np.float64).reshape(-1, 4),
-                             np.asarray(areas, dtype=np.float64), ids, images)
+        return self._columns(
+            np.asarray(picked, dtype=np.int64).reshape(-1, 3),
+            np.asarray(boxes, dtype=np.float64).reshape(-1, 4),
+            np.asarray(areas, dtype=np.float64),
+            ids,
+            images,
+        )
 
     def _look_up(self, row: dict[str, Any], identity: int, field: str, known: dict[int, int], what: str) -> int | None:
         value = row.get(field)
@@ -281,8 +292,11 @@ class _Scanner:
             else:
                 return box
         else:
-            self._report(f"annotation {identity}", "bbox", "is missing" if "bbox" not in row
-                         else f"expected [x, y, width, height], got {_kind(box)}")
+            self._report(
+                f"annotation {identity}",
+                "bbox",
+                "is missing" if "bbox" not in row else f"expected [x, y, width, height], got {_kind(box)}",
+            )
         return None
 
     def _area(self, row: dict[str, Any], identity: int) -> float | None:
@@ -295,8 +309,14 @@ class _Scanner:
             return None
         return float(area)
 
-    def _columns(self, picked: npt.NDArray[np.int64], boxes: npt.NDArray[np.float64], areas: npt.NDArray[np.float64],
-                 ids: list[int], images: _Images) -> _Boxes:
+    def _columns(
+        self,
+        picked: npt.NDArray[np.int64],
+        boxes: npt.NDArray[np.float64],
+        areas: npt.NDArray[np.float64],
+        ids: list[int],
+        images: _Images,
+    ) -> _Boxes:
         """Clip, drop and group the boxes: all rows at once, because COCO has 860,000."""
         sizes = np.asarray(images.sizes, dtype=np.float64).reshape(-1, 2)[picked[:, 0]]
         limits = np.concatenate([sizes[:, ::-1], sizes[:, ::-1]], axis=1)
@@ -317,8 +337,12 @@ class _Scanner:
                 self._report(record, "bbox", f"{text} lies outside its image of {width} x {height} px")
             else:
                 self._clipped += 1
-                self._report(record, "bbox", f"{text} overhangs its image of {width} x {height} px; it is clipped",
-                             severity="warning")
+                self._report(
+                    record,
+                    "bbox",
+                    f"{text} overhangs its image of {width} x {height} px; it is clipped",
+                    severity="warning",
+                )
         areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
         order = np.flatnonzero(kept)
         order = order[np.argsort(picked[order, 0], kind="stable")]

@@ -1,0 +1,234 @@
+"""Looks a data set over: everything that is wrong with it at once, what it holds, and a picture of it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from drkd.contracts import DrkdError, ImageRecord
+from drkd.data.dataset import find_splits
+from drkd.data.formats.coco import CocoScan, scan_coco
+from drkd.data.image import decode_image, read_image_size
+from drkd.data.picture import draw_samples, save_picture
+from drkd.data.problem import DataProblem
+from drkd.data.split import DatasetSplit
+
+__all__ = ["DataReport", "SplitReport", "check_data", "draw_samples"]
+
+_SMALL, _MEDIUM = 32.0**2, 96.0**2
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What one split holds.
+
+    Args:
+        name: The split.
+        annotations: Its annotation file.
+        images: Number of images.
+        empty_images: Images without a box.
+        boxes: Number of usable boxes, crowds among them.
+        crowds: Boxes that stand for a crowd.
+        dropped: Boxes left out because they have no area.
+        clipped: Boxes that were cut at their image's border.
+        boxes_per_class: By class name, in the order of the labels.
+        boxes_per_size: Boxes whose area is "small" (< 32^2 px^2 of the stored image), "medium" (< 96^2) and "large".
+        boxes_per_image: By number of boxes, how many images have that many; ascending.
+        backgrounds: By background, how many images show it, where the data set says so (as ``digits`` does).
+    """
+
+    name: str
+    annotations: Path
+    images: int
+    empty_images: int
+    boxes: int
+    crowds: int
+    dropped: int
+    clipped: int
+    boxes_per_class: Mapping[str, int]
+    boxes_per_size: Mapping[str, int]
+    boxes_per_image: Mapping[int, int]
+    backgrounds: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a data set holds and what is wrong with it.
+
+    Args:
+        root: The data set's folder.
+        splits: One entry a split that could be read.
+        problems: Everything found, by split in the order of the file.
+        picture: Where the picture of samples was written, if it was.
+    """
+
+    root: Path
+    splits: tuple[SplitReport, ...]
+    problems: tuple[DataProblem, ...]
+    picture: Path | None = None
+
+    @property
+    def errors(self) -> tuple[DataProblem, ...]:
+        """What keeps the data from being used."""
+        return tuple(problem for problem in self.problems if problem.severity == "error")
+
+    @property
+    def warnings(self) -> tuple[DataProblem, ...]:
+        """What was handled but is worth a look."""
+        return tuple(problem for problem in self.problems if problem.severity == "warning")
+
+    def __str__(self) -> str:
+        parts = [f"{self.root}", *(_describe(split) for split in self.splits)]
+        parts.append(f"{len(self.errors)} errors, {len(self.warnings)} warnings" + (":" if self.problems else ""))
+        parts.extend(f"  {problem}" for problem in self.problems)
+        if self.picture is not None:
+            parts.append(f"samples: {self.picture}")
+        return "\n".join(parts)
+
+
+def check_data(
+    root: Path, *, splits: Sequence[str] | None = None, picture: Path | None = None, decode: int = 2000
+) -> DataReport:
+    """Look a COCO-format folder over.
+
+    Args:
+        root: The data set's folder.
+        splits: Which splits; all that are found by default.
+        picture: Where to write a picture (PNG) of samples with their boxes.
+        decode: So many images of each split are decoded in full; of the others only the header is read.
+
+    Raises:
+        DrkdError: If there is no data set in the folder, or a split that was asked for is not there.
+    """
+    root = Path(root)
+    found = find_splits(root)
+    chosen = (
+        list(splits) if splits is not None else [name for name in ("train", "tune", "val", "test") if name in found]
+    )
+    if missing := [name for name in chosen if name not in found]:
+        raise DrkdError(f"{root}: there is no split '{missing[0]}'; this folder has {', '.join(sorted(found))}.")
+    problems: list[DataProblem] = []
+    reports: list[SplitReport] = []
+    scans: dict[str, CocoScan] = {}
+    for name in chosen:
+        annotations, images = found[name]
+        try:
+            scan = scan_coco(annotations, images, name=name)
+        except DrkdError as error:
+            text = str(error).removeprefix(f"{annotations}: ")
+            problems.append(DataProblem("error", annotations, "", "", text))
+            continue
+        problems.extend(scan.problems)
+        problems.extend(_check_images(scan.split, annotations, decode))
+        scans[name] = scan
+        reports.append(_count(scan, annotations))
+    problems.extend(_compare(scans, {name: found[name][0] for name in scans}))
+    drawn = None
+    if picture is not None and any(scan.split.records for scan in scans.values()):
+        drawn = save_picture(draw_samples([scan.split for scan in scans.values()]), Path(picture))
+    return DataReport(root, tuple(reports), tuple(problems), drawn)
+
+
+def _check_images(split: DatasetSplit, annotations: Path, decode: int) -> list[DataProblem]:
+    problems = []
+    for number, record in enumerate(split.records):
+        # Missing files and sizes were reported with the annotations.
+        if min(record.size) <= 0 or not record.path.is_file():
+            continue
+        try:
+            if number < decode:
+                decode_image(record.path, record.size)
+            elif (size := read_image_size(record.path, record.size)) != record.size:
+                raise DrkdError(
+                    f"the image is {size[1]} x {size[0]} px, but its annotations (fields 'width' and 'height') say "
+                    f"{record.size[1]} x {record.size[0]}; the boxes would not fit."
+                )
+        except DrkdError as error:
+            message = str(error).removeprefix(f"{record.path}: ")
+            problems.append(
+                DataProblem("error", annotations, f"image {record.image_id}", "", f"{record.path.name}: {message}")
+            )
+    return problems
+
+
+def _compare(scans: Mapping[str, CocoScan], files: Mapping[str, Path]) -> list[DataProblem]:
+    """What only shows when splits are seen together: other classes, and images that train and test alike."""
+    if len(scans) < 2:
+        return []
+    (first, reference), *others = scans.items()
+    names = reference.split.class_names
+    paths = {record.path.resolve(): first for record in reference.split.records}
+    problems = []
+    for name, scan in others:
+        theirs = scan.split.class_names
+        if unknown := [entry for entry in theirs if entry not in names]:
+            text = (
+                f"{', '.join(map(repr, unknown))}: not among the classes of '{first}' ({', '.join(map(repr, names))})"
+            )
+            problems.append(DataProblem("error", files[name], "", "categories", text))
+        elif theirs != names:
+            text = f"'{first}' has {len(names)} classes, '{name}' has {len(theirs)} or another order; mapped by name"
+            problems.append(DataProblem("warning", files[name], "", "categories", text))
+        for record in scan.split.records:
+            other = paths.setdefault(record.path.resolve(), name)
+            if other != name and record.path.is_file():
+                text = f"{record.path.name} is in the split '{other}' too: results on '{name}' would be too good"
+                problems.append(DataProblem("warning", files[name], f"image {record.image_id}", "file_name", text))
+    return problems
+
+
+def _count(scan: CocoScan, annotations: Path) -> SplitReport:
+    records, names = scan.split.records, scan.split.class_names
+    labels = _join([record.labels for record in records], torch.int64)
+    areas = _join([record.areas for record in records], torch.float32)
+    per_class = torch.bincount(labels, minlength=len(names)).tolist()
+    small, medium = int((areas < _SMALL).sum()), int((areas < _MEDIUM).sum())
+    per_image = Counter(len(record.labels) for record in records)
+    return SplitReport(
+        name=scan.split.name,
+        annotations=annotations,
+        images=len(records),
+        empty_images=per_image[0],
+        boxes=len(labels),
+        crowds=sum(int(record.crowd.sum()) for record in records),
+        dropped=scan.dropped,
+        clipped=scan.clipped,
+        boxes_per_class=dict(zip(names, per_class, strict=True)),
+        boxes_per_size={"small": small, "medium": medium - small, "large": len(areas) - medium},
+        boxes_per_image=dict(sorted(per_image.items())),
+        backgrounds=_count_backgrounds(annotations, records),
+    )
+
+
+def _join(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=dtype)
+
+
+def _count_backgrounds(annotations: Path, records: Sequence[ImageRecord]) -> dict[str, int]:
+    # Only the embedded data set says; do not read a big file twice to learn that it does not.
+    if len(records) > 20_000:
+        return {}
+    rows = json.loads(annotations.read_bytes())["images"]
+    found = Counter(str(row["background"]) for row in rows if isinstance(row, dict) and "background" in row)
+    return dict(sorted(found.items()))
+
+
+def _describe(split: SplitReport) -> str:
+    lines = [
+        f"{split.name}: {split.images} images ({split.empty_images} without boxes), {split.boxes} boxes "
+        f"({split.crowds} crowds), {split.boxes / max(split.images, 1):.1f} an image, "
+        f"at most {max(split.boxes_per_image, default=0)}",
+        "  sizes (COCO's, px of the stored images): "
+        + ", ".join(f"{name} {count}" for name, count in split.boxes_per_size.items()),
+        "  classes: " + ", ".join(f"{name} {count}" for name, count in split.boxes_per_class.items()),
+    ]
+    if split.dropped or split.clipped:
+        lines.append(f"  handled: {split.dropped} boxes without area left out, {split.clipped} clipped to their image")
+    if split.backgrounds:
+        lines.append("  backgrounds: " + ", ".join(f"{name} {count}" for name, count in split.backgrounds.items()))
+    return "\n".join(lines)

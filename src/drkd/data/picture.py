@@ -1,0 +1,93 @@
+"""Draws annotated samples of a data set as one picture."""
+
+from __future__ import annotations
+
+import colorsys
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from torchvision.transforms.v2 import functional
+
+from drkd.contracts import DrkdError, ImageRecord
+from drkd.data.image import decode_image
+from drkd.data.split import DatasetSplit
+
+
+def draw_samples(
+    splits: Sequence[DatasetSplit], *, per_split: int = 8, columns: int = 4, cell: int = 256
+) -> Image.Image:
+    """Draw images with their boxes and class names, spread evenly over each split.
+
+    Args:
+        splits: At least one, with images.
+        per_split: Images of each split.
+        columns: Images a row.
+        cell: Side of the square that an image is fitted into, px.
+
+    Returns:
+        An RGB picture, a row of the grid after the other, split by split. Crowds have a double outline;
+        an image that cannot be decoded leaves its square grey.
+    """
+    chosen: list[tuple[DatasetSplit, ImageRecord]] = []
+    for split in splits:
+        count = min(per_split, len(split.records))
+        chosen.extend((split, split.records[i * len(split.records) // count]) for i in range(count))
+    if not chosen:
+        raise ValueError("expected at least one image to draw, got none")
+    rows = -(-len(chosen) // columns)
+    gap = 4
+    picture = Image.new("RGB", (columns * (cell + gap), rows * (cell + gap)), (32, 32, 32))
+    for number, (split, record) in enumerate(chosen):
+        drawn = _draw(record, split, cell)
+        picture.paste(drawn, ((number % columns) * (cell + gap), (number // columns) * (cell + gap)))
+    return picture
+
+
+def save_picture(picture: Image.Image, path: Path) -> Path:
+    """Write a picture as PNG, aside first and then renamed.
+
+    Raises:
+        DrkdError: If it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                picture.save(file, format="PNG")
+            os.replace(aside, path)
+        finally:
+            Path(aside).unlink(missing_ok=True)
+    except OSError as error:
+        raise DrkdError(f"{path}: the picture cannot be written ({error}).") from None
+    return path
+
+
+def _draw(record: ImageRecord, split: DatasetSplit, cell: int) -> Image.Image:
+    try:
+        image = functional.to_pil_image(decode_image(record.path))
+    except DrkdError:
+        return Image.new("RGB", (cell, cell), (96, 96, 96))
+    scale = cell / max(image.size)
+    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    pen = ImageDraw.Draw(image)
+    for box, label, crowd in zip(record.boxes.tolist(), record.labels.tolist(), record.crowd.tolist(), strict=True):
+        left, top, right, bottom = (round(value * scale) for value in box)
+        colour = _colour(label, len(split.class_names))
+        pen.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=2)
+        if crowd:
+            pen.rectangle((left + 4, top + 4, max(left + 4, right - 5), max(top + 4, bottom - 5)), outline=colour)
+        name = split.class_names[label].encode("latin-1", "replace").decode("latin-1")
+        frame = pen.textbbox((left + 2, max(0, top - 12)), name)
+        pen.rectangle(frame, fill=(0, 0, 0))
+        pen.text((left + 2, max(0, top - 12)), name, fill=colour)
+    pen.text((3, image.height - 13), f"{split.name} {record.image_id}", fill=(255, 255, 255))
+    return image
+
+
+def _colour(label: int, count: int) -> tuple[int, int, int]:
+    red, green, blue = colorsys.hsv_to_rgb(label / max(count, 1), 0.7, 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
