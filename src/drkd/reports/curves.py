@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from drkd.reports.figures import DISTILLED, GREY, SERIES, STUDENT, TEACHER, drawing_style, new_figure
+from drkd.reports.figures import (
+    DISTILLED,
+    GREEN,
+    GREY,
+    SERIES,
+    STUDENT,
+    TEACHER,
+    drawing_style,
+    label_decades,
+    new_figure,
+    size_label,
+)
 from drkd.reports.files import Curve
 
 if TYPE_CHECKING:
@@ -18,16 +29,17 @@ def draw_learning_curves(
     runs: Mapping[str, Mapping[str, Curve]],
     *,
     teacher: Mapping[str, float] | None = None,
-    metrics: Mapping[str, str] | None = None,
+    metrics: Sequence[str] = ("ap", "ap50", "ap_small"),
+    small_px: float | None = None,
 ) -> Figure:
     """Draw validation metrics over the steps, one panel a metric and one line a run.
 
     Args:
         runs: Columns of ``metrics.csv`` by run: the first is the student, the second the distilled one.
         teacher: The teacher's final metrics, drawn as a level.
-        metrics: Titles by metric; only those that some run has logged as ``val/<metric>`` are drawn.
+        metrics: Which ones; only those that some run has logged as ``val/<metric>`` are drawn.
+        small_px: Side of the square below which an object is small, px.
     """
-    metrics = metrics or {"ap": "AP", "ap50": "AP50", "ap_small": "AP_S"}
     shown = [name for name in metrics if any(f"val/{name}" in curves for curves in runs.values())]
     with drawing_style():
         figure = new_figure(3.5 * max(1, len(shown)), 3.1)
@@ -41,7 +53,7 @@ def draw_learning_curves(
             level = (teacher or {}).get(metric, math.nan)
             if not math.isnan(level):
                 axes.axhline(100 * level, color=TEACHER, linestyle=(0, (5, 3)), linewidth=1.4, label="teacher")
-            axes.set_title(metrics[metric])
+            axes.set_title(size_label(metric, small_px))
             axes.set_xlabel("step")
             axes.set_ylim(bottom=0)
         if shown:
@@ -96,14 +108,15 @@ def draw_kd_report(curves: Mapping[str, Curve]) -> Figure:
                     markeredgewidth=2,
                     label="last" if row == 0 else None,
                 )
-            left.axvspan(0.1, 1.0, color="#009E73", alpha=0.08, linewidth=0)
+            left.axvspan(0.1, 1.0, color=GREEN, alpha=0.08, linewidth=0)
             left.set_xscale("log")
             low, high = left.get_xlim()
             left.set_xlim(min(low, 0.05), max(high, 2.0))
+            label_decades(left.xaxis)
             left.set_yticks(range(len(ratios)), list(ratios))
-            left.set_ylim(len(ratios) - 0.4, -0.6)
+            left.set_ylim(len(ratios) - 0.4, -1.5)
             left.set_xlabel("ratio of gradient norms (band: 0.1 to 1)")
-            left.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+            left.legend(loc="upper right", ncols=2)
         else:
             _say_empty(left, "no gradient ratios were logged")
         right.set_title("Fall of each term since the first steps")
@@ -146,6 +159,7 @@ def _draw_terms(axes: Axes, terms: Mapping[str, Curve]) -> None:
         axes.plot(curve.steps, _smooth(curve.values), color=colour, label=name.replace("_", " "))
     if all(value > 0 for curve in terms.values() for value in curve.values):
         axes.set_yscale("log")
+        label_decades(axes.yaxis)
     axes.set_xlabel("step")
     axes.legend(loc="upper right")
 

@@ -12,6 +12,7 @@ from drkd.reports.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart with every kind of colour blindness, and in grey.
@@ -84,6 +85,22 @@ def render_png(figure: Figure, *, dpi: int = 120) -> bytes:
 def save_png(figure: Figure, path: Path, *, dpi: int = 120) -> Path:
     """Write the figure as a PNG file, whole or not at all."""
     return write_atomically(path, render_png(figure, dpi=dpi))
+
+
+def size_label(metric: str, small_px: float | None) -> str:
+    """Return the title of a metric; what counts as small is said where it is known."""
+    titles = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "AP_S", "ap_medium": "AP_M", "ap_large": "AP_L"}
+    small = f" (below {small_px:g}² px)" if metric == "ap_small" and small_px else ""
+    return titles.get(metric, metric) + small
+
+
+def label_decades(axis: Axis) -> None:
+    """Write the ticks of a logarithmic axis as plain numbers: 0.1, 0.2, 0.5, 1."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def show_image(axes: Axes, image: Any, **options: Any) -> Any:

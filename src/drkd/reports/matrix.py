@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from drkd.reports.figures import DISTILLED, SERIES, STUDENT, TEACHER, drawing_style, new_figure
+from drkd.reports.figures import DISTILLED, SERIES, STUDENT, TEACHER, drawing_style, new_figure, size_label
 from drkd.reports.gap import summarise
 from drkd.reports.tables import group_scores
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_TITLES = {"ap": "AP", "ap50": "AP50", "ap_small": "AP_S", "ap_medium": "AP_M", "ap_large": "AP_L"}
 _COLOURS = {"student": STUDENT, "drkd": DISTILLED}
 
 
@@ -32,11 +31,13 @@ def draw_matrix(cells: Sequence[Mapping[str, Any]], *, metrics: Sequence[str] = 
         wanted = [(detector, metric) for detector in scores for metric in metrics]
         for axes, (detector, metric) in zip(panels, wanted, strict=False):
             _draw_panel(axes, {method: list(found[metric].values()) for method, found in scores[detector].items()})
-            axes.set_title(f"{detector}: {_TITLES.get(metric, metric)}")
+            axes.set_title(f"{detector}: {size_label(metric, None)}")
         return figure
 
 
 def _draw_panel(axes: Axes, values: Mapping[str, list[float]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     methods = [method for method in values if method != "teacher"]
     spare = (colour for colour in SERIES[2:] * 3)
     for place, method in enumerate(methods):
@@ -54,4 +55,6 @@ def _draw_panel(axes: Axes, values: Mapping[str, list[float]]) -> None:
         axes.annotate("teacher", (-0.55, 100 * teacher), xytext=(0, 3), textcoords="offset points", color=TEACHER)
     axes.set_xticks(range(len(methods)), methods)
     axes.set_xlim(-0.6, len(methods) - 0.25)
+    axes.margins(y=0.12)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.grid(axis="x", visible=False)

@@ -65,19 +65,21 @@ def write_demo_report(folder: Path) -> Path:
         "teacher", read_evaluation(folder / "teacher/evaluation.json"), _read_cost_if_there(folder / "teacher")
     )
     student, distilled = (read_run(folder / name) for name in ("student", "drkd"))
+    distilled_evaluation = _require_evaluation(distilled)
     models = (
         teacher,
         Model("student", _require_evaluation(student), student.cost),
-        Model("student + DRKD", _require_evaluation(distilled), distilled.cost),
+        Model("student + DRKD", distilled_evaluation, distilled.cost),
     )
     compared = read_compared_images(folder / "detections.json")
     explanation = read_explanation(folder / "explain.npz")
     table = compare_models(*models)
+    small_px = distilled_evaluation.thresholds_px[0]
     runs = {"student": student.curves, "student + DRKD": distilled.curves}
     metrics = dict(zip(("teacher", "student", "drkd"), (model.evaluation.metrics for model in models), strict=True))
     figures = {
-        "headline": draw_headline(metrics, compared),
-        "learning_curves": draw_learning_curves(runs, teacher=teacher.evaluation.metrics),
+        "headline": draw_headline(metrics, compared, small_px=small_px),
+        "learning_curves": draw_learning_curves(runs, teacher=teacher.evaluation.metrics, small_px=small_px),
         "detections": draw_detections(compared),
         "pixel_relations": draw_pixel_relations(explanation),
         "relation_matrices": draw_relation_matrices(explanation),
@@ -111,7 +113,9 @@ def write_run_report(folder: Path) -> Path:
         DrkdError: If ``run.json`` is missing or a file is damaged, naming it and the field.
     """
     run = read_run(folder)
-    figures = {"learning_curves": draw_learning_curves({folder.name: run.curves}), "losses": draw_losses(run.curves)}
+    small_px = run.evaluation.thresholds_px[0] if run.evaluation else None
+    curves = draw_learning_curves({folder.name: run.curves}, small_px=small_px)
+    figures = {"learning_curves": curves, "losses": draw_losses(run.curves)}
     distils = any(name.startswith(("kd/", "ratio/")) for name in run.curves)
     if distils:
         figures["distillation"] = draw_kd_report(run.curves)
@@ -170,21 +174,22 @@ def _demo_sections(images: Mapping[str, bytes]) -> list[Section]:
         _learning_section(images["learning_curves"]),
         Section(
             "Detections side by side",
-            "Validation images that no model was trained on. Dashed white: an object that the model missed.",
+            "Validation images. Blue: found; red: wrong; dashed white: an object that the model missed.",
             figure=images["detections"],
             description="Ground truth and the detections of teacher, student and distilled student on several images",
         ),
         Section(
             "Where pixels relate",
             "Left: the strength of plain features, as a feature-imitating loss sees them. Right: what the graph "
-            "reasoning of the pixel-wise relation makes of them, which is what DRKD teaches. Each map has its own scale.",
+            "reasoning of the pixel-wise relation makes of them: what DRKD teaches. Each map has its own scale.",
             figure=images["pixel_relations"],
             description="Heat maps of plain features and of pixel relations for student and teacher",
         ),
         Section(
             "How instances relate",
             "Row and column are the instances shown at the rim; a bright cell is a strong relation. Student and "
-            "teacher share a scale. The filter says which relations the student is asked to copy.",
+            "teacher share a scale, set by the relations between different instances. The filter says which relations "
+            "the student is asked to copy.",
             figure=images["relation_matrices"],
             description="Relation matrices of the instances for student and teacher, and the relation filter",
         ),

@@ -12,7 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drkd.contracts import DrkdError
-from drkd.reports.figures import BLUE, DISTILLED, GREEN, RED, STUDENT, TEACHER, drawing_style, new_figure, show_image
+from drkd.reports.figures import (
+    BLUE,
+    DISTILLED,
+    GREEN,
+    RED,
+    STUDENT,
+    TEACHER,
+    drawing_style,
+    new_figure,
+    show_image,
+    size_label,
+)
 from drkd.reports.files import read_json
 
 if TYPE_CHECKING:
@@ -124,7 +135,12 @@ def draw_detections(compared: ComparedImages, *, images: int = 5, threshold: flo
 
 
 def draw_headline(
-    metrics: Mapping[str, Mapping[str, float]], compared: ComparedImages, *, image: int = 0, threshold: float = 0.4
+    metrics: Mapping[str, Mapping[str, float]],
+    compared: ComparedImages,
+    *,
+    image: int = 0,
+    threshold: float = 0.4,
+    small_px: float | None = None,
 ) -> Figure:
     """Draw the README's picture: bars of AP and AP_S beside one image as each model sees it.
 
@@ -133,12 +149,13 @@ def draw_headline(
         compared: The images.
         image: Which of them.
         threshold: Least score of a detection that is drawn.
+        small_px: Side of the square below which an object is small, px.
     """
     with drawing_style():
         figure = new_figure(11.6, 3.0)
         parts: Any = figure.subfigures(1, 2, width_ratios=[1, 2.35])
         left, right = parts
-        _draw_bars(left.subplots(), metrics)
+        _draw_bars(left.subplots(), metrics, small_px)
         if image < len(compared.images):
             panels = right.subplots(1, 4)
             chosen = compared.images[image]
@@ -171,9 +188,9 @@ def match_boxes(found: Sequence[Box], truth: Sequence[Box]) -> list[int | None]:
     return matches
 
 
-def _draw_bars(axes: Axes, metrics: Mapping[str, Mapping[str, float]]) -> None:
+def _draw_bars(axes: Axes, metrics: Mapping[str, Mapping[str, float]], small_px: float | None) -> None:
     colours = {"teacher": TEACHER, "student": STUDENT, "drkd": DISTILLED}
-    groups = {"ap": "AP", "ap_small": "AP, small objects"}
+    groups = {name: size_label(name, small_px) for name in ("ap", "ap_small")}
     highest = 1.0
     for offset, (model, title) in enumerate(_MODELS.items()):
         values = [metrics[model][name] for name in groups]

@@ -77,14 +77,14 @@ def draw_relation_matrices(arrays: dict[str, NDArray[Any]]) -> Figure:
     # far the largest, would flatten all others.
     shared = _off_diagonal_range(pair)
     with drawing_style():
-        figure = new_figure(10.6, 3.9)
+        figure = new_figure(10.6, 3.6)
         for axes, (name, title) in zip(figure.subplots(1, 3), _MATRICES.items(), strict=True):
             matrix = arrays[name][:count, :count]
             low, high = shared if name != "relation_filter" else _off_diagonal_range([matrix])
             drawn = show_image(axes, matrix, cmap="viridis", vmin=low, vmax=high)
             axes.set_title(title, loc="center", pad=8)
             _put_crops(axes, crops)
-            bar = figure.colorbar(drawn, ax=axes, fraction=0.045, pad=0.03)
+            bar = figure.colorbar(drawn, ax=axes, fraction=0.045, pad=0.03, extend="both")
             bar.outline.set_visible(False)
             bar.ax.tick_params(labelsize=7)
         if count == 0:
