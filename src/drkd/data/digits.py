@@ -288,10 +288,10 @@ def _publish(aside: Path, target: Path, config: DigitsConfig) -> None:
     aside.chmod(0o755)
     if target.exists() and not is_intact(target, config=config):
         damaged = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        os.replace(target, damaged)
+        target.replace(damaged)
         shutil.rmtree(damaged, ignore_errors=True)
     try:
-        os.rename(aside, target)
+        aside.rename(target)
     except OSError:
         if not is_intact(target, config=config):
             raise

@@ -30,7 +30,7 @@ class TrainLoader(DataLoader[Any]):
         **options: Those of torch's loader.
     """
 
-    def __init__(self, dataset: DetectionDataset, batch_sampler: TrainBatchSampler, **options: Any) -> None:  # noqa: ANN401
+    def __init__(self, dataset: DetectionDataset, batch_sampler: TrainBatchSampler, **options: Any) -> None:
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
         self.order = batch_sampler
 

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional
@@ -19,7 +20,7 @@ from drkd.data.split import DatasetSplit
 def draw_samples(
     splits: Sequence[DatasetSplit], *, per_split: int = 8, columns: int = 4, cell: int = 256
 ) -> Image.Image:
-    """Draw images with their boxes and class names, spread evenly over each split.
+    """Draw images with their boxes and class names, drawn from each split.
 
     Args:
         splits: At least one, with images.
@@ -34,7 +35,9 @@ def draw_samples(
     chosen: list[tuple[DatasetSplit, ImageRecord]] = []
     for split in splits:
         count = min(per_split, len(split.records))
-        chosen.extend((split, split.records[i * len(split.records) // count]) for i in range(count))
+        # Drawn at random: an even step may fall in with a pattern in the data's order.
+        order = Random(0).sample(range(len(split.records)), count)
+        chosen.extend((split, split.records[position]) for position in sorted(order))
     if not chosen:
         raise ValueError("expected at least one image to draw, got none")
     rows = -(-len(chosen) // columns)
@@ -58,7 +61,7 @@ def save_picture(picture: Image.Image, path: Path) -> Path:
         try:
             with os.fdopen(handle, "wb") as file:
                 picture.save(file, format="PNG")
-            os.replace(aside, path)
+            Path(aside).replace(path)
         finally:
             Path(aside).unlink(missing_ok=True)
     except OSError as error:

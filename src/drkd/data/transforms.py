@@ -34,7 +34,7 @@ class ResizeKeepRatio(v2.Transform):
         chosen = int(torch.randint(len(self.min_size), ()).item()) if len(self.min_size) > 1 else 0
         return {"size": resized_size((height, width), self.min_size[chosen], self.max_size)}
 
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:  # noqa: ANN401
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Resize an image or its boxes (called by torchvision)."""
         return self._call_kernel(functional.resize, inpt, size=list(params["size"]), antialias=True)
 

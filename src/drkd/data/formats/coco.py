@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from drkd.contracts import DrkdError, ImageRecord
+from drkd.data.boxes import BoxColumns, Finding, GroupedBoxes, group_boxes
 from drkd.data.problem import DataProblem, Severity, raise_errors
 from drkd.data.split import DatasetSplit
 
 _NUMBERS = frozenset({int, float})
-# COCO's own files overhang their images by rounding; only more than this many px is worth a word.
-_OVERHANG = 1.0
 
 
 @dataclass(frozen=True)
@@ -114,14 +112,24 @@ class _Images:
 
 
 @dataclass(frozen=True)
-class _Boxes:
-    """Flat columns, one row a usable annotation, grouped by image."""
+class _Rows:
+    """Annotations that are right by themselves, a row each."""
 
-    offsets: list[int]
-    boxes: torch.Tensor
-    labels: torch.Tensor
-    crowd: torch.Tensor
-    areas: torch.Tensor
+    ids: list[int]
+    images: list[int]
+    labels: list[int]
+    crowd: list[bool]
+    boxes: list[list[float]]
+    areas: list[float]
+
+    def columns(self) -> BoxColumns:
+        return BoxColumns(
+            np.asarray(self.images, dtype=np.int64),
+            np.asarray(self.labels, dtype=np.int64),
+            np.asarray(self.crowd, dtype=np.bool_),
+            np.asarray(self.boxes, dtype=np.float64).reshape(-1, 4),
+            np.asarray(self.areas, dtype=np.float64),
+        )
 
 
 class _Scanner:
@@ -138,15 +146,18 @@ class _Scanner:
         document = _load_json(self._file)
         categories = self._scan_categories(document["categories"])
         images = self._scan_images(document["images"])
-        columns = self._scan_annotations(document["annotations"], images, categories)
-        split = DatasetSplit(name, _records(images, columns), tuple(categories.values()), tuple(categories))
+        rows = self._scan_annotations(document["annotations"], images, categories)
+        boxes = group_boxes(rows.columns(), images.sizes)
+        self._report_findings(boxes.findings, rows, images)
+        split = DatasetSplit(name, _records(images, boxes), tuple(categories.values()), tuple(categories))
         return CocoScan(split, tuple(self._problems), self._dropped, self._clipped)
 
     def _report(self, record: str, field: str, message: str, *, severity: Severity = "error") -> None:
         self._problems.append(DataProblem(severity, self._file, record, field, message))
 
-    def _identify(self, row: object, record: str, seen: set[int]) -> int | None:
+    def _identify(self, row: object, what: str, index: int, seen: set[int]) -> int | None:
         """The row's id if the row is an object with an integer id that is new, else None and a finding."""
+        record = f"{what} at position {index}"
         if not isinstance(row, dict):
             self._report(record, "", f"expected a JSON object, got {_kind(row)}")
             return None
@@ -158,7 +169,7 @@ class _Scanner:
             self._report(record, "id", f"expected an integer, got {_kind(identity)}")
             return None
         if identity in seen:
-            self._report(record.split(" at ")[0] + f" {identity}", "id", "is used twice; ids must be unique")
+            self._report(f"{what} {identity}", "id", "is used twice; ids must be unique")
             return None
         seen.add(identity)
         return identity
@@ -168,7 +179,7 @@ class _Scanner:
         found: dict[int, str] = {}
         seen: set[int] = set()
         for index, row in enumerate(rows):
-            identity = self._identify(row, f"category at position {index}", seen)
+            identity = self._identify(row, "category", index, seen)
             if identity is None:
                 continue
             name = row.get("name")
@@ -188,7 +199,7 @@ class _Scanner:
         names: dict[str, int] = {}
         files = _list_files(self._folder)
         for index, row in enumerate(rows):
-            identity = self._identify(row, f"image at position {index}", seen)
+            identity = self._identify(row, "image", index, seen)
             if identity is None:
                 continue
             record = f"image {identity}"
@@ -236,37 +247,30 @@ class _Scanner:
             self._report(record, "file_name", f"there is no image file {path}")
         return path
 
-    def _scan_annotations(self, rows: list[Any], images: _Images, categories: dict[int, str]) -> _Boxes:
+    def _scan_annotations(self, entries: list[Any], images: _Images, categories: dict[int, str]) -> _Rows:
         positions = {identity: position for position, identity in enumerate(images.ids)}
         labels = {identity: label for label, identity in enumerate(categories)}
         seen: set[int] = set()
-        picked: list[tuple[int, int, bool]] = []
-        boxes: list[list[float]] = []
-        areas: list[float] = []
-        ids: list[int] = []
-        for index, row in enumerate(rows):
-            identity = self._identify(row, f"annotation at position {index}", seen)
+        rows = _Rows([], [], [], [], [], [])
+        for index, entry in enumerate(entries):
+            identity = self._identify(entry, "annotation", index, seen)
             if identity is None:
                 continue
-            box, area, crowd = self._box(row, identity), self._area(row, identity), row.get("iscrowd", 0)
-            position = self._look_up(row, identity, "image_id", positions, "image")
-            label = self._look_up(row, identity, "category_id", labels, "category")
+            box, area, crowd = self._box(entry, identity), self._area(entry, identity), entry.get("iscrowd", 0)
+            position = self._look_up(entry, identity, "image_id", positions, "image")
+            label = self._look_up(entry, identity, "category_id", labels, "category")
             if crowd not in (0, 1):
                 self._report(f"annotation {identity}", "iscrowd", f"expected 0 or 1, got {_kind(crowd)}")
             elif box is not None and area is not None and position is not None and label is not None:
-                picked.append((position, label, bool(crowd)))
-                boxes.append(box)
-                areas.append(area)
-                ids.append(identity)
-        if rows == [] and images.ids:
+                rows.ids.append(identity)
+                rows.images.append(position)
+                rows.labels.append(label)
+                rows.crowd.append(bool(crowd))
+                rows.boxes.append(box)
+                rows.areas.append(area)
+        if not entries and images.ids:
             self._report("", "annotations", "no image of the split has a box", severity="warning")
-        return self._columns(
-            np.asarray(picked, dtype=np.int64).reshape(-1, 3),
-            np.asarray(boxes, dtype=np.float64).reshape(-1, 4),
-            np.asarray(areas, dtype=np.float64),
-            ids,
-            images,
-        )
+        return rows
 
     def _look_up(self, row: dict[str, Any], identity: int, field: str, known: dict[int, int], what: str) -> int | None:
         value = row.get(field)
@@ -309,51 +313,19 @@ class _Scanner:
             return None
         return float(area)
 
-    def _columns(
-        self,
-        picked: npt.NDArray[np.int64],
-        boxes: npt.NDArray[np.float64],
-        areas: npt.NDArray[np.float64],
-        ids: list[int],
-        images: _Images,
-    ) -> _Boxes:
-        """Clip, drop and group the boxes: all rows at once, because COCO has 860,000."""
-        sizes = np.asarray(images.sizes, dtype=np.float64).reshape(-1, 2)[picked[:, 0]]
-        limits = np.concatenate([sizes[:, ::-1], sizes[:, ::-1]], axis=1)
-        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-        clipped = np.clip(corners, 0.0, limits)
-        sized = sizes.min(axis=1, initial=np.inf) > 0
-        overhang = np.abs(corners - clipped).max(axis=1, initial=0.0)
-        flat = (boxes[:, 2:].astype(np.float32) <= 0).any(axis=1)
-        gone = ((clipped[:, 2:] - clipped[:, :2]) <= 0).any(axis=1)
-        kept = sized & ~flat & ~gone
-        for row in np.flatnonzero(sized & (flat | gone | (overhang > _OVERHANG))).tolist():
-            record, text = f"annotation {ids[row]}", f"box {boxes[row].tolist()} (x, y, width, height)"
-            height, width = images.sizes[int(picked[row, 0])]
-            if flat[row]:
+    def _report_findings(self, findings: Sequence[tuple[int, Finding]], rows: _Rows, images: _Images) -> None:
+        for row, kind in findings:
+            height, width = images.sizes[rows.images[row]]
+            record, image = f"annotation {rows.ids[row]}", f"its image of {width} x {height} px"
+            box = f"box {rows.boxes[row]} (x, y, width, height)"
+            if kind == "flat":
                 self._dropped += 1
-                self._report(record, "bbox", f"{text} has no area; it is left out", severity="warning")
-            elif gone[row]:
-                self._report(record, "bbox", f"{text} lies outside its image of {width} x {height} px")
+                self._report(record, "bbox", f"{box} has no area; it is left out", severity="warning")
+            elif kind == "outside":
+                self._report(record, "bbox", f"{box} lies outside {image}")
             else:
                 self._clipped += 1
-                self._report(
-                    record,
-                    "bbox",
-                    f"{text} overhangs its image of {width} x {height} px; it is clipped",
-                    severity="warning",
-                )
-        areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
-        order = np.flatnonzero(kept)
-        order = order[np.argsort(picked[order, 0], kind="stable")]
-        counts = np.bincount(picked[order, 0], minlength=len(images.ids))
-        return _Boxes(
-            counts.tolist(),
-            torch.from_numpy(clipped[order].astype(np.float32)),
-            torch.from_numpy(picked[order, 1].copy()),
-            torch.from_numpy(picked[order, 2].astype(bool)),
-            torch.from_numpy(areas[order].astype(np.float32)),
-        )
+                self._report(record, "bbox", f"{box} overhangs {image}; it is clipped", severity="warning")
 
 
 def _list_files(folder: Path) -> frozenset[str]:
@@ -365,16 +337,8 @@ def _list_files(folder: Path) -> frozenset[str]:
         return frozenset()
 
 
-def _records(images: _Images, columns: _Boxes) -> tuple[ImageRecord, ...]:
-    # Views of one tensor a column: building four tensors an image would take longer than all the rest.
-    parts = zip(
-        columns.boxes.split(columns.offsets),
-        columns.labels.split(columns.offsets),
-        columns.crowd.split(columns.offsets),
-        columns.areas.split(columns.offsets),
-        strict=True,
+def _records(images: _Images, boxes: GroupedBoxes) -> tuple[ImageRecord, ...]:
+    columns = zip(
+        images.ids, images.paths, images.sizes, boxes.boxes, boxes.labels, boxes.crowd, boxes.areas, strict=True
     )
-    return tuple(
-        ImageRecord(identity, path, size, *part)
-        for identity, path, size, part in zip(images.ids, images.paths, images.sizes, parts, strict=True)
-    )
+    return tuple(ImageRecord(*row) for row in columns)
