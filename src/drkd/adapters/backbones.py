@@ -1,4 +1,4 @@
-"""Feature pyramids on torchvision ResNets and on timm networks, described by plain values that rebuild them without drkd."""
+"""Feature pyramids on torchvision ResNets and timm networks, and the plain values that rebuild them without drkd."""
 
 from __future__ import annotations
 
@@ -138,7 +138,8 @@ def _torchvision_body(name: str, stages: Sequence[int], *, pretrained: bool) -> 
     else:
         network = get_model(**kwargs)
     return_layers = {f"layer{stage}": str(index) for index, stage in enumerate(stages)}
-    channels = tuple(network.inplanes // 8 * 2 ** (stage - 1) for stage in stages)
+    last: Any = network
+    channels = tuple(last.inplanes // 8 * 2 ** (stage - 1) for stage in stages)
     return _Body(
         IntermediateLayerGetter(network, return_layers),
         "torchvision",
@@ -175,14 +176,13 @@ def _timm_body(name: str, stages: Sequence[int], *, width: float, pretrained: bo
         if isinstance(made, str):
             problem = made
             continue
-        module, kwargs = made
-        found = list(module.feature_info.reduction())  # type: ignore[union-attr, operator]
+        module: Any = made[0]
+        found = list(module.feature_info.reduction())
         problem = f"its features have strides {found} px"
         if found == strides:
-            config = module.pretrained_cfg
-            channels = tuple(module.feature_info.channels())  # type: ignore[union-attr, operator]
-            mean, std = tuple(config["mean"]), tuple(config["std"])  # type: ignore[index, arg-type]
-            return _Body(module, "timm", kwargs, {}, channels, tuple(map(str, indices)), mean, std)
+            channels = tuple(module.feature_info.channels())
+            mean, std = tuple(module.pretrained_cfg["mean"]), tuple(module.pretrained_cfg["std"])
+            return _Body(module, "timm", made[1], {}, channels, tuple(map(str, indices)), mean, std)
     raise DrkdError(f"backbone and stages: {name} has no features at strides {strides} px ({problem}).")
 
 
@@ -237,8 +237,8 @@ def freeze_batch_norm(module: nn.Module) -> nn.Module:
     if isinstance(module, nn.BatchNorm2d):
         if type(module) is not nn.BatchNorm2d:
             # timm's batch norms hold their activation.
-            frozen = _import_timm().utils.freeze_batch_norm_2d(module)
-            return frozen if isinstance(frozen, nn.Module) else module
+            frozen: nn.Module = _import_timm().utils.freeze_batch_norm_2d(module)
+            return frozen
         plain = FrozenBatchNorm2d(module.num_features, eps=module.eps)
         plain.load_state_dict({k: v for k, v in module.state_dict().items() if k != "num_batches_tracked"})
         return plain
@@ -257,8 +257,9 @@ def _freeze_stages(body: _Body, name: str, frozen_stages: int) -> None:
     if body.library == "torchvision":
         last = "bn1" if frozen_stages == 0 else f"layer{frozen_stages}"
     else:
-        info = body.module.feature_info.info  # type: ignore[union-attr]
-        inside = [entry["module"] for entry in info if entry["reduction"] <= 2 ** (frozen_stages + 1)]  # type: ignore[union-attr, index]
+        network: Any = body.module
+        limit = 2 ** (frozen_stages + 1)
+        inside = [entry["module"] for entry in network.feature_info.info if entry["reduction"] <= limit]
         last = inside[-1].replace(".", "_") if inside else ""
     if last not in names:
         raise DrkdError(f"frozen_stages: {name} has no stage {frozen_stages} to freeze up to (parts: {names}).")
@@ -270,7 +271,7 @@ def _freeze_stages(body: _Body, name: str, frozen_stages: int) -> None:
             parameter.requires_grad_(False)
 
 
-def _import_timm() -> Any:  # noqa: ANN401 - the library has no type for itself
+def _import_timm() -> Any:
     try:
         import timm
         import timm.utils
@@ -279,7 +280,7 @@ def _import_timm() -> Any:  # noqa: ANN401 - the library has no type for itself
     return timm
 
 
-def _fetch(load: Any, name: str) -> nn.Module:  # noqa: ANN401 - a thunk
+def _fetch(load: Any, name: str) -> nn.Module:
     try:
         network = load()
     except (OSError, RuntimeError) as error:
@@ -292,15 +293,10 @@ def _fetch(load: Any, name: str) -> nn.Module:  # noqa: ANN401 - a thunk
     return network
 
 
-def preserve_modes(module: nn.Module) -> dict[nn.Module, bool]:
-    """Remember which submodules train, to put it back after a dry run."""
-    return {part: part.training for part in module.modules()}
-
-
 @torch.no_grad()
 def probe_features(backbone: nn.Module, size: int) -> dict[str, Tensor]:
     """Run a backbone once on a black image, in eval mode, leaving its modes and statistics as they were."""
-    modes = preserve_modes(backbone)
+    modes = {part: part.training for part in backbone.modules()}
     reference = next(backbone.parameters())
     try:
         backbone.eval()

@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
+from torch import Tensor
 
-from drkd.adapters.backbones import freeze_batch_norm
 from drkd.adapters.plain_code import write_plain_code
 from drkd.adapters.torchvision import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder, ZooBuilder
 from drkd.adapters.torchvision_detector import TorchvisionDetector
 from drkd.adapters.weights import fill, load_state, read_checkpoint
+from drkd.adapters.zoo import freeze_zoo
 from drkd.contracts import Detector, DetectorBuilder, DrkdError
 
 __all__ = ["FORMAT", "SavedDetectorBuilder", "load_detector", "load_state", "save_student"]
 
 FORMAT = "drkd-student-1"
+_Builder = RetinaNetBuilder | FasterRCNNBuilder | FCOSBuilder | ZooBuilder
 # The only classes that a file may name: a checkpoint must not be able to run code of its choice.
-_BUILDERS: dict[str, type[DetectorBuilder]] = {
+_BUILDERS: dict[str, type[_Builder]] = {
     f"drkd.adapters.torchvision.{builder.__name__}": builder
     for builder in (RetinaNetBuilder, FasterRCNNBuilder, FCOSBuilder, ZooBuilder)
 }
 _KEYS = ("state_dict", "build", "builder", "class_names", "preprocessing")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SavedDetectorBuilder(DetectorBuilder):
     """A detector from a file that drkd saved, teacher or student.
 
@@ -106,19 +105,16 @@ def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None)
         _compare_classes(path, saved_names, class_names)
     builder = _read_builder(path, content["builder"])
     detector = builder.build(saved_names)
-    if not isinstance(detector, TorchvisionDetector):
-        raise DrkdError(f"{path}: its builder does not build a torchvision detector.")
-    model = detector.model
-    if "batch_norm_eps" in content["build"]:
-        _freeze_zoo(model, content["build"]["batch_norm_eps"])
+    build, settings = content["build"], content["preprocessing"]
+    model: Any = detector.model
+    if "batch_norm_eps" in build:
+        freeze_zoo(model, build["batch_norm_eps"])
     fill(model, content["state_dict"], path)
-    transform: Any = model.transform
-    settings = content["preprocessing"]
-    transform.min_size, transform.max_size = (settings["min_size"],), settings["max_size"]
-    transform.size_divisible = settings["size_divisor"]
-    names = list(class_names) if class_names is not None else saved_names
+    model.transform.min_size, model.transform.max_size = (settings["min_size"],), settings["max_size"]
+    model.transform.size_divisible = settings["size_divisor"]
+    names = saved_names if class_names is None else list(class_names)
     label_ids = [detector.label_ids[saved_names.index(name)] for name in names]
-    return TorchvisionDetector(model, names, label_ids=label_ids, plan=content["build"]).eval()
+    return TorchvisionDetector(model, names, label_ids=label_ids, plan=build).eval()
 
 
 def read_preprocessing(path: str | Path) -> dict[str, Any]:
@@ -164,7 +160,7 @@ def _describe_builder(builder: DetectorBuilder) -> dict[str, Any]:
     if isinstance(builder, SavedDetectorBuilder):
         return dict(_read(builder.path)["builder"])
     class_path = f"drkd.adapters.torchvision.{type(builder).__name__}"
-    if _BUILDERS.get(class_path) is not type(builder) or not dataclasses.is_dataclass(builder):
+    if not isinstance(builder, _Builder) or class_path not in _BUILDERS:
         raise ValueError(f"builder: expected one of {', '.join(_BUILDERS)}, got {type(builder).__name__}")
     arguments = dataclasses.asdict(builder)
     # The file's own weights replace those that training began with.
@@ -176,8 +172,8 @@ def _read(path: str | Path) -> dict[str, Any]:
     content = read_checkpoint(path)
     if not isinstance(content, Mapping) or content.get("format") != FORMAT or any(key not in content for key in _KEYS):
         raise DrkdError(
-            f"{path}: not a detector saved by drkd (expected format {FORMAT!r}). A bare state dict needs a builder: give "
-            "it as `weights` of RetinaNetBuilder, FasterRCNNBuilder, FCOSBuilder or ZooBuilder."
+            f"{path}: not a detector saved by drkd (expected format {FORMAT!r}). A bare state dict needs a builder: "
+            "give it as `weights` of RetinaNetBuilder, FasterRCNNBuilder, FCOSBuilder or ZooBuilder."
         )
     if content["builder"] is None or content["build"] is None:
         raise DrkdError(
@@ -187,7 +183,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _read_builder(path: str | Path, entry: Mapping[str, Any]) -> DetectorBuilder:
+def _read_builder(path: str | Path, entry: Mapping[str, Any]) -> _Builder:
     class_path = entry.get("class_path")
     builder = _BUILDERS.get(str(class_path))
     if builder is None:
@@ -210,13 +206,6 @@ def _shorten(names: Sequence[str], limit: int = 20) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
-def _freeze_zoo(model: nn.Module, epsilon: float | None) -> None:
-    freeze_batch_norm(model)
-    for module in model.modules():
-        if epsilon is not None and isinstance(module, FrozenBatchNorm2d):
-            module.eps = epsilon
-
-
 def _store(tensor: Tensor, *, half: bool) -> Tensor:
     if half and tensor.dtype == torch.float32:
         short = tensor.to(torch.float16)
@@ -225,7 +214,7 @@ def _store(tensor: Tensor, *, half: bool) -> Tensor:
     return tensor.clone()
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - any nesting of plain values
+def _plain(value: Any) -> Any:
     """Lists and dicts of what ``weights_only`` loading and YAML both accept."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
@@ -238,20 +227,15 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - any nesting of plain values
     raise ValueError(f"expected plain values (numbers, strings, lists, dicts, tensors), got {type(value).__name__}")
 
 
-def _tuples(value: Any) -> Any:  # noqa: ANN401 - any nesting of plain values
+def _tuples(value: Any) -> Any:
     return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        torch.save(dict(content), name)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        torch.save(dict(content), aside)
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)

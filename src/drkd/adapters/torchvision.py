@@ -77,9 +77,7 @@ class PyramidBuilder(DetectorBuilder):
 
     def __post_init__(self) -> None:
         stages = tuple(self.stages)
-        if not stages or list(stages) != list(range(stages[0], stages[0] + len(stages))) or not 1 <= stages[0]:
-            raise DrkdError(f"stages: expected successive stages within 1..4, such as (2, 3, 4), got {stages}.")
-        if stages[-1] > 4:
+        if stages not in {tuple(range(first, last + 1)) for first in range(1, 5) for last in range(first, 5)}:
             raise DrkdError(f"stages: expected successive stages within 1..4, such as (2, 3, 4), got {stages}.")
         for name, allowed in (("extra", ("none", "pool", "p6p7")), ("norm", ("batch", "frozen"))):
             if getattr(self, name) not in allowed:
@@ -211,7 +209,8 @@ class RetinaNetBuilder(PyramidBuilder):
     def _assemble(self, backbone: nn.Module, plan: dict[str, Any]) -> nn.Module:
         head = RetinaNetHead(**plan["head"], norm_layer=partial(nn.GroupNorm, _GROUPS)) if "head" in plan else None
         anchors = AnchorGenerator(**plan["anchors"])
-        return RetinaNet(backbone, anchor_generator=anchors, head=head, **plan["detector"])
+        model: nn.Module = RetinaNet(backbone, anchor_generator=anchors, head=head, **plan["detector"])
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +248,9 @@ class FCOSBuilder(PyramidBuilder):
 
     def _assemble(self, backbone: nn.Module, plan: dict[str, Any]) -> nn.Module:
         anchors = AnchorGenerator(**plan["anchors"])
-        return FCOS(backbone, anchor_generator=anchors, head=FCOSHead(**plan["head"]), **plan["detector"])
+        head = FCOSHead(**plan["head"])
+        model: nn.Module = FCOS(backbone, anchor_generator=anchors, head=head, **plan["detector"])
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +323,7 @@ class FasterRCNNBuilder(PyramidBuilder):
         }
 
     def _assemble(self, backbone: nn.Module, plan: dict[str, Any]) -> nn.Module:
-        return FasterRCNN(
+        model: nn.Module = FasterRCNN(
             backbone,
             rpn_anchor_generator=AnchorGenerator(**plan["anchors"]),
             box_roi_pool=MultiScaleRoIAlign(**plan["box_roi_pool"]),
@@ -330,3 +331,4 @@ class FasterRCNNBuilder(PyramidBuilder):
             box_predictor=FastRCNNPredictor(**plan["box_predictor"]),
             **plan["detector"],
         )
+        return model

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 from drkd.adapters.backbones import probe_features
+from drkd.adapters.labels import count_outputs, family_of, infer_labels
 from drkd.contracts import (
     DetectionBatch,
     Detections,
@@ -47,6 +47,11 @@ class TorchvisionDetector(Detector):
         ValueError: If the model is of another kind, or the labels do not fit its head.
     """
 
+    _mean: Tensor
+    _std: Tensor
+    _to_model: Tensor
+    _to_ours: Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -57,7 +62,7 @@ class TorchvisionDetector(Detector):
     ) -> None:
         super().__init__()
         family = family_of(model)
-        outputs = count_labels(model)
+        outputs = count_outputs(model)
         if len(label_ids) != len(class_names) or max(label_ids, default=-1) >= outputs:
             raise ValueError(
                 f"expected one label below {outputs} for each of {len(class_names)} classes, got {list(label_ids)}"
@@ -74,7 +79,7 @@ class TorchvisionDetector(Detector):
         for ours, theirs in enumerate(label_ids):
             if theirs >= 0:
                 to_ours[theirs] = ours
-        transform = _part(model, "transform")
+        transform = _parts(model).transform
         self.register_buffer("_to_model", torch.tensor(label_ids, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("_to_ours", to_ours.to(device), persistent=False)
         for name, values in (("_mean", transform.image_mean), ("_std", transform.image_std)):
@@ -115,8 +120,8 @@ class TorchvisionDetector(Detector):
         features = self._pyramid(images.tensors)
         if self.spec.family == "faster_rcnn":
             with _mode(self.model, features, images, training=False):
-                proposals, _ = _part(self.model, "rpn")(images, features)
-                found, _ = _part(self.model, "roi_heads")(features, proposals, images.image_sizes)
+                proposals, _ = _parts(self.model).rpn(images, features)
+                found, _ = _parts(self.model).roi_heads(features, proposals, images.image_sizes)
         else:
             found = self._dense_detections(images, features)
         return [
@@ -148,7 +153,7 @@ class TorchvisionDetector(Detector):
         )
 
     def _targets(self, batch: DetectionBatch) -> list[dict[str, Tensor]]:
-        """torchvision's targets: the model's labels, without ignored boxes."""
+        """Torchvision's targets: the model's labels, without ignored boxes."""
         targets = batch.targets
         labels = [target.labels for target in targets]
         if self.missing_classes:
@@ -166,27 +171,27 @@ class TorchvisionDetector(Detector):
         model = self.model
         if self.spec.family == "faster_rcnn":
             with _mode(model, features, images, training=True):
-                proposals, rpn = _part(model, "rpn")(images, features, targets)
-                _, roi = _part(model, "roi_heads")(features, proposals, images.image_sizes, targets)
+                proposals, rpn = _parts(model).rpn(images, features, targets)
+                _, roi = _parts(model).roi_heads(features, proposals, images.image_sizes, targets)
             return {**roi, **rpn}
         maps = list(features.values())
-        outputs = _part(model, "head")(maps)
-        anchors = _part(model, "anchor_generator")(images, maps)
+        outputs = _parts(model).head(maps)
+        anchors = _parts(model).anchor_generator(images, maps)
         if self.spec.family == "fcos":
             cells = [entry.shape[-2] * entry.shape[-1] for entry in maps]
-            return dict(_part(model, "compute_loss")(targets, outputs, anchors, cells))
-        return dict(_part(model, "compute_loss")(targets, outputs, anchors))
+            return dict(_parts(model).compute_loss(targets, outputs, anchors, cells))
+        return dict(_parts(model).compute_loss(targets, outputs, anchors))
 
     def _dense_detections(self, images: ImageList, features: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         maps = list(features.values())
-        outputs = _part(self.model, "head")(maps)
-        anchors = _part(self.model, "anchor_generator")(images, maps)
+        outputs = _parts(self.model).head(maps)
+        anchors = _parts(self.model).anchor_generator(images, maps)
         cells = [entry.shape[-2] * entry.shape[-1] for entry in maps]
         per_cell = outputs["cls_logits"].shape[1] // sum(cells)
         counts = [count * per_cell for count in cells]
         split = {name: list(values.split(counts, dim=1)) for name, values in outputs.items()}
         split_anchors = [list(entry.split(counts)) for entry in anchors]
-        found = _part(self.model, "postprocess_detections")(split, split_anchors, images.image_sizes)
+        found = _parts(self.model).postprocess_detections(split, split_anchors, images.image_sizes)
         return list(found)
 
     def _to_original(self, found: Mapping[str, Tensor], size: Size, original: Size) -> Detections:
@@ -207,55 +212,25 @@ def wrap_torchvision(
     Args:
         model: The plain torchvision detector.
         class_names: Names of classes 0..K-1 without background. None numbers them.
-        label_ids: The model's label of each class. None takes 1..K for Faster R-CNN, where 0 is the background, and for
-            the other two 0..K-1 if the head has K outputs or 1..K if it has K + 1 (torchvision's published habit).
+        label_ids: The model's label of each class; None infers them (see ``labels.infer_labels``).
 
     Raises:
         ValueError: If the model is of another kind or the number of classes does not fit its head.
     """
-    outputs = count_labels(model)
-    background = 1 if family_of(model) == "faster_rcnn" else 0
-    if class_names is None:
-        class_names = [str(index) for index in range(outputs - background)]
     if label_ids is None:
-        offset = outputs - len(class_names)
-        if not background <= offset <= 1:
-            raise ValueError(
-                f"the head of this {family_of(model)} has {outputs} outputs{' with background' if background else ''}, "
-                f"got {len(class_names)} class names; expected {outputs - background}, or give label_ids"
-            )
-        label_ids = range(offset, outputs)
+        class_names, label_ids = infer_labels(model, class_names)
+    elif class_names is None:
+        class_names = [str(index) for index in range(len(label_ids))]
     return TorchvisionDetector(model, class_names, label_ids=label_ids)
 
 
-def family_of(model: nn.Module) -> str:
-    """The detector's kind by its class.
-
-    Raises:
-        ValueError: If it is none of the three that are supported.
-    """
-    if isinstance(model, FasterRCNN) and not isinstance(model, MaskRCNN):
-        return "faster_rcnn"
-    if isinstance(model, RetinaNet):
-        return "retinanet"
-    if isinstance(model, FCOS):
-        return "fcos"
-    raise ValueError(f"expected torchvision's RetinaNet, FCOS or FasterRCNN, got {type(model).__name__}")
-
-
-def count_labels(model: nn.Module) -> int:
-    """Outputs of the classification head, background included where there is one."""
-    if family_of(model) == "faster_rcnn":
-        return int(_part(_part(_part(model, "roi_heads"), "box_predictor"), "cls_score").out_features)
-    return int(_part(_part(model, "head"), "classification_head").num_classes)
-
-
-def _part(module: Any, name: str) -> Any:  # noqa: ANN401 - torchvision's detectors are not typed
-    return getattr(module, name)
+def _parts(model: nn.Module) -> Any:
+    """The model, as a type checker must see it: torchvision's detectors are not typed."""
+    return model
 
 
 def _backbone(model: nn.Module) -> nn.Module:
-    backbone = _part(model, "backbone")
+    backbone = _parts(model).backbone
     if not isinstance(backbone, nn.Module):
         raise ValueError(f"expected {type(model).__name__}.backbone to be a module, got {type(backbone).__name__}")
     return backbone
@@ -275,20 +250,20 @@ def _levels(features: Mapping[str, Tensor], size: int) -> tuple[FeatureLevel, ..
 
 
 @contextmanager
-def _mode(
-    model: nn.Module, features: Mapping[str, Tensor], images: ImageList, *, training: bool
-) -> Iterator[None]:
+def _mode(model: nn.Module, features: Mapping[str, Tensor], images: ImageList, *, training: bool) -> Iterator[None]:
     """Let a two-stage head compute losses or detections whatever mode the model is in, and at this batch's scales.
 
     The proposal network and the box head decide by their own ``training`` flag; their children's are left alone.
     ``MultiScaleRoIAlign`` infers its scales from the valid sizes of its first call and keeps them: they are set here
     from the padded size, and taken away afterwards.
     """
-    rpn, heads = _part(model, "rpn"), _part(model, "roi_heads")
+    rpn, heads = _parts(model).rpn, _parts(model).roi_heads
     pool: MultiScaleRoIAlign = heads.box_roi_pool
     before = rpn.training, heads.training, pool.scales, pool.map_levels
     height = images.tensors.shape[-2]
-    scales = [2.0 ** round(math.log2(features[name].shape[-2] / height)) for name in features if name in pool.featmap_names]
+    scales = [
+        2.0 ** round(math.log2(features[name].shape[-2] / height)) for name in features if name in pool.featmap_names
+    ]
     try:
         rpn.training = heads.training = training
         pool.scales = scales

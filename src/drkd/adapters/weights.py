@@ -21,7 +21,7 @@ _PACKAGES = {
 _NAMED = 5
 
 
-def read_checkpoint(path: str | Path) -> Any:  # noqa: ANN401 - a file may hold any plain value
+def read_checkpoint(path: str | Path) -> Any:
     """Load a file of tensors and plain values onto the CPU.
 
     Raises:
@@ -35,8 +35,8 @@ def read_checkpoint(path: str | Path) -> Any:  # noqa: ANN401 - a file may hold 
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise DrkdError(
-            f"{file}: not loaded, since it is no checkpoint of tensors and plain values: it is damaged, or holds pickled "
-            f"objects, which could run code. Save its state_dict() instead. ({reason})"
+            f"{file}: not loaded, since it is no checkpoint of tensors and plain values: it is damaged, or holds "
+            f"pickled objects, which could run code. Save its state_dict() instead. ({reason})"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]

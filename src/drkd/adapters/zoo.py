@@ -11,6 +11,7 @@ from torchvision.models import get_model, get_model_weights
 from torchvision.models.detection._utils import overwrite_eps
 
 from drkd.adapters.backbones import freeze_batch_norm
+from drkd.adapters.labels import coco_categories, coco_labels
 from drkd.adapters.torchvision_detector import TorchvisionDetector
 from drkd.adapters.weights import fill, read_state, update_names
 from drkd.contracts import DetectorBuilder, DrkdError
@@ -34,8 +35,8 @@ _LAST_LAYERS = ("roi_heads.box_predictor.", "head.classification_head.cls_logits
 class ZooBuilder(DetectorBuilder):
     """A published torchvision detector.
 
-    With ``head="coco"`` the model keeps its 91 COCO outputs and your classes are found among them by name: detections of
-    other classes are dropped, and a class that COCO lacks is never detected (``detector.missing_classes`` lists them),
+    With ``head="coco"`` the model keeps COCO's 91 outputs and your classes are found by name among them; detections
+    of other classes are dropped; a class that COCO lacks is never detected (``detector.missing_classes`` lists them),
     though its features still teach. With ``head="new"`` the model gets outputs for your classes alone; weights of
     another number of classes then fill all but the last layer.
 
@@ -66,10 +67,9 @@ class ZooBuilder(DetectorBuilder):
         if not class_names:
             raise DrkdError("class_names: expected at least one class, got none.")
         two_stage = self.name.startswith("fasterrcnn")
-        categories = coco_categories(self.name)
         if self.head == "coco":
-            label_ids = coco_labels(class_names, categories)
-            outputs = len(categories)
+            label_ids = coco_labels(class_names)
+            outputs = len(coco_categories())
         else:
             label_ids = list(range(int(two_stage), len(class_names) + int(two_stage)))
             outputs = len(class_names) + int(two_stage)
@@ -89,15 +89,15 @@ class ZooBuilder(DetectorBuilder):
         state = update_names(state, wanted)
         if self.head == "new":
             last = next(key for key in _LAST_LAYERS if any(name.startswith(key) for name in wanted))
-            other = any(key.startswith(last) and state[key].shape != wanted[key].shape for key in state if key in wanted)
-            if other:
+            if any(state[key].shape != wanted[key].shape for key in state if key in wanted and key.startswith(last)):
                 state = {key: wanted[key] if key.startswith(last) else value for key, value in state.items()}
         fill(model, state, weights)
         if self.name.endswith("_v2"):
             return {}
         # torchvision freezes the batch norms of these models whenever it loads weights.
-        freeze_batch_norm(model)
-        return {"batch_norm_eps": set_epsilon(model, 0.0 if self.name in _WITHOUT_EPSILON else None)}
+        epsilon = 0.0 if self.name in _WITHOUT_EPSILON else None
+        freeze_zoo(model, epsilon)
+        return {"batch_norm_eps": epsilon}
 
     def _download(self) -> dict[str, Tensor]:
         entry = get_model_weights(self.name)[str(self.weights)]
@@ -105,35 +105,14 @@ class ZooBuilder(DetectorBuilder):
             state = entry.get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:
             raise DrkdError(
-                f"weights: torchvision's {self.name} could not be downloaded ({error}). Where there is a network, fetch "
-                f"{entry.url} and give the file's path as weights."
+                f"weights: torchvision's {self.name} could not be downloaded ({error}). Where there is a network, "
+                f"fetch {entry.url} and give the file's path as weights."
             ) from error
         return dict(state)
 
 
-def set_epsilon(model: nn.Module, epsilon: float | None) -> float | None:
-    """Set the epsilon of all frozen batch norms, or leave it with None; returns what was given."""
+def freeze_zoo(model: nn.Module, epsilon: float | None) -> None:
+    """Freeze all batch norms, and set their epsilon where one is given."""
+    freeze_batch_norm(model)
     if epsilon is not None:
         overwrite_eps(model, epsilon)
-    return epsilon
-
-
-def coco_categories(name: str) -> list[str]:
-    """The 91 slots of a published model's outputs by name, background and gaps included."""
-    return list(get_model_weights(name)["COCO_V1"].meta["categories"])
-
-
-def coco_labels(class_names: Sequence[str], categories: Sequence[str]) -> list[int]:
-    """The slot of each class among a published model's outputs, -1 where COCO has no such class.
-
-    Raises:
-        DrkdError: If COCO has none of the classes.
-    """
-    slots = {name: slot for slot, name in enumerate(categories) if name not in ("__background__", "N/A")}
-    labels = [slots.get(name, -1) for name in class_names]
-    if max(labels, default=-1) < 0:
-        raise DrkdError(
-            f"class_names: none of {list(class_names)[:5]} is a COCO category, so a model with COCO's outputs detects "
-            "none of them; use head: new, or other class names."
-        )
-    return labels
