@@ -1,0 +1,75 @@
+"""The README's Python runs as it stands there, and says what the package says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, RetinaNet
+
+import drkd
+from drkd.adapters import FCOSBuilder, RetinaNetBuilder
+from drkd.adapters.checkpoint import save_student
+from drkd.contracts import BoxTargets, DetectionBatch
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def _block(opening: str) -> str:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return next(block for block in blocks if opening in block)
+
+
+@pytest.fixture
+def boxes() -> list[Tensor]:
+    return [torch.tensor([[4.0, 4.0, 40.0, 40.0], [30.0, 20.0, 60.0, 60.0]]), torch.tensor([[8.0, 8.0, 50.0, 30.0]])]
+
+
+def test_the_three_lines(boxes: list[Tensor]) -> None:
+    student = RetinaNetBuilder(backbone="resnet18", fpn_channels=32).build(["cat", "dog"]).model
+    teacher = FCOSBuilder(backbone="resnet18", fpn_channels=64, extra="p6p7").build(["cat", "dog"]).model
+    assert isinstance(student, RetinaNet)
+    assert isinstance(teacher, FCOS)
+    targets = tuple(
+        BoxTargets(box, torch.zeros(len(box), dtype=torch.int64), torch.zeros(len(box), dtype=torch.bool))
+        for box in boxes
+    )
+    batch = DetectionBatch(torch.rand(2, 3, 64, 64), ((64, 64),) * 2, ((64, 64),) * 2, targets, (1, 2))
+    scope = {"student": student, "teacher": teacher, "batch": batch}
+    exec(_block("import DRKD"), scope)
+    kinds = {name.split("/")[0] for name in scope["losses"]}
+    assert kinds == {"task", "kd"}
+    assert any(parameter.grad is not None for parameter in student.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_drkd_on_feature_maps_alone(boxes: list[Tensor]) -> None:
+    student_maps = {"p3": torch.rand(2, 8, 64, 64, requires_grad=True), "p4": torch.rand(2, 8, 32, 32)}
+    teacher_maps = {"0": torch.rand(2, 16, 64, 64), "1": torch.rand(2, 16, 32, 32)}
+    exec(
+        _block("for_features"),
+        {"DRKD": drkd.DRKD, "student_maps": student_maps, "teacher_maps": teacher_maps, "boxes": boxes},
+    )
+    gradient = student_maps["p3"].grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+
+
+def test_the_student_loads_without_drkd(tmp_path: Path) -> None:
+    builder = RetinaNetBuilder(backbone="resnet18", fpn_channels=32, extra="p6p7")
+    detector = builder.build(["cat", "dog"])
+    settings = {"min_size": 64, "max_size": 64, "size_divisor": 32}
+    save_student(tmp_path / "student.pt", detector, builder=builder, image_settings=settings)
+    code = torch.load(tmp_path / "student.pt", weights_only=True)["code"]
+    imports = "\n".join(line for line in code.splitlines() if line.startswith(("import ", "from ")))
+    assert "drkd" not in imports
+    scope: dict[str, nn.Module] = {}
+    lines = _block("weights_only").replace('"student.pt"', repr(str(tmp_path / "student.pt")))
+    exec(imports + "\n" + lines, scope)
+    expected = detector.model.state_dict()
+    loaded = scope["model"].state_dict()
+    assert list(loaded) == list(expected)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
