@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -264,13 +264,14 @@ class DRKD(KDMethod):
         ours, theirs = self._prepare(student_features, teacher_features)
         maps: dict[str, tuple[Tensor, Tensor]] = {}
         for pair, loss in zip(self.pixel_pairs, self.pixel_losses, strict=True):
-            maps[pair.name] = loss.maps(ours[pair.student.name], theirs[pair.teacher.name])
+            maps[pair.name] = cast(PixelRelationLoss, loss).maps(ours[pair.student.name], theirs[pair.teacher.name])
         matrices: dict[str, tuple[Tensor, Tensor]] = {}
         if RELATION in self.weights:
             for pair, loss in zip(self.instance_pairs, self.relation_losses, strict=True):
                 layout = InstanceLayout.build(count_boxes(boxes), ours[pair.student.name].device)
                 instances = self._pool(pair, ours, theirs, boxes, image_size, layout)
-                matrices[pair.name] = loss.matrices(*instances, boxes, image_size=image_size)[:2]
+                found = cast(InstanceRelationLoss, loss).matrices(*instances, boxes, image_size=image_size)
+                matrices[pair.name] = found[:2]
         return tuple(
             LevelRelations(name, *maps.get(name, (None, None)), *matrices.get(name, (None, None)))
             for name in dict.fromkeys([*maps, *matrices])

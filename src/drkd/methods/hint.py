@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
-from drkd.losses import make_adapter, resample, tensor_distance
+from drkd.losses import Distance, make_adapter, resample, tensor_distance
 from drkd.losses.alignment import check_maps
 from drkd.methods.levels import maps_by_name, match_levels
 
@@ -67,6 +67,6 @@ class FeatureHint(KDMethod):
             for parameter in adapter.parameters():
                 feature = feature.to(parameter.dtype)
             feature = resample(adapter(feature), (target.shape[2], target.shape[3]))
-            kind = "standardised" if self.standardise else "mse"
+            kind: Distance = "standardised" if self.standardise else "mse"
             terms[f"hint/{pair.name}"] = tensor_distance(feature, target, kind=kind)
         return terms

@@ -1,0 +1,81 @@
+"""Distances against hand-computed values and at their edges."""
+
+import pytest
+import torch
+
+from drkd.losses import InstanceLayout, instance_distance, standardise, tensor_distance
+
+KINDS = ["frobenius", "relative", "mse", "standardised"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    # Differences 3 and 4 against a target of norm 5; standardised: (-1, 1) against (1, -1) is 4 each, halved.
+    [("frobenius", 5.0), ("relative", 1.0), ("mse", 12.5), ("standardised", 2.0)],
+)
+def test_value_by_hand(kind, expected):
+    teacher = torch.tensor([4.0, 3.0]).reshape(1, 1, 1, 2)
+    student = teacher - torch.tensor([4.0, -3.0]).reshape(1, 1, 1, 2)
+    if kind == "standardised":
+        student = torch.tensor([0.0, 6.0]).reshape(1, 1, 1, 2)
+    value = tensor_distance(student, teacher, kind=kind)
+    assert value.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (1, 3, 1, 1), (0, 3, 3, 3)])
+def test_equal_tensors_give_zero_and_finite_gradient(kind, shape):
+    student = torch.randn(shape, requires_grad=True)
+    value = tensor_distance(student, student.detach().clone(), kind=kind)
+    value.backward()
+    assert value.item() == 0
+    assert student.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_and_constant_tensors_stay_finite(kind):
+    student = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    value = tensor_distance(student, torch.full((2, 3, 4, 4), 0.5), kind=kind)
+    value.backward()
+    assert value.isfinite() and student.grad.isfinite().all()
+    assert tensor_distance(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), kind=kind).isfinite()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_is_compared_in_float32_and_float64_stays(kind):
+    student, teacher = torch.randn(2, 2, 3, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = tensor_distance(student.bfloat16(), teacher.bfloat16(), kind=kind)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(tensor_distance(student, teacher, kind=kind).item(), rel=1e-2)
+    assert tensor_distance(student.double(), teacher.double(), kind=kind).dtype == torch.float64
+
+
+def test_standardise_by_hand():
+    feature = torch.tensor([[[[1.0, 3.0]], [[5.0, 5.0]]], [[[1.0, 3.0]], [[5.0, 5.0]]]], dtype=torch.float64)
+    out = standardise(feature, eps=0.25)
+    torch.testing.assert_close(out[:, 0].flatten(), torch.tensor([-1.0, 1, -1, 1]).double() / 1.25**0.5)
+    assert out[:, 1].eq(0).all()
+
+
+def test_standardised_distance_ignores_scale_and_shift():
+    student, teacher = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64)
+    value = tensor_distance(student, teacher, kind="standardised")
+    moved = tensor_distance(student * 13 + 5, teacher, kind="standardised")
+    assert moved.item() == pytest.approx(value.item(), rel=1e-4)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match=r"\(1, 2, 3, 3\) and \(1, 2, 4, 4\)"):
+        tensor_distance(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 4, 4), kind="mse")
+    with pytest.raises(ValueError, match="cosine"):
+        tensor_distance(torch.zeros(1, 2), torch.zeros(1, 2), kind="cosine")
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("frobenius", 5.0 + 2.0), ("norm", (3 + 4 + 2) / 3), ("mse", 29 / 6)])
+def test_instance_distance_by_hand(kind, expected):
+    # Image 0 has instances that differ by 3 and 4, image 1 none, image 2 one that differs by 2; two values each.
+    difference = torch.tensor([[3.0, 0.0], [0.0, 4.0], [2.0, 0.0]]).reshape(3, 2, 1, 1)
+    layout = InstanceLayout.build([2, 0, 1], "cpu")
+    value = instance_distance(difference, torch.zeros_like(difference), layout, kind=kind)
+    assert value.item() == pytest.approx(expected)

@@ -1,0 +1,117 @@
+"""Graph reasoning and the pixel relation loss beyond parity."""
+
+import pytest
+import torch
+
+from drkd.losses import GraphReasoningUnit, PixelRelationLoss
+
+SIDES = pytest.mark.parametrize("side", ["joint", "shared", "frozen"])
+
+
+def test_unit_by_hand():
+    unit = GraphReasoningUnit(1, nodes=1, states=1, norm="none", normalise=True).double()
+    values = {"state": 2.0, "projection": 1.0, "expansion": 5.0, "node_mixing": -3.0, "state_update": 0.5}
+    with torch.no_grad():
+        for name, value in values.items():
+            getattr(unit, name).weight.fill_(value)
+            if getattr(unit, name).bias is not None:
+                getattr(unit, name).bias.zero_()
+        unit.node_mixing.bias.fill_(50.0)
+    # S = 2x, Q = x, V = (2 + 8) / 2 = 5, V' = 5 - 15 + 50 = 40, U = 20, out = x + 5 * 20 * x.
+    feature = torch.tensor([1.0, 2.0]).double().reshape(1, 1, 1, 2)
+    assert unit(feature).flatten().tolist() == pytest.approx([101.0, 202.0])
+    # Without the bias V' = -10: ReLU cuts it, the plain update does not.
+    torch.nn.init.zeros_(unit.node_mixing.bias)
+    assert unit(feature).flatten().tolist() == pytest.approx([1.0, 2.0])
+    unit.activation_before_update = False
+    assert unit(feature).flatten().tolist() == pytest.approx([1 - 25.0, 2 - 50.0])
+
+
+@pytest.mark.parametrize("channels", [8, 16, 24, 96, 100, 256])
+def test_group_norm_survives_one_pixel_of_one_image(channels):
+    unit = GraphReasoningUnit(channels, nodes=4, states=8)
+    feature = torch.randn(1, channels, 1, 1, requires_grad=True)
+    out = unit(feature)
+    out.square().sum().backward()
+    assert out.isfinite().all() and feature.grad.isfinite().all()
+
+
+def test_images_of_a_batch_do_not_mix():
+    unit = GraphReasoningUnit(16, nodes=4, states=8)
+    feature = torch.randn(3, 16, 5, 7)
+    torch.testing.assert_close(unit(feature)[1:2], unit(feature[1:2]))
+
+
+@SIDES
+def test_teacher_features_get_no_gradient(side):
+    loss = PixelRelationLoss(8, 16, nodes=4, states=8, teacher_side=side)
+    student = torch.randn(2, 8, 6, 5, requires_grad=True)
+    teacher = torch.randn(2, 16, 6, 5, requires_grad=True)
+    value = loss(student, teacher)
+    value.backward()
+    assert value.ndim == 0 and value.dtype == torch.float32
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+    trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)
+    if side == "shared":
+        assert loss.teacher_unit is None
+    else:
+        assert all(p.requires_grad == (side == "joint") for p in loss.teacher_unit.parameters())
+
+
+def test_shared_side_gives_zero_for_equal_maps():
+    loss = PixelRelationLoss(8, 8, nodes=4, states=8)
+    feature = torch.randn(2, 8, 6, 5, requires_grad=True)
+    value = loss(feature, feature.detach().clone())
+    value.backward()
+    assert value.item() == 0 and feature.grad.eq(0).all()
+
+
+def test_shared_target_is_a_constant():
+    loss = PixelRelationLoss(8, 8, nodes=4, states=8)
+    related, target = loss.maps(torch.randn(2, 8, 6, 5), torch.randn(2, 8, 6, 5))
+    assert related.requires_grad and not target.requires_grad
+
+
+def test_normalised_maps_make_the_scale_irrelevant():
+    torch.manual_seed(0)
+    loss = PixelRelationLoss(8, 8, nodes=4, states=8).double()
+    student, teacher = torch.randn(2, 2, 8, 6, 5, dtype=torch.float64)
+    assert loss(student * 13 + 1, teacher * 0.2).item() == pytest.approx(loss(student, teacher).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [((6, 5), (12, 10)), ((12, 10), (6, 5)), ((6, 10), (6, 5)), ((2, 2), (1, 1))]
+)
+def test_unequal_sizes_are_resampled_to_the_teachers(ours, theirs):
+    loss = PixelRelationLoss(8, 16, nodes=4, states=8)
+    related, target = loss.maps(torch.randn(2, 8, *ours), torch.randn(2, 16, *theirs))
+    assert related.shape == target.shape == (2, 16, *theirs)
+
+
+@SIDES
+def test_autocast_and_channels_last(side):
+    torch.manual_seed(0)
+    loss = PixelRelationLoss(16, 16, nodes=4, states=8, teacher_side=side)
+    student, teacher = torch.randn(2, 2, 16, 8, 8)
+    value = loss(student, teacher).item()
+    last = torch.channels_last
+    moved = loss(student.to(memory_format=last), teacher.to(memory_format=last))
+    assert moved.item() == pytest.approx(value, rel=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = loss(student.bfloat16(), teacher.bfloat16())
+    assert cast.dtype == torch.float32
+    assert cast.item() == pytest.approx(value, rel=0.05)
+    assert loss(student.bfloat16(), teacher.bfloat16()).dtype == torch.float32
+
+
+def test_errors_state_expected_and_got():
+    loss = PixelRelationLoss(8, 16)
+    with pytest.raises(ValueError, match="Expected 8 student and 16 teacher channels, got 16 and 8"):
+        loss(torch.zeros(1, 16, 4, 4), torch.zeros(1, 8, 4, 4))
+    with pytest.raises(ValueError, match="one batch"):
+        loss(torch.zeros(1, 8, 4, 4), torch.zeros(2, 16, 4, 4))
+    with pytest.raises(ValueError, match="teacher side"):
+        PixelRelationLoss(8, 16, teacher_side="none")
+    with pytest.raises(ValueError, match="norm"):
+        PixelRelationLoss(8, 16, norm="layer")
