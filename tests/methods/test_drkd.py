@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from drkd.contracts import BoxTargets, DetectionBatch, DetectorOutput, DrkdError, FeatureMap
 from drkd.methods import DRKD, FeatureHint, PaperDRKD, ReleasedDRKD
@@ -263,3 +264,42 @@ def test_hint_by_hand():
     assert FeatureHint(spec, spec, standardise=False)(*outputs, batch)["hint/p1"].item() == 12.5
     # A constant student channel is 0 after standardising, the teacher's is (-1, 1): half of mean 1.
     assert FeatureHint(spec, spec)(*outputs, batch)["hint/p1"].item() == pytest.approx(0.5, rel=1e-3)
+
+
+class NoHostSync(TorchDispatchMode):
+    """Refuses operations that make the host wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "item"):
+            raise RuntimeError(f"{name} waits for the device")
+        if name in ("index", "index_put", "index_put_"):
+            for index in args[1]:
+                if index is not None and index.dtype == torch.bool:
+                    raise RuntimeError(f"{name} by a mask waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@METHODS
+@pytest.mark.parametrize("boxes", [[MANY, ONE], [NONE, NONE]])
+def test_nothing_waits_for_the_device(method, boxes):
+    kd, student, teacher = build(method)
+    with NoHostSync():
+        kd.total(kd.from_features(student, teacher, boxes, image_size=SIZE)).backward()
+    with pytest.raises(RuntimeError, match="waits"), NoHostSync():
+        student["p8"].sum().item()
+
+
+def test_every_term_can_be_learned():
+    """Student maps that are free to move approach the teacher's in every term: no term is dead."""
+    kd, student, teacher = build()
+    optimiser = torch.optim.Adam([*student.values(), *kd.parameters()], lr=0.02)
+    history = []
+    for _ in range(40):
+        terms = kd.from_features(student, teacher, [MANY, ONE], image_size=SIZE)
+        history.append({name: term.item() for name, term in terms.items()})
+        optimiser.zero_grad()
+        sum(term / max(history[0][name], 1e-6) for name, term in terms.items()).backward()
+        optimiser.step()
+    for name, first in history[0].items():
+        assert history[-1][name] < 0.7 * first, name
