@@ -113,7 +113,7 @@ def draw_kd_report(curves: Mapping[str, Curve]) -> Figure:
             low, high = left.get_xlim()
             left.set_xlim(min(low, 0.05), max(high, 2.0))
             label_decades(left.xaxis)
-            left.set_yticks(range(len(ratios)), list(ratios))
+            left.set_yticks(range(len(ratios)), [name.replace("_", " ") for name in ratios])
             left.set_ylim(len(ratios) - 0.4, -1.5)
             left.set_xlabel("ratio of gradient norms (band: 0.1 to 1)")
             left.legend(loc="upper right", ncols=2)
@@ -135,7 +135,7 @@ def draw_kd_report(curves: Mapping[str, Curve]) -> Figure:
                 )
             right.axvline(0, color="#777777", linewidth=0.8)
             right.set_xlim(min(-50.0, *(100 * (b / a - 1) if a else 0.0 for a, b in falls.values())) * 1.05, 90)
-            right.set_yticks(range(len(falls)), list(falls))
+            right.set_yticks(range(len(falls)), [name.replace("_", " ") for name in falls])
             right.set_ylim(len(falls) - 0.4, -0.6)
             right.set_xlabel("change, %: mean of the last tenth against the first")
         else:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -183,7 +184,7 @@ def read_arrays(path: Path, shapes: Mapping[str, str]) -> dict[str, NDArray[Any]
     try:
         with np.load(path, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise DrkdError(f"{path} is no readable NumPy archive: {error}") from error
     sizes: dict[str, int] = {}
     for name, words in shapes.items():

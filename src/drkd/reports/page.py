@@ -122,14 +122,13 @@ def write_run_report(folder: Path) -> Path:
     images = _save_figures(figures, folder)
     sections = []
     if run.evaluation:
-        sections += [
-            Section("Result", "COCO's twelve numbers, x 100.", describe_evaluation(run.evaluation)),
-            Section("Every class", "AP of every class.", compare_classes({"AP": run.evaluation})),
-        ]
+        sections.append(Section("Result", "COCO's twelve numbers, x 100.", describe_evaluation(run.evaluation)))
     sections.append(_learning_section(images["learning_curves"]))
     sections.append(_loss_section(images["losses"]))
     if distils:
         sections.append(_distillation_section(images["distillation"]))
+    if run.evaluation:
+        sections.append(Section("Every class", "AP of every class.", compare_classes({"AP": run.evaluation})))
     status = str(run.facts.get("status", "unknown"))
     return _write_page(
         folder / _PAGE,

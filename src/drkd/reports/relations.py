@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from drkd.contracts import DrkdError
 from drkd.reports.figures import DISTILLED, drawing_style, new_figure, show_image
 from drkd.reports.files import read_arrays
 
@@ -38,8 +39,17 @@ def read_explanation(path: Path) -> dict[str, NDArray[Any]]:
     """
     shapes = {"images": "n h w 3", **dict.fromkeys(_MAPS, "n h w"), **dict.fromkeys(_MATRICES, "N N"), "boxes": "N 4"}
     arrays = read_arrays(path, shapes)
-    index = arrays.get("image_index", np.zeros(1, np.int64))
-    arrays["image_index"] = np.broadcast_to(index.reshape(-1), (len(arrays["boxes"]),)).astype(np.int64)
+    index, count, images = (
+        arrays.get("image_index", np.zeros(1)).reshape(-1),
+        len(arrays["boxes"]),
+        len(arrays["images"]),
+    )
+    if len(index) not in (1, count) or not np.isin(index, np.arange(images)).all():
+        raise DrkdError(
+            f"{path}: array image_index should say, once or for each of {count} boxes, which of {images} images "
+            f"it lies in (0..{images - 1}), got {index.tolist()}."
+        )
+    arrays["image_index"] = np.broadcast_to(index, (count,)).astype(np.int64)
     return arrays
 
 
@@ -47,7 +57,7 @@ def draw_pixel_relations(arrays: dict[str, NDArray[Any]], *, images: int = 4) ->
     """Draw the heat maps of plain features beside those of pixel relations, one row an image."""
     count = min(images, len(arrays["images"]))
     with drawing_style():
-        figure = new_figure(8.6, 0.55 + 1.72 * max(1, count))
+        figure = new_figure(8.6, 0.5 + 1.55 * max(1, count))
         panels = figure.subplots(max(1, count), 5, squeeze=False)
         drawn = None
         for row in range(count):
@@ -78,6 +88,9 @@ def draw_relation_matrices(arrays: dict[str, NDArray[Any]]) -> Figure:
     shared = _off_diagonal_range(pair)
     with drawing_style():
         figure = new_figure(10.6, 3.6)
+        if count == 0:
+            figure.suptitle("no instances in these images", color="#888888")
+            return figure
         for axes, (name, title) in zip(figure.subplots(1, 3), _MATRICES.items(), strict=True):
             matrix = arrays[name][:count, :count]
             low, high = shared if name != "relation_filter" else _off_diagonal_range([matrix])
@@ -87,8 +100,6 @@ def draw_relation_matrices(arrays: dict[str, NDArray[Any]]) -> Figure:
             bar = figure.colorbar(drawn, ax=axes, fraction=0.045, pad=0.03, extend="both")
             bar.outline.set_visible(False)
             bar.ax.tick_params(labelsize=7)
-        if count == 0:
-            figure.suptitle("no instances in these images", color="#888888")
         return figure
 
 
@@ -114,7 +125,7 @@ def _off_diagonal_range(matrices: list[NDArray[Any]]) -> tuple[float, float]:
 
 def _crop(arrays: dict[str, NDArray[Any]], index: int) -> NDArray[Any]:
     """Return the instance's pixels with a small margin, padded with white to a square."""
-    image = arrays["images"][int(arrays["image_index"][index]) % max(1, len(arrays["images"]))]
+    image = arrays["images"][int(arrays["image_index"][index])]
     x1, y1, x2, y2 = (float(value) for value in arrays["boxes"][index])
     margin = 0.08 * max(x2 - x1, y2 - y1)
     height, width = image.shape[:2]

@@ -1,0 +1,168 @@
+"""Pages and figures from hand-made folders: complete, self-contained, escaped, and honest about what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drkd.contracts import DrkdError
+from drkd.reports import write_demo_report, write_matrix_report, write_run_report
+from drkd.reports.curves import draw_kd_report, draw_learning_curves, draw_losses, summed_terms
+from drkd.reports.figures import render_png
+from drkd.reports.files import Curve
+from drkd.reports.pictures import Box, match_boxes, read_compared_images
+from drkd.reports.relations import draw_relation_matrices, read_explanation
+
+
+class Sources(HTMLParser):
+    """Collects whatever the page would load from elsewhere, and its pictures."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.sources = set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+
+
+def check_pictures(folder, names):
+    assert {path.stem for path in (folder / "figures").iterdir()} == set(names)
+    for path in (folder / "figures").iterdir():
+        with Image.open(path) as image:
+            image.load()
+            assert image.format == "PNG" and min(image.size) > 200
+            # Something is drawn.
+            assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_demo_report(demo):
+    page = write_demo_report(demo)
+    assert page == demo / "report.html"
+    text = page.read_text()
+    found = Sources(text)
+    assert len(found.sources) == 7
+    assert all(source.startswith("data:image/png;base64,iVBOR") for source in found.sources)
+    assert not found.tags & {"script", "link", "iframe", "one", "b"}
+    assert "zero &amp; &lt;one&gt;" in text
+    assert "# &lt;script&gt;" in text
+    for words in ("0123abc", "2.15.0", "50 %", "16² px", "drkd distill recipe.yaml"):
+        assert words in text
+    check_pictures(
+        demo,
+        [
+            *("headline", "learning_curves", "detections", "pixel_relations", "relation_matrices"),
+            *("distillation", "losses"),
+        ],
+    )
+    assert "| **student + DRKD** | **50.0** |" in (demo / "table.md").read_text()
+
+
+def test_the_same_files_give_the_same_page(run):
+    first = write_run_report(run).read_bytes()
+    assert write_run_report(run).read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("teacher/evaluation.json", "student/run.json", "drkd/evaluation.json"),
+        *("detections.json", "explain.npz", "images/1.png"),
+    ],
+)
+def test_missing_files_are_named(demo, name):
+    (demo / name).unlink()
+    with pytest.raises(DrkdError, match=re.escape(name)):
+        write_demo_report(demo)
+    assert not (demo / "report.html").exists()
+
+
+def test_a_run_report_escapes_the_name_of_its_folder(run):
+    text = write_run_report(run).read_text()
+    assert "Run run &lt;b&gt;" in text
+    assert "Status: finished." in text
+    check_pictures(run, ["learning_curves", "losses", "distillation"])
+
+
+def test_a_run_that_just_started_has_a_report(run):
+    for name in ("metrics.csv", "evaluation.json", "cost.json"):
+        (run / name).unlink()
+    (run / "run.json").write_text(json.dumps({"status": "running", "seed": None}))
+    assert "Status: running." in write_run_report(run).read_text()
+    assert not (run / "figures/distillation.png").exists()
+
+
+def test_matrix_report(cells, tmp_path):
+    page = write_matrix_report(cells, tmp_path / "out")
+    assert "51.2 ± 1.2" in page.read_text()
+    assert "51.2 ± 1.2" in (tmp_path / "out/table.md").read_text()
+    check_pictures(tmp_path / "out", ["matrix"])
+    with pytest.raises(DrkdError, match="no cells"):
+        write_matrix_report([], tmp_path)
+
+
+@pytest.mark.parametrize("draw", [draw_losses, draw_kd_report, lambda curves: draw_learning_curves({"run": curves})])
+@pytest.mark.parametrize("values", [None, (0.0, 0.0), (float("nan"), 1.0), (1.0,)])
+def test_odd_curves_are_drawn(draw, values):
+    names = ("task/a", "kd/b/p3", "kd/b", "ratio/b", "val/ap")
+    curves = {} if values is None else {name: Curve(tuple(range(len(values))), values) for name in names}
+    assert render_png(draw(curves), dpi=40).startswith(b"\x89PNG")
+
+
+def test_a_level_is_left_out_where_its_sum_is_there():
+    curve = Curve((0,), (1.0,))
+    curves = dict.fromkeys(("kd/pixel/p3", "kd/pixel", "kd/feature/p3", "task/box"), curve)
+    assert list(summed_terms(curves, "kd/")) == ["pixel", "feature/p3"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 30])
+def test_any_number_of_instances_is_drawn(count):
+    square = np.zeros((count, count))
+    arrays = {
+        "images": np.zeros((1, 20, 20, 3), np.uint8),
+        "boxes": np.tile(np.array([[-3.0, 5.0, 40.0, 5.2]]), (count, 1)),
+        "image_index": np.zeros(count, np.int64),
+        **dict.fromkeys(("relation_matrix_student", "relation_matrix_teacher", "relation_filter"), square),
+    }
+    assert render_png(draw_relation_matrices(arrays), dpi=40).startswith(b"\x89PNG")
+
+
+def test_explanation_names_the_wrong_array(demo):
+    path = demo / "explain.npz"
+    arrays = dict(np.load(path))
+    assert read_explanation(path)["image_index"].shape == (len(arrays["boxes"]),)
+    np.savez(path, **{**arrays, "boxes": arrays["boxes"][:-1]})
+    with pytest.raises(DrkdError, match=r"explain\.npz: array boxes"):
+        read_explanation(path)
+    np.savez(path, **{**arrays, "image_index": np.array(99)})
+    with pytest.raises(DrkdError, match="image_index"):
+        read_explanation(path)
+
+
+@pytest.mark.parametrize(
+    "box", [{"box": [0, 1, 2], "label": 1, "score": 0.5}, {"box": [0, 1, 2, 3], "label": 10, "score": 0.5}, 7]
+)
+def test_a_wrong_detection_is_named(demo, box):
+    path = demo / "detections.json"
+    content = json.loads(path.read_text())
+    content["images"][1]["student"] = [box]
+    path.write_text(json.dumps(content))
+    with pytest.raises(DrkdError, match=r"images\[1\]\.student\[0\]"):
+        read_compared_images(path)
+
+
+def test_every_object_is_found_at_most_once():
+    truth = [Box((0, 0, 10, 10), 1, 1.0), Box((20, 0, 30, 10), 1, 1.0)]
+    found = [
+        Box((1, 0, 11, 10), 1, 0.5),  # the second to find the first object
+        Box((0, 0, 10, 10), 1, 0.9),
+        Box((20, 0, 30, 10), 2, 0.9),  # wrong class
+        Box((20, 0, 30, 30), 1, 0.9),  # overlap of a third
+    ]
+    assert match_boxes(found, truth) == [None, 0, None, None]
