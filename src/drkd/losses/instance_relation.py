@@ -179,6 +179,21 @@ class InstanceRelationLoss(nn.Module):
         absent = ~layout.mask.unsqueeze(2)
         return logs[0].exp().masked_fill(absent, 0.0), logs[1].exp().masked_fill(absent, 0.0), layout
 
+    @torch.no_grad()
+    def filter_weights(
+        self, student: Tensor, teacher: Tensor, boxes: Sequence[Tensor], *, image_size: tuple[int, int]
+    ) -> Tensor | None:
+        """The teacher-side filter's weights (M, Nmax, Nmax), 0 where absent, for pictures; None where it is off."""
+        if self.teacher_filter is None:
+            return None
+        layout = self._layout(student, teacher, boxes)
+        corners = torch.cat(list(boxes)).to(teacher.device)
+        dtype = self.student_relation.row.weight.dtype
+        weights: Tensor = self.teacher_filter(
+            teacher.to(dtype).flatten(1), corners, layout=layout, image_size=image_size
+        )
+        return weights.masked_fill(~layout.mask.unsqueeze(2), 0.0).masked_fill(~layout.mask.unsqueeze(1), 0.0)
+
     def _layout(self, student: Tensor, teacher: Tensor, boxes: Sequence[Tensor]) -> InstanceLayout:
         check_maps(student, teacher, student_channels=self.student_channels, teacher_channels=self.teacher_channels)
         counts = count_boxes(boxes)

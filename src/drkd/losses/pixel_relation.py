@@ -85,11 +85,7 @@ class PixelRelationLoss(nn.Module):
 
     def maps(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """The student's and the teacher's maps after graph reasoning, both (B, Ct, H, W)."""
-        check_maps(student, teacher, student_channels=self.student_channels, teacher_channels=self.teacher_channels)
-        teacher = teacher.detach()
-        if self.normalise_features:
-            student, teacher = standardise(student), standardise(teacher)
-        student = resample(student.to(self.adapter.weight.dtype), (teacher.shape[-2], teacher.shape[-1]))
+        student, teacher = self._inputs(student, teacher)
         teacher_unit = self.student_unit if self.teacher_unit is None else self.teacher_unit
         if self.teacher_side == "shared":
             related = self.student_unit(self.adapter(student))
@@ -98,3 +94,18 @@ class PixelRelationLoss(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.teacher_side == "joint"):
             target = teacher_unit(teacher)
         return related, target
+
+    @torch.no_grad()
+    def graph_maps(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """What graph reasoning adds to the student's and to the teacher's map, for pictures; no gradient."""
+        student, teacher = self._inputs(student, teacher)
+        student = self.adapter(student) if self.teacher_side == "shared" else student
+        teacher_unit = self.student_unit if self.teacher_unit is None else self.teacher_unit
+        return self.student_unit(student) - student, teacher_unit(teacher) - teacher
+
+    def _inputs(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        check_maps(student, teacher, student_channels=self.student_channels, teacher_channels=self.teacher_channels)
+        teacher = teacher.detach()
+        if self.normalise_features:
+            student, teacher = standardise(student), standardise(teacher)
+        return resample(student.to(self.adapter.weight.dtype), (teacher.shape[-2], teacher.shape[-1])), teacher

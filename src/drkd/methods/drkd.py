@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -38,17 +38,25 @@ class LevelRelations:
 
     Args:
         name: The student's name for the level.
+        teacher_name: The teacher's.
         student_map: (B, C, H, W), the student's map after graph reasoning.
         teacher_map: Same for the teacher.
+        student_graph: (B, C', H, W), what graph reasoning adds to the student's map.
+        teacher_graph: Same for the teacher.
         student_matrix: (B, Nmax, Nmax), the student's relation matrices, zero where there is no instance.
         teacher_matrix: Same for the teacher.
+        filter: (B, Nmax, Nmax), the teacher-side weights of the pairs; None where the filter is off.
     """
 
     name: str
-    student_map: Tensor | None
-    teacher_map: Tensor | None
-    student_matrix: Tensor | None
-    teacher_matrix: Tensor | None
+    teacher_name: str
+    student_map: Tensor | None = None
+    teacher_map: Tensor | None = None
+    student_graph: Tensor | None = None
+    teacher_graph: Tensor | None = None
+    student_matrix: Tensor | None = None
+    teacher_matrix: Tensor | None = None
+    filter: Tensor | None = None
 
 
 class DRKD(KDMethod):
@@ -262,20 +270,24 @@ class DRKD(KDMethod):
     ) -> tuple[LevelRelations, ...]:
         """The maps and matrices that the two relation terms compare, level by level, without gradient."""
         ours, theirs = self._prepare(student_features, teacher_features)
-        maps: dict[str, tuple[Tensor, Tensor]] = {}
+        found: dict[str, LevelRelations] = {}
         for pair, loss in zip(self.pixel_pairs, self.pixel_losses, strict=True):
-            maps[pair.name] = cast(PixelRelationLoss, loss).maps(ours[pair.student.name], theirs[pair.teacher.name])
-        matrices: dict[str, tuple[Tensor, Tensor]] = {}
-        if RELATION in self.weights:
-            for pair, loss in zip(self.instance_pairs, self.relation_losses, strict=True):
-                layout = InstanceLayout.build(count_boxes(boxes), ours[pair.student.name].device)
-                instances = self._pool(pair, ours, theirs, boxes, image_size, layout)
-                found = cast(InstanceRelationLoss, loss).matrices(*instances, boxes, image_size=image_size)
-                matrices[pair.name] = found[:2]
-        return tuple(
-            LevelRelations(name, *maps.get(name, (None, None)), *matrices.get(name, (None, None)))
-            for name in dict.fromkeys([*maps, *matrices])
-        )
+            pixel = cast(PixelRelationLoss, loss)
+            maps = ours[pair.student.name], theirs[pair.teacher.name]
+            related, graph = pixel.maps(*maps), pixel.graph_maps(*maps)
+            found[pair.name] = LevelRelations(pair.name, pair.teacher.name, *related, *graph)
+        for pair, loss in zip(self.instance_pairs, self.relation_losses, strict=False):
+            instance = cast(InstanceRelationLoss, loss)
+            layout = InstanceLayout.build(count_boxes(boxes), ours[pair.student.name].device)
+            pooled = self._pool(pair, ours, theirs, boxes, image_size, layout)
+            student_matrix, teacher_matrix, _ = instance.matrices(*pooled, boxes, image_size=image_size)
+            found[pair.name] = replace(
+                found.get(pair.name, LevelRelations(pair.name, pair.teacher.name)),
+                student_matrix=student_matrix,
+                teacher_matrix=teacher_matrix,
+                filter=instance.filter_weights(*pooled, boxes, image_size=image_size),
+            )
+        return tuple(found.values())
 
     def _prepare(
         self, student_features: Mapping[str, Tensor], teacher_features: Mapping[str, Tensor]

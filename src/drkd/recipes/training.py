@@ -32,11 +32,13 @@ class RunResult:
         folder: The run folder.
         student: The student, trained, in eval mode.
         metrics: COCO numbers on the evaluation split; empty when none was asked for.
+        distiller: Student, teacher and method as they were at the end.
     """
 
     folder: Path
     student: Detector
     metrics: dict[str, Any]
+    distiller: Distiller
 
 
 def distill(recipe: Recipe) -> RunResult:
@@ -134,7 +136,7 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
     student = module.distiller.student.eval()
     metrics = _finish(recipe, folder, student) if trainer.is_global_zero else {}
     folder.finish("finished", steps=trainer.global_step, epochs=trainer.current_epoch)
-    return RunResult(folder.path, student, metrics)
+    return RunResult(folder.path, student, metrics, module.distiller)
 
 
 def _finish(recipe: Recipe, folder: RunFolder, student: Detector) -> dict[str, Any]:
