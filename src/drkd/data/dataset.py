@@ -77,8 +77,11 @@ def _image_folder(root: Path, file: Path, stem: str) -> Path:
     if file.name == "_annotations.coco.json":
         return file.parent
     split = _split_name(stem) or stem
-    options = [root / stem, root / "images" / stem, root / split, root / "images" / split, root / "images", root]
-    return next(option for option in options if option.is_dir())
+    parents = (root, root / "images")
+    options = [parent / name for name in (stem, split) for parent in parents]
+    # Annotations of "train" with images in "train2017".
+    options += [folder for parent in parents for folder in sorted(parent.glob("*")) if _split_name(folder.name) == split]
+    return next(option for option in [*options, root / "images", root] if option.is_dir())
 
 
 def load_split(root: Path, split: str, *, class_names: Sequence[str] | None = None) -> DatasetSplit:

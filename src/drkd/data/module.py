@@ -209,4 +209,6 @@ class DetectionDataModule(LightningDataModule):
             "num_workers": self._workers,
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self._workers > 0,
+            # A generator of its own: otherwise every epoch draws from the global one, and a resumed run once more.
+            "generator": torch.Generator().manual_seed(self._seed),
         }
