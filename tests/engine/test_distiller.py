@@ -1,0 +1,145 @@
+"""The distiller: what it computes, what it leaves alone, and when it stops a run."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from toys import ToyDetector, ToyMethod, toy_batch
+
+from drkd.engine import DeadDistillationError, Distiller
+from drkd.engine.balance import gradient_norms
+
+
+def make(channels: int = 4, **options: object) -> Distiller:
+    torch.manual_seed(3)
+    engine = {name: options.pop(name) for name in ("monitor_interval", "dead_after", "calibration_steps") if name in options}
+    student, teacher = ToyDetector(channels, seed=1), ToyDetector(6, seed=2)
+    return Distiller(student, teacher, lambda s, t: ToyMethod(s, t, **options), **engine)
+
+
+def test_losses_are_the_task_and_the_weighted_terms() -> None:
+    distiller = make(weights={"near": 3.0})
+    batch = toy_batch()
+    losses = distiller(batch)
+    assert set(losses) == {"task/task", "kd/near"}
+    student = distiller.student(batch, want=frozenset({"features", "losses"}))
+    teacher = distiller.teacher(batch, want=frozenset({"features"}))
+    bare = distiller.method(student, teacher, batch)["near/p3"]
+    torch.testing.assert_close(losses["kd/near"], 3.0 * bare)
+    torch.testing.assert_close(losses["task/task"], student.losses["task"])
+
+
+def test_teacher_gets_no_gradient_stays_in_eval_mode_and_computes_features_only() -> None:
+    distiller = make()
+    before = copy.deepcopy(distiller.teacher.state_dict())
+    distiller.train()
+    for seed in range(3):
+        sum(distiller(toy_batch(seed=seed)).values()).backward()
+    assert not distiller.teacher.training and distiller.student.training
+    assert all(parameter.grad is None for parameter in distiller.teacher.parameters())
+    assert distiller.teacher.asked == [frozenset({"features"})] * 3
+    for name, value in distiller.teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_without_a_teacher_it_is_the_task_alone() -> None:
+    distiller = Distiller(ToyDetector())
+    assert set(distiller(toy_batch())) == {"task/task"}
+    with pytest.raises(ValueError, match="both a teacher and a method"):
+        Distiller(ToyDetector(), ToyDetector())
+
+
+def test_trainable_parameters_are_the_students_and_the_methods() -> None:
+    distiller = make()
+    expected = [*distiller.student.parameters(), *distiller.method.parameters()]
+    assert [id(p) for p in distiller.trainable_parameters()] == [id(p) for p in expected]
+
+
+def test_warm_up_rises_linearly() -> None:
+    distiller, plain = make(warmup_steps=4), make()
+    shares = []
+    for _ in range(5):
+        batch = toy_batch()
+        shares.append(float(distiller(batch)["kd/near"] / plain(batch)["kd/near"]))
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_balance_holds_the_wanted_ratio_whatever_the_terms_size(size: float) -> None:
+    distiller = make(weights={"near": 0.5}, balanced=True, size=size)
+    batch = toy_batch()
+    losses = distiller(batch)
+    student = distiller.student(batch, want=frozenset({"features", "losses"}))
+    del student
+    assert float(distiller.monitor.ratios["near"]) == pytest.approx(0.5, rel=1e-4)
+    assert torch.isfinite(losses["kd/near"])
+
+
+def test_balance_freezes_and_survives_a_reload() -> None:
+    distiller = make(weights={"near": 0.5}, balanced=True, calibration_steps=6)
+    for seed in range(8):
+        distiller(toy_batch(seed=seed))
+    frozen = float(distiller.monitor.weights["near/p3"])
+    distiller(toy_batch(seed=99))
+    assert float(distiller.monitor.weights["near/p3"]) == frozen
+    other = make(weights={"near": 0.5}, balanced=True, calibration_steps=6)
+    other.load_state_dict(distiller.state_dict())
+    other(toy_batch(seed=5))
+    assert float(other.monitor.weights["near/p3"]) == frozen
+    assert other.get_extra_state()["step"] == 10
+
+
+def test_evaluation_mode_counts_no_step_and_measures_nothing() -> None:
+    distiller = make(balanced=True).eval()
+    with torch.no_grad():
+        distiller(toy_batch())
+    assert distiller.get_extra_state()["step"] == 0
+    assert distiller.monitor.ratios == {}
+
+
+def test_gradient_norms_equal_autograd_by_hand() -> None:
+    one, two = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([1.0], requires_grad=True)
+    norms = gradient_norms({"a": one.square().sum(), "b": 2 * two.sum()}, [one, two])
+    assert float(norms["a"][0]) == pytest.approx(4 * 25)
+    assert norms["a"][1].isnan() and norms["b"][0].isnan()
+    assert float(norms["b"][1]) == pytest.approx(4.0)
+    assert one.grad is None and two.grad is None
+
+
+def test_a_dead_term_stops_the_run_with_an_explanation() -> None:
+    distiller = make(dead=True, monitor_interval=2, dead_after=3)
+    with pytest.raises(DeadDistillationError, match="silently off: 'near' sent no usable gradient") as caught:
+        for _ in range(6):
+            distiller(toy_batch())
+    assert "step 4" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_gradient_is_no_fault_where_there_could_be_none() -> None:
+    no_boxes = make(dead=True, minimum_boxes=2, monitor_interval=1, dead_after=1)
+    for _ in range(3):
+        no_boxes(toy_batch((1, 0)))
+    off = make(dead=True, weights={"near": 0.0}, monitor_interval=1, dead_after=1)
+    for _ in range(3):
+        off(toy_batch())
+    with pytest.raises(DeadDistillationError):
+        no_boxes(toy_batch((2, 0)))
+
+
+def test_a_frozen_students_features_are_said_to_be_out_of_reach() -> None:
+    distiller = make()
+    distiller.student.model["body"].requires_grad_(False)
+    distiller.student.model["norm"].requires_grad_(False)
+    with pytest.raises(DeadDistillationError, match="carry no gradient"):
+        distiller(toy_batch())
+
+
+def test_the_silence_must_be_in_a_row() -> None:
+    distiller = make(monitor_interval=1, dead_after=2)
+    for dead in (True, False, True, False, True):
+        distiller.method.dead = dead
+        distiller(toy_batch())
+    with pytest.raises(DeadDistillationError):
+        distiller(toy_batch())
