@@ -40,6 +40,7 @@ class Training:
         channels_last: Use the channels-last memory layout.
         monitor_interval: Steps between measurements of the gradient ratios.
         calibration_steps: Steps after which balanced weights are frozen.
+        log_interval: Steps between rows of metrics.csv.
     """
 
     steps: int | None = None
@@ -60,6 +61,7 @@ class Training:
     channels_last: bool = True
     monitor_interval: int = 50
     calibration_steps: int = 100
+    log_interval: int = 10
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -157,9 +159,9 @@ def instantiate(parser: ArgumentParser, config: Namespace) -> Recipe:
     Raises:
         DrkdError: If a value is out of its range.
     """
-    resolved = parser.dump(config, skip_none=False)
+    resolved = parser.dump(config, skip_unset=False)
     try:
-        built = parser.instantiate_classes(config)
+        built = parser.instantiate(config)
     except DrkdError:
         raise
     except (ValueError, TypeError) as error:

@@ -163,9 +163,7 @@ def _finish(recipe: Recipe, folder: RunFolder, student: Detector) -> dict[str, A
     return evaluated.metrics
 
 
-def _restore(
-    recipe: Recipe, module: DistillationModule, best: ModelCheckpoint, average: StudentAverage | None
-) -> None:
+def _restore(recipe: Recipe, module: DistillationModule, best: ModelCheckpoint, average: StudentAverage | None) -> None:
     """Put the weights that are to be saved into the student."""
     if recipe.training.keep == "best" or recipe.training.patience is not None:
         saved = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
@@ -209,7 +207,7 @@ def _trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) -> Tr
             CSVLogger(part.parent, name="", version=part.name),
             TensorBoardLogger(part.parent, name="", version=part.name),
         ],
-        log_every_n_steps=10,
+        log_every_n_steps=settings.log_interval,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_model_summary=False,
