@@ -132,7 +132,13 @@ _ERRORS: list[tuple[str, Change, str, str, str]] = [
     ("climbs out, backslash", _set("images", 0, "file_name", "..\\a.png"), "image 7", "file_name", "leads out"),
     ("absolute path", _set("images", 0, "file_name", "/etc/passwd"), "image 7", "file_name", "leads out"),
     ("null byte", _set("images", 0, "file_name", "a\0.png"), "image 7", "file_name", "leads out"),
-    ("file name is a number", _set("images", 0, "file_name", 5), "image 7", "file_name", "expected a file name, got int 5"),
+    (
+        "file name is a number",
+        _set("images", 0, "file_name", 5),
+        "image 7",
+        "file_name",
+        "expected a file name, got int 5",
+    ),
     ("no file name", _remove("images", 0, "file_name"), "image 7", "file_name", "is missing"),
     ("no width", _remove("images", 0, "width"), "image 7", "width", "is missing"),
     ("width is text", _set("images", 0, "width", "60"), "image 7", "width", "positive integer, got str '60'"),
@@ -151,20 +157,50 @@ _ERRORS: list[tuple[str, Change, str, str, str]] = [
     ("two annotations, one id", _set("annotations", 1, "id", 1), "annotation 1", "id", "used twice"),
     ("no annotation id", _remove("annotations", 1, "id"), "annotation at position 1", "id", "is missing"),
     ("annotation is text", _put("annotations", ["x"]), "annotation at position 0", "", "JSON object, got str 'x'"),
-    ("unknown category", _set("annotations", 0, "category_id", 5), "annotation 1", "category_id", "no category with id 5"),
-    ("category is text", _set("annotations", 0, "category_id", "18"), "annotation 1", "category_id", "an integer, got str"),
+    (
+        "unknown category",
+        _set("annotations", 0, "category_id", 5),
+        "annotation 1",
+        "category_id",
+        "no category with id 5",
+    ),
+    (
+        "category is text",
+        _set("annotations", 0, "category_id", "18"),
+        "annotation 1",
+        "category_id",
+        "an integer, got str",
+    ),
     ("unknown image", _set("annotations", 0, "image_id", 99), "annotation 1", "image_id", "no image with id 99"),
     ("image of annotation missing", _remove("annotations", 0, "image_id"), "annotation 1", "image_id", "is missing"),
     ("no box", _remove("annotations", 0, "bbox"), "annotation 1", "bbox", "is missing"),
-    ("box of three numbers", _set("annotations", 0, "bbox", [1, 2, 3]), "annotation 1", "bbox", "[x, y, width, height]"),
+    (
+        "box of three numbers",
+        _set("annotations", 0, "bbox", [1, 2, 3]),
+        "annotation 1",
+        "bbox",
+        "[x, y, width, height]",
+    ),
     ("box of text", _set("annotations", 0, "bbox", [1, 2, 3, "4"]), "annotation 1", "bbox", "[x, y, width, height]"),
     ("box is null", _set("annotations", 0, "bbox", None), "annotation 1", "bbox", "[x, y, width, height]"),
     ("NaN", _set("annotations", 0, "bbox", [1, 2, float("nan"), 4]), "annotation 1", "bbox", "finite"),
     ("infinite", _set("annotations", 0, "bbox", [1, 2, float("inf"), 4]), "annotation 1", "bbox", "finite"),
     ("too long for a float", _set("annotations", 0, "bbox", [1, 2, 10**400, 4]), "annotation 1", "bbox", "finite"),
     ("negative width", _set("annotations", 0, "bbox", [1, 2, -3, 4]), "annotation 1", "bbox", "must not be negative"),
-    ("outside, right", _set("annotations", 0, "bbox", [60, 2, 3, 4]), "annotation 1", "bbox", "outside its image of 60 x 40"),
-    ("outside, above", _set("annotations", 0, "bbox", [5, -9, 3, 4]), "annotation 1", "bbox", "outside its image of 60 x 40"),
+    (
+        "outside, right",
+        _set("annotations", 0, "bbox", [60, 2, 3, 4]),
+        "annotation 1",
+        "bbox",
+        "outside its image of 60 x 40",
+    ),
+    (
+        "outside, above",
+        _set("annotations", 0, "bbox", [5, -9, 3, 4]),
+        "annotation 1",
+        "bbox",
+        "outside its image of 60 x 40",
+    ),
     ("area is negative", _set("annotations", 0, "area", -1), "annotation 1", "area", ">= 0"),
     ("area is NaN", _set("annotations", 0, "area", float("nan")), "annotation 1", "area", "finite"),
     ("area is text", _set("annotations", 0, "area", "9"), "annotation 1", "area", "got str '9'"),
@@ -172,7 +208,9 @@ _ERRORS: list[tuple[str, Change, str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "record", "field", "message"), [e[1:] for e in _ERRORS], ids=[e[0] for e in _ERRORS])
+@pytest.mark.parametrize(
+    ("change", "record", "field", "message"), [e[1:] for e in _ERRORS], ids=[e[0] for e in _ERRORS]
+)
 def test_an_error_names_file_record_and_field(
     coco: CocoFolder, change: Change, record: str, field: str, message: str
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_batches_are_full_and_of_one_aspect_but_for_the_left_over() -> None:
 
     assert len(batches) == len(TrainBatchSampler(_GROUPS, 4)) == 8
     assert {len(batch) for batch in batches} == {4}
-    assert sorted(sum(batches, [])) == list(range(32))
+    assert sorted(chain.from_iterable(batches)) == list(range(32))
     mixed = [batch for batch in batches if len({_GROUPS[position] for position in batch}) > 1]
     assert len(mixed) == 1  # 13 + 9 + 10 leave 1 + 1 + 2
 
@@ -114,7 +115,7 @@ def test_evaluation_sees_every_image_once(processes: int) -> None:
     shares = [list(EvaluationBatchSampler(11, 4, shard=(rank, processes))) for rank in range(processes)]
 
     flat = [[position for batch in share for _, position in batch] for share in shares]
-    assert sorted(sum(flat, [])) == list(range(11))
+    assert sorted(chain.from_iterable(flat)) == list(range(11))
     assert all(share == sorted(share) for share in flat)
 
 

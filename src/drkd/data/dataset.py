@@ -80,7 +80,9 @@ def _image_folder(root: Path, file: Path, stem: str) -> Path:
     parents = (root, root / "images")
     options = [parent / name for name in (stem, split) for parent in parents]
     # Annotations of "train" with images in "train2017".
-    options += [folder for parent in parents for folder in sorted(parent.glob("*")) if _split_name(folder.name) == split]
+    options += [
+        folder for parent in parents for folder in sorted(parent.glob("*")) if _split_name(folder.name) == split
+    ]
     return next(option for option in [*options, root / "images", root] if option.is_dir())
 
 

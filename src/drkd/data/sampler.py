@@ -84,9 +84,11 @@ class TrainBatchSampler(Sampler[Batch]):
         return max(1, len(self._groups) // (self._batch_size * self._processes))
 
     def __iter__(self) -> Iterator[Batch]:
+        # A generator, because torch's loader asks for an iterator twice and uses the second one only.
         start = self._start if self._start < len(self) else 0
         self._start, self.position = 0, start
-        return iter([[(self.epoch, index) for index in batch] for batch in self._draw()[start:]])
+        for batch in self._draw()[start:]:
+            yield [(self.epoch, index) for index in batch]
 
     def _draw(self) -> list[list[int]]:
         """This process' batches of the epoch."""

@@ -1,0 +1,152 @@
+"""The data module: batches, resuming with workers, subsets, the embedded data set."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from drkd.contracts import DetectionBatch, DrkdError
+from drkd.data.digits import DigitsConfig, build_digits
+from drkd.data.module import DetectionDataModule
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.data.conftest import CocoFolder
+
+_SMALL = DigitsConfig(train=12, tune=2, val=5, long_side=64, max_size=30)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_digits(tmp_path_factory.mktemp("cache"), config=_SMALL)
+
+
+def _module(root: Path, **options) -> DetectionDataModule:
+    defaults = {"batch_size": 2, "min_size": [48, 64], "max_size": 64, "horizontal_flip": 0.0, "workers": 0}
+    return DetectionDataModule(str(root), **{**defaults, **options})
+
+
+def test_training_batches(digits: Path) -> None:
+    data = _module(digits)
+    loader = data.train_dataloader()
+
+    batches = list(loader)
+
+    assert len(batches) == len(loader) == 6
+    assert sorted(image_id for batch in batches for image_id in batch.image_ids) == list(range(1, 13))
+    assert all(isinstance(batch, DetectionBatch) and batch.images.shape[-1] % 32 == 0 for batch in batches)
+    assert data.class_names[0] == "zero"
+    assert len(data.train_split) == 12
+
+
+def test_evaluation_batches_are_in_order_and_the_same_each_time(digits: Path) -> None:
+    data = _module(digits)
+    first, second = list(data.val_dataloader()), list(data.val_dataloader())
+
+    assert [image_id for batch in first for image_id in batch.image_ids] == [1, 2, 3, 4, 5]
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resumes_after_the_batches_handed_out(digits: Path, workers: int) -> None:
+    whole = _module(digits, photometric=True).train_dataloader()
+    whole.set_epoch(1)
+    expected = list(whole)
+    interrupted = _module(digits, photometric=True, workers=workers).train_dataloader()
+    interrupted.set_epoch(1)
+    for count, _ in enumerate(interrupted, start=1):
+        if count == 2:
+            break
+
+    resumed = _module(digits, photometric=True, workers=workers).train_dataloader()
+    resumed.load_state_dict(interrupted.state_dict())
+    resumed.set_epoch(1)
+    rest = list(resumed)
+
+    assert interrupted.state_dict() == {"epoch": 1, "position": 2}
+    assert [batch.image_ids for batch in rest] == [batch.image_ids for batch in expected[2:]]
+    assert all(torch.equal(a.images, b.images) for a, b in zip(rest, expected[2:], strict=True))
+    assert resumed.state_dict() == {"epoch": 1, "position": 6}
+
+
+def test_workers_that_outlive_an_epoch_know_the_next(digits: Path) -> None:
+    plain, working = (_module(digits, photometric=True, workers=workers).train_dataloader() for workers in (0, 1))
+
+    for epoch in range(2):
+        plain.set_epoch(epoch)
+        working.set_epoch(epoch)
+        for a, b in zip(plain, working, strict=True):
+            assert torch.equal(a.images, b.images)
+
+
+def test_iterating_leaves_the_global_generator_alone(digits: Path) -> None:
+    loader = _module(digits, photometric=True).train_dataloader()
+    state = torch.random.get_rng_state()
+
+    list(loader)
+
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_limits(digits: Path) -> None:
+    data = _module(digits, limit=3, val_limit=2, batch_size=16)
+
+    (batch,) = data.train_dataloader()
+    assert sorted(batch.image_ids) == [1, 2, 3]
+    assert [record.image_id for record in data.val_split.records] == [1, 2]
+
+
+def test_images_without_boxes_can_be_left_out_of_training(coco: CocoFolder) -> None:
+    coco.document["annotations"] = coco.document["annotations"][1:]  # image 7 keeps a crowd only
+    coco.write()
+
+    assert [record.image_id for record in _module(coco.root, keep_empty=False).train_split.records] == [3]
+    assert [record.image_id for record in _module(coco.root).train_split.records] == [7, 3]
+
+
+def test_no_box_to_train_on_is_an_error(coco: CocoFolder) -> None:
+    coco.document["annotations"] = []
+    coco.write()
+
+    with pytest.raises(DrkdError, match="no image of the split 'train' has a box"):
+        _ = _module(coco.root, keep_empty=False).train_split
+
+
+def test_validation_labels_follow_the_training_classes(coco: CocoFolder) -> None:
+    categories = coco.document["categories"]
+    coco.document["categories"] = [{"id": 1, "name": "brush"}]
+    coco.document["annotations"] = [{"id": 1, "image_id": 3, "category_id": 1, "bbox": [1, 2, 3, 4]}]
+    coco.write(split="val")
+    coco.write_image("a.png", split="val")
+    coco.write_image("b.png", split="val")
+    data = _module(coco.root)
+
+    assert data.val_split.class_names == data.class_names == ("bicycle", "dog", "brush")
+    assert data.val_split.category_ids == (-1, -1, 1)
+    assert data.val_split.records[1].labels.tolist() == [2]
+    assert len(categories) == 3
+
+
+def test_a_folder_that_is_only_evaluated_needs_no_training_split(coco: CocoFolder) -> None:
+    data = _module(coco.root, train_split="none", val_split="train")
+
+    assert data.class_names == ("bicycle", "dog", "brush")
+    assert len(list(data.val_dataloader())) == 1
+
+
+def test_every_batch_can_have_one_shape(digits: Path) -> None:
+    loader = _module(digits, pad_to=(64, 96)).train_dataloader()
+
+    assert {tuple(batch.images.shape[-2:]) for batch in loader} == {(64, 96)}
+
+
+def test_digits_by_name(monkeypatch: pytest.MonkeyPatch, digits: Path) -> None:
+    monkeypatch.setattr("drkd.data.module.build_digits", lambda: digits)
+    data = _module("digits")
+    data.prepare_data()
+
+    assert data.root == digits
+    assert len(data.val_split) == 5

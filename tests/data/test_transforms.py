@@ -1,0 +1,141 @@
+"""Transforms keep boxes on their objects (hand-computed), and padding is zero at the right and the bottom."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision import tv_tensors
+
+from drkd.contracts import BoxTargets
+from drkd.data.dataset import Sample
+from drkd.data.transforms import collate, eval_transforms, resized_size, train_transforms
+
+
+def _apply(transforms, boxes: list[list[float]], *, size: tuple[int, int] = (40, 60)):
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    for left, top, right, bottom in boxes:
+        image[:, int(top) : int(bottom), int(left) : int(right)] = 255
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(torch.tensor(boxes), format="XYXY", canvas_size=size),
+        "labels": torch.arange(len(boxes)),
+        "ignore": torch.zeros(len(boxes), dtype=torch.bool),
+    }
+    moved, target = transforms(tv_tensors.Image(image), target)
+    return moved.as_subclass(torch.Tensor), target["boxes"].as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    ("size", "min_size", "max_size", "expected"),
+    [
+        ((40, 60), 80, 200, (80, 120)),
+        ((40, 60), 80, 90, (60, 90)),  # the long side is the limit
+        ((60, 40), 20, 200, (30, 20)),
+        ((480, 640), 800, 1333, (800, 1067)),
+        ((427, 640), 800, 1333, (800, 1199)),
+        ((96, 128), 128, 128, (96, 128)),
+        ((1, 1000), 10, 100, (1, 100)),  # no side vanishes
+    ],
+)
+def test_resize_keeps_the_ratio(size, min_size, max_size, expected) -> None:
+    assert resized_size(size, min_size, max_size) == expected
+
+
+def test_evaluation_scales_image_and_boxes_alike() -> None:
+    image, boxes = _apply(eval_transforms(min_size=20, max_size=100), [[10.0, 8.0, 30.0, 24.0]])
+
+    assert image.shape == (3, 20, 30)
+    assert boxes.tolist() == [[5.0, 4.0, 15.0, 12.0]]
+    assert (image.dtype, float(image.max()), float(image.min())) == (torch.float32, 1.0, 0.0)
+
+
+def test_boxes_follow_the_rounded_size() -> None:
+    image, boxes = _apply(eval_transforms(min_size=27, max_size=100), [[0.0, 0.0, 60.0, 40.0]])
+
+    assert image.shape == (3, 27, 40)  # 40.5 rounds to even
+    assert boxes.tolist() == [[0.0, 0.0, 40.0, 27.0]]
+
+
+def test_flip_mirrors_boxes() -> None:
+    image, boxes = _apply(train_transforms(min_size=40, max_size=60, horizontal_flip=1.0), [[10.0, 8.0, 30.0, 24.0]])
+
+    assert boxes.tolist() == [[30.0, 8.0, 50.0, 24.0]]
+    assert image[0, 8:24, 30:50].min() == 1.0
+    assert image.sum() == 3 * 16 * 20
+
+
+def test_digits_are_never_mirrored() -> None:
+    transforms = train_transforms(min_size=40, max_size=60, horizontal_flip=0.0)
+
+    for _ in range(20):
+        assert _apply(transforms, [[10.0, 8.0, 30.0, 24.0]])[1].tolist() == [[10.0, 8.0, 30.0, 24.0]]
+
+
+def test_several_sizes_are_all_drawn_and_evaluation_takes_the_largest() -> None:
+    transforms = train_transforms(min_size=[20, 40], max_size=100, horizontal_flip=0.0)
+
+    sizes = {_apply(transforms, [[0.0, 0.0, 6.0, 4.0]])[0].shape[1] for _ in range(30)}
+
+    assert sizes == {20, 40}
+    assert _apply(eval_transforms(min_size=[20, 40], max_size=100), [[0.0, 0.0, 6.0, 4.0]])[0].shape == (3, 40, 60)
+
+
+def test_zoom_out_keeps_boxes_on_their_objects() -> None:
+    transforms = train_transforms(min_size=40, max_size=60, horizontal_flip=0.0, zoom_out=1.0)
+
+    for _ in range(10):
+        image, boxes = _apply(transforms, [[10.0, 8.0, 30.0, 24.0]])
+        left, top, right, bottom = boxes[0].round().int().tolist()
+        assert image[0, (top + bottom) // 2, (left + right) // 2] == 1.0
+        assert image[0, top + 1 : bottom - 1, left + 1 : right - 1].mean() > 0.95
+
+
+def test_photometric_jitter_leaves_boxes_and_range_alone() -> None:
+    image, boxes = _apply(
+        train_transforms(min_size=40, max_size=60, horizontal_flip=0.0, photometric=True), [[1, 2, 3, 4.0]]
+    )
+
+    assert boxes.tolist() == [[1, 2, 3, 4]]
+    assert 0 <= float(image.min()) <= float(image.max()) <= 1
+
+
+def test_images_without_boxes_pass() -> None:
+    transforms = train_transforms(min_size=40, max_size=60, photometric=True, zoom_out=1.0)
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(40, 60)),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "ignore": torch.zeros(0, dtype=torch.bool),
+    }
+
+    _, moved = transforms(tv_tensors.Image(torch.zeros(3, 40, 60, dtype=torch.uint8)), target)
+
+    assert moved["boxes"].shape == (0, 4)
+
+
+def _sample(height: int, width: int, image_id: int) -> Sample:
+    targets = BoxTargets(torch.tensor([[0.0, 0.0, 2.0, 3.0]]), torch.tensor([1]), torch.tensor([False]))
+    return Sample(torch.ones(3, height, width), targets, (2 * height, 2 * width), image_id)
+
+
+def test_collate_pads_with_zeros_to_the_divisor() -> None:
+    batch = collate([_sample(30, 50, 5), _sample(40, 20, 6)], size_divisor=16)
+
+    assert batch.images.shape == (2, 3, 48, 64)
+    assert batch.sizes == ((30, 50), (40, 20))
+    assert batch.original_sizes == ((60, 100), (80, 40))
+    assert batch.image_ids == (5, 6)
+    for image, (height, width) in zip(batch.images, batch.sizes, strict=True):
+        assert image[:, :height, :width].min() == 1
+        assert image.sum() == 3 * height * width
+    assert batch.boxes[1].tolist() == [[0.0, 0.0, 2.0, 3.0]]
+
+
+def test_collate_pads_to_a_fixed_size() -> None:
+    assert collate([_sample(30, 50, 5)], size_divisor=32, pad_to=(128, 128)).images.shape == (1, 3, 128, 128)
+    assert collate([_sample(30, 150, 5)], size_divisor=32, pad_to=(128, 128)).images.shape == (1, 3, 128, 160)
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match="got 0 and 32"):
+        collate([])
+    with pytest.raises(ValueError, match="positive min_size"):
+        train_transforms(min_size=[])
