@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from drkd.contracts import DetectionBatch, Detector
+from drkd.contracts import DetectionBatch, Detector, DetectorBuilder
 from drkd.data.dataset import DatasetSplit
+from drkd.data.module import DetectionDataModule
 from drkd.evaluation import CocoEvaluator, CocoMetrics, ModelCost, measure_cost
+from drkd.recipes.loading import choose_device, open_detector
+from drkd.recipes.run_folder import write_json
 
 
 @dataclass(frozen=True)
@@ -57,5 +61,70 @@ def evaluate_detector(
     coco = evaluator.compute()
     measured: ModelCost | None = None
     if cost and image_size is not None:
-        measured = measure_cost(detector.model, image_size)
+        measured = measure_cost(detector.to("cpu").model, image_size)
     return Evaluated(coco, coco.as_json(), None if measured is None else measured.as_json())
+
+
+def evaluate(
+    checkpoint: Path | None = None,
+    *,
+    data: str,
+    split: str = "val",
+    area_scale: float = 1.0,
+    cost: bool = False,
+    output: Path | None = None,
+    detector: DetectorBuilder | None = None,
+    min_size: int | None = None,
+    max_size: int | None = None,
+    batch_size: int = 8,
+    workers: int = 2,
+    limit: int | None = None,
+    device: str = "auto",
+) -> Evaluated:
+    """Measure a saved detector, or one that a builder makes, on a split of a data set.
+
+    Args:
+        checkpoint: A student.pt, or a run folder that holds one.
+        data: The data set's folder in COCO format, or ``digits`` for the embedded one. Classes are matched by name.
+        split: Split to evaluate on: val, train, tune or test.
+        area_scale: Factor on COCO's area limits of small and medium objects (32^2 and 96^2 px); 0.25 halves the sides.
+        cost: Also measure parameters, FLOPs and CPU latency.
+        output: Also write the numbers as JSON to this file.
+        detector: Instead of a checkpoint: how to build the detector, e.g. drkd.adapters.ZooBuilder.
+        min_size: Short side that images are resized to, px; the checkpoint's own by default.
+        max_size: Limit of the long side, px; the checkpoint's own by default.
+        batch_size: Images a batch.
+        workers: Processes that decode images.
+        limit: Evaluate on the first images only.
+        device: auto, cpu, cuda, ...
+
+    Raises:
+        DrkdError: If the checkpoint or the data cannot be used, or their classes do not match.
+    """
+    chosen = choose_device(device)
+
+    def module(**settings: Any) -> DetectionDataModule:
+        return DetectionDataModule(
+            data, val_split=split, batch_size=batch_size, workers=workers, val_limit=limit, **settings
+        )
+
+    names = module().split(split).class_names if detector is not None else ()
+    loaded = open_detector(checkpoint, builder=detector, class_names=names, min_size=min_size, max_size=max_size)
+    source = module(
+        min_size=loaded.min_size,
+        max_size=loaded.max_size,
+        size_divisor=loaded.size_divisor,
+        class_names=loaded.detector.spec.class_names,
+    )
+    evaluated = evaluate_detector(
+        loaded.detector,
+        source.val_split,
+        loader=source.val_dataloader(),
+        area_scale=area_scale,
+        cost=cost,
+        device=chosen,
+    )
+    if output is not None:
+        content = {**evaluated.metrics, "split": split, "images": len(source.val_split)}
+        write_json(output, content if evaluated.cost is None else {**content, "cost": evaluated.cost})
+    return evaluated

@@ -1,0 +1,57 @@
+"""What a user reads instead of a traceback, and the exit code that goes with it."""
+
+from __future__ import annotations
+
+import errno
+import re
+
+FAILED, WRONG, INTERRUPTED = 1, 2, 130
+"""Exit codes: a fault of the machine, something the user can put right, Ctrl-C."""
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and one readable paragraph for an error that is no bug; None for one that is.
+
+    Args:
+        error: What reached the command line.
+    """
+    import torch
+
+    from drkd.contracts import DrkdError
+
+    message = str(error).strip()
+    if isinstance(error, DrkdError):
+        return WRONG, _from_worker(message)
+    if isinstance(error, OSError):
+        return _explain_os(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in message:
+        return FAILED, (
+            "Out of memory. Use smaller batches (data.batch_size, with training.accumulate to make up for it), smaller "
+            "images (data.min_size, data.max_size), or training.precision bf16-mixed."
+        )
+    # torch.save reports a full disk as a RuntimeError of its file writer.
+    if "PytorchStreamWriter failed" in message or "unexpected pos" in message:
+        return FAILED, "A checkpoint could not be written. Is the disk full? Free some space and go on with --resume."
+    if "DataLoader worker" in message and "killed by signal" in message:
+        return FAILED, (
+            "A process that decodes images was killed, mostly for want of (shared) memory. Use fewer of them "
+            "(data.workers), or 0."
+        )
+    if isinstance(error, ValueError) or type(error).__name__ == "MisconfigurationException":
+        text = _from_worker(message) or type(error).__name__
+        return WRONG, f"{text} (DRKD_TRACEBACK=1 shows where this comes from.)"
+    return None
+
+
+def _explain_os(error: OSError) -> tuple[int, str]:
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return FAILED, f"{where}no space is left on the disk. Free some, or choose another place with --output."
+    return WRONG, f"{where}{error.strerror or error}."
+
+
+def _from_worker(message: str) -> str:
+    """The bare message of an error that a data loader's worker passed on with its traceback."""
+    if "Original Traceback" not in message:
+        return message
+    return re.split(r"^[\w.]*(?:Error|Exception): ", message, flags=re.MULTILINE)[-1].strip()

