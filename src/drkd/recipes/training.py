@@ -107,15 +107,9 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
     module = build_module(recipe, kind=kind)
     folder.start(resolved=recipe.resolved, seed=recipe.seed, kind=kind)
     average = StudentAverage(recipe.training.ema) if recipe.training.ema else None
-    best = ModelCheckpoint(
-        dirpath=folder.checkpoints,
-        filename="best",
-        monitor="val/ap" if recipe.training.validate_every else None,
-        mode="max",
-        save_last=True,
-        enable_version_counter=False,
-    )
-    trainer = _trainer(recipe, folder, [*_callbacks(recipe), best, *([average] if average else [])])
+    last, best = _checkpoints(recipe, folder)
+    callbacks = [*_callbacks(recipe), *([average] if average else []), last, *([best] if best else [])]
+    trainer = _trainer(recipe, folder, callbacks)
     try:
         trainer.fit(
             module,
@@ -177,6 +171,22 @@ def _restore(recipe: Recipe, module: DistillationModule, best: ModelCheckpoint, 
         average.apply_to(module)
 
 
+def _checkpoints(recipe: Recipe, folder: RunFolder) -> tuple[ModelCheckpoint, ModelCheckpoint | None]:
+    """The checkpoint of every epoch's end, to resume from, and the best one where there is validation."""
+    last = ModelCheckpoint(
+        dirpath=folder.checkpoints,
+        filename=folder.last_checkpoint.stem,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+    if not recipe.training.validate_every:
+        return last, None
+    best = ModelCheckpoint(
+        dirpath=folder.checkpoints, filename="best", monitor="val/ap", mode="max", enable_version_counter=False
+    )
+    return last, best
+
+
 def _callbacks(recipe: Recipe) -> list[Callback]:
     callbacks: list[Callback] = [FiniteLossGuard(), LearningRateMonitor(logging_interval="step")]
     callbacks.append(TQDMProgressBar(refresh_rate=5) if sys.stderr.isatty() else LineProgress())
@@ -199,7 +209,7 @@ def _trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) -> Tr
         max_epochs=settings.epochs if settings.epochs else -1,
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=settings.clip_norm,
-        check_val_every_n_epoch=settings.validate_every or None,
+        check_val_every_n_epoch=settings.validate_every or 1,
         limit_val_batches=1.0 if settings.validate_every else 0,
         sync_batchnorm=settings.sync_batchnorm,
         callbacks=callbacks,

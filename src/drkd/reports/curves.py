@@ -67,7 +67,7 @@ def draw_losses(curves: Mapping[str, Curve]) -> Figure:
     """Draw the task's and the distillation's terms over the steps, smoothed, each group on a logarithmic axis."""
     groups = {
         "Task losses": summed_terms(curves, "task/"),
-        "Distillation terms (unweighted)": summed_terms(curves, "kd/"),
+        "Distillation terms (unweighted)": summed_terms(curves, "bare/"),
     }
     groups = {title: terms for title, terms in groups.items() if terms}
     with drawing_style():
@@ -86,7 +86,7 @@ def draw_kd_report(curves: Mapping[str, Curve]) -> Figure:
 
     A term whose ratio stays near zero distils nothing, however sensible its weight looks.
     """
-    ratios, terms = _every_term(curves, "ratio/"), summed_terms(curves, "kd/")
+    ratios, terms = _every_term(curves, "ratio/"), summed_terms(curves, "bare/")
     with drawing_style():
         figure = new_figure(9.6, 0.9 + 0.3 * max(5, len(ratios)))
         left, right = figure.subplots(1, 2)
