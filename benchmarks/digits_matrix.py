@@ -2,9 +2,9 @@
 
     python benchmarks/digits_matrix.py --methods student drkd --seeds 0 1 2 --jobs 2
 
-A cell is one call of the command line (`drkd train` or `drkd distill`) in a process of its own; a cell whose file exists
-is skipped, so a killed matrix goes on where it stopped. Scores are of the `val` split at the last step; nothing is
-selected on it. With `--split tune` the cells score the `tune` split instead: that is what design trials use.
+A cell is one call of the command line (`drkd train` or `drkd distill`) in a process of its own; a cell whose file
+exists is skipped, so a killed matrix goes on where it stopped. Scores are of the `val` split at the last step; nothing
+is selected on it. With `--split tune` the cells score the `tune` split instead: that is what design trials use.
 """
 
 from __future__ import annotations
@@ -135,9 +135,7 @@ def _distillation(metrics: Path) -> dict[str, dict[str, float]]:
             found.setdefault(term, {})["median_gradient_ratio"] = sorted(values)[len(values) // 2]
         else:
             part = max(1, len(values) // 10)
-            found.setdefault(term, {}).update(
-                first=sum(values[:part]) / part, last=sum(values[-part:]) / part
-            )
+            found.setdefault(term, {}).update(first=sum(values[:part]) / part, last=sum(values[-part:]) / part)
     return found
 
 

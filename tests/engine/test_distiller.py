@@ -14,7 +14,9 @@ from drkd.engine.balance import gradient_norms
 
 def make(channels: int = 4, **options: object) -> Distiller:
     torch.manual_seed(3)
-    engine = {name: options.pop(name) for name in ("monitor_interval", "dead_after", "calibration_steps") if name in options}
+    engine = {
+        name: options.pop(name) for name in ("monitor_interval", "dead_after", "calibration_steps") if name in options
+    }
     student, teacher = ToyDetector(channels, seed=1), ToyDetector(6, seed=2)
     return Distiller(student, teacher, lambda s, t: ToyMethod(s, t, **options), **engine)
 

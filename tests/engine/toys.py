@@ -39,7 +39,9 @@ class ToyDetector(Detector):
         return DetectorOutput((FeatureMap("p3", feature, 8.0, 8.0),), losses)
 
     def detect(self, batch: DetectionBatch) -> list[Detections]:
-        return [Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long)) for _ in range(len(batch))]
+        return [
+            Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long)) for _ in range(len(batch))
+        ]
 
 
 class ToyMethod(KDMethod):

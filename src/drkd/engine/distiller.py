@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from drkd.contracts import (
+    DetectionBatch,
     Detector,
     DetectorOutput,
     DetectorSpec,
-    DetectionBatch,
     DrkdError,
     KDMethod,
     Want,

@@ -121,7 +121,7 @@ class DistillationModule(LightningModule):
         # The teacher is left out of the checkpoint, so loading cannot be strict; load_state_dict checks instead.
         self.strict_loading = False
         if channels_last:
-            self.distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.distiller.to(memory_format=torch.channels_last)
 
     def transfer_batch_to_device(self, batch: DetectionBatch, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch, images in the module's memory layout."""

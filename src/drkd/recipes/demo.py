@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from drkd.contracts import Detections, Detector, DetectionBatch, DrkdError
+from drkd.contracts import DetectionBatch, Detections, Detector, DrkdError
 from drkd.data.digits import DigitsConfig, build_digits
 from drkd.data.module import DetectionDataModule
 from drkd.recipes.builtin import builtin_recipe
