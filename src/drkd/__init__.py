@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DRKD",
+    "DetectionBatch",
     "Distiller",
     "FeatureHint",
+    "GradientBalance",
     "PaperDRKD",
     "ReleasedDRKD",
     "__version__",
@@ -29,8 +31,10 @@ __all__ = [
 
 _HOMES = {
     "DRKD": "drkd.methods",
+    "DetectionBatch": "drkd.contracts",
     "Distiller": "drkd.engine.distiller",
     "FeatureHint": "drkd.methods",
+    "GradientBalance": "drkd.engine.balance",
     "PaperDRKD": "drkd.methods",
     "ReleasedDRKD": "drkd.methods",
     "load_detector": "drkd.adapters.checkpoint",

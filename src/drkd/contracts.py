@@ -108,6 +108,40 @@ class DetectionBatch:
                 f"images, got lengths {sorted(lengths)}"
             )
 
+    @classmethod
+    def from_lists(
+        cls,
+        images: Sequence[Tensor],
+        targets: Sequence[Mapping[str, Tensor]],
+        *,
+        first_label: int = 0,
+        size_divisor: int = 32,
+    ) -> DetectionBatch:
+        """Make a batch of what torchvision's detectors take, padding but not resizing.
+
+        Args:
+            images: (3, H, W) each, RGB in [0, 1].
+            targets: ``boxes`` (N, 4) xyxy px and ``labels`` (N,) of each image.
+            first_label: Number of the first class in ``labels``; 1 where 0 means background.
+            size_divisor: The batch's sides are padded to multiples of it, px.
+
+        Raises:
+            ValueError: If images and targets are not as described, or a label lies below ``first_label``.
+        """
+        if len(images) != len(targets) or not images:
+            raise ValueError(f"expected one target an image and at least one, got {len(images)} and {len(targets)}")
+        sizes = tuple((int(image.shape[-2]), int(image.shape[-1])) for image in images)
+        height, width = (-(-max(side) // size_divisor) * size_divisor for side in zip(*sizes, strict=True))
+        padded = images[0].new_zeros(len(images), 3, height, width)
+        found = []
+        for place, image, target in zip(padded, images, targets, strict=True):
+            place[:, : image.shape[-2], : image.shape[-1]] = image
+            labels = target["labels"].to(torch.int64) - first_label
+            if labels.device.type == "cpu" and bool((labels < 0).any()):
+                raise ValueError(f"a label lies below first_label={first_label}")
+            found.append(BoxTargets(target["boxes"].float(), labels, torch.zeros_like(labels, dtype=torch.bool)))
+        return cls(padded, sizes, sizes, tuple(found), tuple(range(len(images))))
+
     def __len__(self) -> int:
         return int(self.images.shape[0])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import ToyDetector, ToyMethod, toy_batch
 
-from drkd.engine import DeadDistillationError, Distiller
+from drkd.engine import DeadDistillationError, Distiller, GradientBalance
 from drkd.engine.balance import gradient_norms
 
 
@@ -145,3 +145,14 @@ def test_the_silence_must_be_in_a_row() -> None:
         distiller(toy_batch())
     with pytest.raises(DeadDistillationError):
         distiller(toy_batch())
+
+
+def test_the_balance_alone_serves_a_loop_of_ones_own() -> None:
+    batch, student, teacher = toy_batch(), ToyDetector(seed=1), ToyDetector(6, seed=2)
+    method = ToyMethod(student.spec, teacher.spec, weights={"near": 0.5}, size=1e-3)
+    ours = student(batch, want=frozenset({"features", "losses"}))
+    terms = method(ours, teacher(batch, want=frozenset({"features"})), batch)
+    feature, task = ours.features[0].tensor, ours.losses["task"]
+    extra = GradientBalance()(task, terms, [feature], weights=method.weights)
+    norms = gradient_norms({"task": task, "kd": extra}, [feature])
+    assert float((norms["kd"] / norms["task"]).sqrt()) == pytest.approx(0.5, rel=1e-4)

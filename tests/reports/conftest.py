@@ -62,7 +62,7 @@ def write_run(folder, ap, *, distils, seed=0):
             for index, term in enumerate(terms):
                 row[f"bare/{term}"] = (0.02 + 0.1 * index) * (0.3 + 0.7 * fall) * noise[2 + index]
                 row[f"ratio/{term}"] = (0.05 + 0.1 * index) * noise[10 + index]
-            row["kd/pixel_relation"] = sum(row[f"bare/{term}"] for term in terms[:5])
+            row["bare/pixel_relation"] = sum(row[f"bare/{term}"] for term in terms[:5])
         rows.append({"epoch": step // 100, "step": step, **row})
         if step % 100 == 90:
             score = ap * (1 - math.exp(-step / 200))

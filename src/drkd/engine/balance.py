@@ -74,6 +74,28 @@ class GradientBalance(nn.Module):
         self.momentum = momentum
         self._task_norms: dict[str, Tensor] = {}
         self._term_norms: dict[str, Tensor] = {}
+        self._step = 0
+
+    def forward(
+        self, task_loss: Tensor, terms: Mapping[str, Tensor], features: Sequence[Tensor], *, weights: Mapping[str, float]
+    ) -> Tensor:
+        """Balance and sum the terms, for a training loop that does not use `Distiller` (which calls the parts).
+
+        Args:
+            task_loss: 0-d, the student's own loss.
+            terms: Bare terms by name, as a method returns them.
+            features: The student's feature maps that the losses were computed from.
+            weights: Wanted gradient ratio by term, such as ``DRKD.weights``; 1 where absent.
+
+        Returns:
+            0-d, to be added to the task loss.
+        """
+        if self.wants_measurement(self._step):
+            norms = gradient_norms({"": task_loss, **terms}, features)
+            self.update(norms.pop(""), norms)
+        self._step += 1
+        weighted = [weights.get(term_family(name), 1.0) * self.scale(name, term) * term for name, term in terms.items()]
+        return torch.stack(weighted).sum()
 
     def wants_measurement(self, step: int) -> bool:
         """Whether the norms are to be measured at this step (0-based)."""
@@ -109,11 +131,12 @@ class GradientBalance(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """State that is saved with the state dict."""
-        return {"task": dict(self._task_norms), "terms": dict(self._term_norms)}
+        return {"task": dict(self._task_norms), "terms": dict(self._term_norms), "step": self._step}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over saved state."""
         self._task_norms, self._term_norms = dict(state["task"]), dict(state["terms"])
+        self._step = int(state["step"])
 
 
 def _mean_over_processes(value: Tensor) -> Tensor:
