@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from drkd.adapters.checkpoint import load_detector
     from drkd.adapters.torchvision import wrap_torchvision
+    from drkd.contracts import DetectionBatch
+    from drkd.engine.balance import GradientBalance
     from drkd.engine.distiller import Distiller
     from drkd.methods import DRKD, FeatureHint, PaperDRKD, ReleasedDRKD
 

@@ -68,7 +68,10 @@ class StudentAverage(Callback):
             self._swapped = None
 
     def apply_to(self, pl_module: LightningModule) -> None:
-        """Put the average into the student for good (the end of a run)."""
+        """Put the average into the student for good (the end of a run); a loaded state comes first."""
+        if self._average is not None and self._saved is not None:
+            self._average.load_state_dict(self._saved)
+            self._saved = None
         self._swap_in(pl_module)
         self._swapped = None
 

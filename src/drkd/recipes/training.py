@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,16 @@ from drkd.evaluation import CocoEvaluator
 from drkd.recipes.evaluation import evaluate_detector
 from drkd.recipes.recipe import Recipe
 from drkd.recipes.run_folder import RunFolder, write_json
+
+_EXPECTED = (
+    r"Found \d+ module\(s\) in eval mode",
+    r"The number of training batches",
+    r"You have overridden `transfer_batch_to_device`",
+    r"The '\w+_dataloader' does not have many workers",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"Checkpoint directory .* exists and is not empty",
+    r"You're resuming from a checkpoint",
+)
 
 
 @dataclass(frozen=True)
@@ -109,14 +123,16 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
     average = StudentAverage(recipe.training.ema) if recipe.training.ema else None
     last, best = _checkpoints(recipe, folder)
     callbacks = [*_callbacks(recipe), *([average] if average else []), last, *([best] if best else [])]
-    trainer = _trainer(recipe, folder, callbacks)
+    with _quiet():
+        trainer = _trainer(recipe, folder, callbacks)
     try:
-        trainer.fit(
-            module,
-            datamodule=recipe.data,
-            ckpt_path=str(folder.last_checkpoint) if recipe.resume else None,
-            weights_only=True,
-        )
+        with _quiet():
+            trainer.fit(
+                module,
+                datamodule=recipe.data,
+                ckpt_path=str(folder.last_checkpoint) if recipe.resume else None,
+                weights_only=True,
+            )
     except BaseException as error:
         folder.merge_metrics()
         folder.finish("failed", error=f"{type(error).__name__}: {error}")
@@ -165,10 +181,23 @@ def _restore(recipe: Recipe, module: DistillationModule, best: ModelCheckpoint, 
         states = [state for key, state in saved["callbacks"].items() if key.startswith("StudentAverage")]
         if average is not None and states:
             average.load_state_dict(states[0])
-            average.restore(module)
-            return
     if average is not None:
         average.apply_to(module)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out Lightning's advice that does not apply here: the teacher is in eval mode, and so on, by design."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for start in _EXPECTED:
+                warnings.filterwarnings("ignore", message=start)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _checkpoints(recipe: Recipe, folder: RunFolder) -> tuple[ModelCheckpoint, ModelCheckpoint | None]:

@@ -1,0 +1,127 @@
+"""The Lightning side: schedule, checkpoints without the teacher, averages, and what stops a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning import Trainer
+from torch.utils.data import DataLoader
+from toys import ToyDetector, ToyMethod, toy_batch
+
+from drkd.contracts import DetectionBatch, DrkdError
+from drkd.engine import Distiller
+from drkd.engine.callbacks import FiniteLossGuard, StudentAverage
+from drkd.engine.module import DistillationModule, Optimization
+
+
+def module(*, learning_rate: float = 0.05, channels: int = 4, **options: object) -> DistillationModule:
+    torch.manual_seed(0)
+    distiller = Distiller(ToyDetector(channels, seed=1), ToyDetector(6, seed=2), ToyMethod)
+    settings = Optimization(learning_rate=learning_rate, warmup_steps=0, weight_decay=0.0, **options)
+    return DistillationModule(distiller, settings)
+
+
+def loader(count: int = 6) -> DataLoader[DetectionBatch]:
+    return DataLoader([toy_batch(seed=seed) for seed in range(count)], batch_size=None)  # type: ignore[arg-type]
+
+
+def trainer(tmp_path: object, *callbacks: object, **options: object) -> Trainer:
+    settings = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(
+        accelerator="cpu", default_root_dir=tmp_path, enable_model_summary=False, callbacks=list(callbacks),
+        **{**settings, **options},
+    )
+
+
+def test_multistep_is_the_papers_schedule() -> None:
+    settings = Optimization(learning_rate=0.01, warmup_steps=500, warmup_factor=0.001)
+    total = 24 * 1000
+    assert settings.factor(0, total) == pytest.approx(0.001)
+    assert settings.factor(250, total) == pytest.approx(0.5005)
+    assert [settings.factor(s, total) for s in (500, 15_999, 16_000, 21_999, 22_000)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+
+
+def test_cosine_ends_at_zero() -> None:
+    settings = Optimization(schedule="cosine", warmup_steps=10, warmup_factor=0.0)
+    assert [settings.factor(s, 110) for s in (0, 10, 60, 110)] == pytest.approx([0, 1, 0.5, 0], abs=1e-9)
+
+
+@pytest.mark.parametrize("wrong", [{"learning_rate": 0}, {"milestones": (0.9, 0.5)}, {"milestones": (1.5,)}])
+def test_wrong_schedules_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(DrkdError, match=r"training\.optimization"):
+        Optimization(**wrong)  # type: ignore[arg-type]
+
+
+def test_training_lowers_the_loss_and_moves_student_and_connectors(tmp_path: object) -> None:
+    ours = module()
+    before = {name: value.clone() for name, value in ours.distiller.state_dict().items() if torch.is_tensor(value)}
+    first = float(sum(ours.distiller(toy_batch()).values()).detach())
+    trainer(tmp_path, max_epochs=4).fit(ours, loader())
+    assert float(sum(ours.distiller(toy_batch()).values()).detach()) < first
+    moved = {name for name, value in ours.distiller.state_dict().items() if torch.is_tensor(value) and not torch.equal(value, before[name])}
+    assert any(name.startswith("student.") for name in moved) and any(name.startswith("method.") for name in moved)
+    assert not any(name.startswith("teacher.") for name in moved)
+
+
+def test_checkpoints_hold_no_teacher_and_refuse_another_student(tmp_path: object) -> None:
+    path = f"{tmp_path}/some.ckpt"
+    runner = trainer(tmp_path)
+    runner.fit(module(), loader())
+    runner.save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert saved and not any("teacher" in name for name in saved)
+    trainer(tmp_path, max_epochs=3).fit(module(), loader(), ckpt_path=path, weights_only=True)
+    other = module()
+    other.distiller.student.model["extra"] = torch.nn.Linear(1, 1)
+    with pytest.raises(DrkdError, match="another student or method: 2 keys missing"):
+        trainer(tmp_path, max_epochs=3).fit(other, loader(), ckpt_path=path, weights_only=True)
+
+
+def test_the_average_is_validated_and_can_be_kept(tmp_path: object) -> None:
+    ours, average = module(), StudentAverage(0.9)
+    trainer(tmp_path, average).fit(ours, loader())
+    raw = {name: value.clone() for name, value in ours.distiller.student.state_dict().items()}
+    average.apply_to(ours)
+    name = "model.head.weight"
+    kept = ours.distiller.student.state_dict()[name]
+    assert not torch.equal(kept, raw[name])
+    assert torch.equal(kept, average.state_dict()["average"][f"module.{name}"])
+
+
+def test_the_average_equals_its_definition(tmp_path: object) -> None:
+    weights = []
+
+    class Recorder(StudentAverage):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: DistillationModule, *rest: object) -> None:  # type: ignore[override]
+            weights.append(pl_module.distiller.student.state_dict()["model.head.bias"].clone())
+            super().on_train_batch_end(trainer, pl_module, *rest)  # type: ignore[arg-type]
+
+    ours, average = module(), Recorder(0.5)
+    trainer(tmp_path, average, max_epochs=1).fit(ours, loader())
+    # The first average is a copy (of what the first step left); then decay = min(0.5, (1 + step) / (10 + step)).
+    expected = weights[0]
+    for step, value in enumerate(weights[1:], start=2):
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(average.state_dict()["average"]["module.model.head.bias"], expected)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path: object) -> None:
+    with pytest.raises(DrkdError, match=r"became NaN or infinite at step \d+.*learning_rate"):
+        trainer(tmp_path, FiniteLossGuard(), max_epochs=20).fit(module(learning_rate=1e30), loader())
+
+
+def test_a_step_draws_the_same_whatever_came_before(tmp_path: object) -> None:
+    drawn: list[list[float]] = []
+
+    class Draws(ToyMethod):
+        def forward(self, *arguments: object) -> dict[str, torch.Tensor]:  # type: ignore[override]
+            drawn[-1].append(float(torch.rand(())))
+            return super().forward(*arguments)  # type: ignore[arg-type]
+
+    for noise in (1, 5):
+        drawn.append([])
+        distiller = Distiller(ToyDetector(seed=1), ToyDetector(6, seed=2), Draws)
+        torch.rand(noise)
+        trainer(tmp_path).fit(DistillationModule(distiller, Optimization(warmup_steps=0), seed=4), loader())
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == len(drawn[0]) == 12
