@@ -102,6 +102,18 @@ def test_as_a_teacher(saved):
     assert str(saved) in str(caught.value)
 
 
+def test_labels_survive_another_order_of_classes(make_batch, saved, tmp_path):
+    builder = SavedDetectorBuilder(str(saved))
+    turned = builder.build(("cup", "cat", "dog"))
+    path = tmp_path / "again.pt"
+    save_student(path, turned, builder=builder, image_settings=SETTINGS)
+    assert torch.load(path, weights_only=True)["class_names"] == list(CLASSES)
+    again = load_detector(path, class_names=("cup", "cat", "dog"))
+    batch = make_batch([(64, 64)])
+    first, second, third = (d.detect(batch)[0].labels for d in (load_detector(saved), turned, again))
+    assert torch.equal(second, third) and torch.equal(second, (first + 1) % 3)
+
+
 def test_zoo_students_come_back(make_batch, tmp_path):
     name = "fasterrcnn_mobilenet_v3_large_320_fpn"
     torch.save(ZooBuilder(name=name, head="new").build(CLASSES).model.state_dict(), tmp_path / "weights.pth")

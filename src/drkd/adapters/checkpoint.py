@@ -29,7 +29,7 @@ _BUILDERS: dict[str, type[_Builder]] = {
     for builder in (RetinaNetBuilder, FasterRCNNBuilder, FCOSBuilder, ZooBuilder)
 }
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
-_KEYS = ("state_dict", "build", "builder", "class_names", "preprocessing")
+_KEYS = ("state_dict", "build", "builder", "class_names", "label_ids", "preprocessing")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None)
     model.transform.min_size, model.transform.max_size = (settings["min_size"],), settings["max_size"]
     model.transform.size_divisible = settings["size_divisor"]
     names = saved_names if class_names is None else list(class_names)
-    label_ids = [detector.label_ids[saved_names.index(name)] for name in names]
+    label_ids = [content["label_ids"][saved_names.index(name)] for name in names]
     return TorchvisionDetector(model, names, label_ids=label_ids, plan=build).eval()
 
 
@@ -135,6 +135,8 @@ def _describe(
     min_size = int(sizes) if isinstance(sizes, int) else max(map(int, sizes))
     max_size, divisor = int(image_settings["max_size"]), int(image_settings["size_divisor"])
     transform: Any = detector.model.transform
+    # In the order of the model's own labels, so that whoever loads the plain model can number them.
+    labels = sorted(zip(detector.label_ids, detector.spec.class_names, strict=True), key=lambda pair: pair[0])
     build = None
     if detector.plan is not None:
         build = _plain(detector.plan)
@@ -144,8 +146,8 @@ def _describe(
         "build": build,
         "code": None if build is None else write_plain_code(build),
         "builder": None if builder is None else _describe_builder(builder),
-        "class_names": list(detector.spec.class_names),
-        "label_ids": list(detector.label_ids),
+        "class_names": [name for _, name in labels],
+        "label_ids": [label for label, _ in labels],
         "preprocessing": {
             "mean": [float(value) for value in transform.image_mean],
             "std": [float(value) for value in transform.image_std],

@@ -41,7 +41,8 @@ class PyramidBuilder(DetectorBuilder):
     Args:
         backbone: A torchvision ResNet ("resnet18" to "resnet152", "resnext101_32x8d", ...) or "timm/<name>".
         width: Multiplier of a ResNet's channels, rounded to multiples of 8; other than 1 it is built by timm.
-        fpn_channels: Channels of every level of the pyramid.
+        fpn_channels: Channels of every level of the pyramid; heads with group norm (FCOS) need a multiple of 32, and at
+            least 64 where an image may be no larger than a cell of the coarsest level.
         stages: Backbone stages that feed the pyramid, finest first; stage s has stride 2 ** (s + 1) px.
         extra: Coarser levels on top: "none", "pool" (one, by subsampling), "p6p7" (two, by convolutions).
         norm: "batch", or "frozen" for fixed statistics and weights throughout the backbone.
@@ -180,6 +181,8 @@ class RetinaNetBuilder(PyramidBuilder):
     Args:
         anchor_ratios: Height over width of the anchors.
         head_norm: "none", or "group" for group norm in the head's convolutions.
+        foreground_iou: Overlap from which an anchor is matched with a box, in training.
+        background_iou: Overlap below which an anchor is background; those between train nothing.
     """
 
     family: ClassVar[str] = "retinanet"
@@ -187,6 +190,16 @@ class RetinaNetBuilder(PyramidBuilder):
     extra: Literal["none", "pool", "p6p7"] = "p6p7"
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     head_norm: Literal["none", "group"] = "none"
+    foreground_iou: float = 0.5
+    background_iou: float = 0.4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.background_iou <= self.foreground_iou < 1:
+            raise DrkdError(
+                "foreground_iou and background_iou: expected 0 < background_iou <= foreground_iou < 1, "
+                f"got {self.foreground_iou} and {self.background_iou}."
+            )
 
     def _needs_groups(self) -> bool:
         return self.head_norm == "group"
@@ -204,7 +217,8 @@ class RetinaNetBuilder(PyramidBuilder):
         return {"head": {"in_channels": self.fpn_channels, "num_anchors": anchors, "num_classes": num_classes}}
 
     def _options(self, num_classes: int) -> dict[str, Any]:
-        return self._dense_options(num_classes)
+        overlaps = {"fg_iou_thresh": self.foreground_iou, "bg_iou_thresh": self.background_iou}
+        return {**self._dense_options(num_classes), **overlaps}
 
     def _assemble(self, backbone: nn.Module, plan: dict[str, Any]) -> nn.Module:
         head = RetinaNetHead(**plan["head"], norm_layer=partial(nn.GroupNorm, _GROUPS)) if "head" in plan else None
