@@ -72,6 +72,17 @@ def test_resumes_after_the_batches_handed_out(digits: Path, workers: int) -> Non
     assert resumed.state_dict() == {"epoch": 1, "position": 6}
 
 
+def test_an_epoch_set_after_the_iterator_was_made_counts(digits: Path) -> None:
+    plain, working = (_module(digits, workers=workers).train_dataloader() for workers in (0, 1))
+    plain.set_epoch(1)
+    working.load_state_dict({"epoch": 0, "position": 6})
+
+    batches = iter(working)  # Lightning does so when it resumes at the end of an epoch
+    working.set_epoch(1)
+
+    assert [batch.image_ids for batch in batches] == [batch.image_ids for batch in plain]
+
+
 def test_workers_that_outlive_an_epoch_know_the_next(digits: Path) -> None:
     plain, working = (_module(digits, photometric=True, workers=workers).train_dataloader() for workers in (0, 1))
 

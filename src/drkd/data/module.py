@@ -35,11 +35,9 @@ class TrainLoader(DataLoader[Any]):
         self.order = batch_sampler
 
     def __iter__(self) -> Iterator[DetectionBatch]:  # type: ignore[override]
-        batches = super().__iter__()
-        return self._count(batches)
-
-    def _count(self, batches: Iterator[DetectionBatch]) -> Iterator[DetectionBatch]:
-        for batch in batches:
+        # A generator, so that nothing is drawn before the first batch is asked for: when it resumes at the end of an
+        # epoch, Lightning makes the iterator first and sets the next epoch then.
+        for batch in super().__iter__():
             self.order.position += 1
             yield batch
 
