@@ -79,7 +79,7 @@ def test_every_loss_falls_and_every_term_is_heard(finished: RunResult) -> None:
     for name in ("loss", "bare/pixel_relation", "bare/instance"):
         assert columns[name][-1] < columns[name][0], name
     for term in ("pixel_relation", "instance_relation", "instance"):
-        assert 0 < min(columns[f"ratio/{term}"]), term
+        assert min(columns[f"ratio/{term}"]) > 0, term
 
 
 def test_the_teacher_is_what_it_was(finished: RunResult, teacher: Path) -> None:

@@ -77,7 +77,12 @@ class GradientBalance(nn.Module):
         self._step = 0
 
     def forward(
-        self, task_loss: Tensor, terms: Mapping[str, Tensor], features: Sequence[Tensor], *, weights: Mapping[str, float]
+        self,
+        task_loss: Tensor,
+        terms: Mapping[str, Tensor],
+        features: Sequence[Tensor],
+        *,
+        weights: Mapping[str, float],
     ) -> Tensor:
         """Balance and sum the terms, for a training loop that does not use `Distiller` (which calls the parts).
 
