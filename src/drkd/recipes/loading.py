@@ -32,11 +32,13 @@ class LoadedDetector:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The detector's file: the path itself, or ``student.pt`` of a run folder.
+    """The detector's file: the path itself, or ``student.pt`` of a run folder; "drkd:<name>" names one that ships.
 
     Raises:
         DrkdError: If there is none.
     """
+    if str(path).startswith("drkd:"):
+        return path
     if path.is_dir():
         student = path / "student.pt"
         if not student.is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -50,13 +51,13 @@ def look_at_teacher(source: str, class_names: Sequence[str]) -> Teacher:
         spec = ZooBuilder(name=source).build(class_names).spec
         arguments: dict[str, object] = {"name": source, "weights": "DEFAULT", "head": "coco"}
         return Teacher(source, "drkd.adapters.ZooBuilder", arguments, _describe(source, spec))
-    if not Path(source).exists() and "/" not in source and not Path(source).suffix:
+    if not Path(source).exists() and not any(mark in source for mark in "/.:"):
         raise DrkdError(
             f"There is no teacher checkpoint {source}, and torchvision publishes no detector of that name that drkd "
             f"knows. Expected a file, a run folder, or one of {', '.join(ZOO_NAMES)}."
         )
     file = find_checkpoint(Path(source))
-    content = read_checkpoint(file)
+    content = {"format": FORMAT} if source.startswith("drkd:") else read_checkpoint(file)
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
         spec = SavedDetectorBuilder(path=str(file)).build(class_names).spec
         settings = read_preprocessing(file)

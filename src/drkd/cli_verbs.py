@@ -1,0 +1,206 @@
+"""The verbs' options, taken from the use cases' signatures, and what each prints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser
+
+from drkd.cli_errors import WRONG
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# What is heavy (torch takes seconds to import) is imported inside the verb that needs it, so that help is instant.
+
+
+def _plain_parser(description: str, **settings: Any) -> ArgumentParser:
+    return ArgumentParser(description=description, **settings)
+
+
+def _flag(parser: ArgumentParser, name: str, text: str) -> None:
+    parser.add_argument(f"--{name}", type=bool, nargs="?", const=True, default=False, help=text)
+
+
+def _function_parser(
+    function: Callable[..., Any],
+    description: str,
+    *,
+    positional: Mapping[str, str],
+    flags: Mapping[str, str],
+    **settings: Any,
+) -> ArgumentParser:
+    """Options from a use case's signature and docstring; a positional name that ends in "?" may be left out."""
+    parser = _plain_parser(description, **settings)
+    for name, text in positional.items():
+        optional: dict[str, Any] = {"nargs": "?", "default": None} if name.endswith("?") else {}
+        bare = name.rstrip("?")
+        kind: Any = Path | None if optional else Path
+        parser.add_argument(bare, type=kind, metavar=bare.upper(), help=text, **optional)
+    parser.add_function_arguments(function, skip={*(name.rstrip("?") for name in positional), *flags})
+    for name, text in flags.items():
+        _flag(parser, name, text)
+    return parser
+
+
+def _call(function: Callable[..., Any], config: Any, parser: ArgumentParser) -> Any:
+    """Build what the arguments describe and call the use case with it."""
+    built = parser.instantiate(config)
+    return function(**dict(built.items()))
+
+
+def recipe_verb(kind: str) -> tuple[Callable[..., ArgumentParser], Callable[[Any, ArgumentParser, Console], int]]:
+    """The parser and the run function of ``drkd train`` or ``drkd distill``."""
+
+    def parser(description: str, **settings: Any) -> ArgumentParser:
+        from drkd.recipes.recipe import recipe_parser
+
+        return recipe_parser(description, **settings)
+
+    def run(config: Any, own: ArgumentParser, console: Console) -> int:
+        from drkd.cli_output import print_run, quiet_lightning
+        from drkd.recipes import training
+        from drkd.recipes.recipe import instantiate
+
+        use_case = training.train if kind == "train" else training.distill
+        with quiet_lightning():
+            result = use_case(instantiate(own, config))
+        print_run(result, console)
+        return 0
+
+    return parser, run
+
+
+def evaluate_parser(description: str, **settings: Any) -> ArgumentParser:
+    """Options of ``drkd evaluate``."""
+    from drkd.recipes.evaluation import evaluate
+
+    positional = {"checkpoint?": "A student.pt, or a run folder that holds one; leave it out with --detector."}
+    flags = {"cost": "Also measure parameters, FLOPs and CPU latency."}
+    return _function_parser(evaluate, description, positional=positional, flags=flags, **settings)
+
+
+def run_evaluate(config: Any, parser: ArgumentParser, console: Console) -> int:
+    """Measure a detector and print the numbers."""
+    from drkd.cli_output import print_metrics
+    from drkd.recipes.evaluation import evaluate
+
+    evaluated = _call(evaluate, config, parser)
+    print_metrics(evaluated.metrics, evaluated.cost, console)
+    return 0
+
+
+def predict_parser(description: str, **settings: Any) -> ArgumentParser:
+    """Options of ``drkd predict``."""
+    from drkd.recipes.prediction import predict
+
+    positional = {
+        "checkpoint": "A student.pt, or a run folder that holds one.",
+        "path": "An image, or a folder of images; its sub-folders are searched too.",
+    }
+    flags = {"overwrite": "Replace what an earlier prediction left in the output folder."}
+    return _function_parser(predict, description, positional=positional, flags=flags, **settings)
+
+
+def run_predict(config: Any, parser: ArgumentParser, console: Console) -> int:
+    """Predict, and name every image that could not be read."""
+    from drkd.recipes.prediction import predict
+
+    predicted = _call(predict, config, parser)
+    for message in predicted.unreadable:
+        print(f"drkd: left out: {message}", file=sys.stderr)
+    console.print(f"{predicted.detections} detections in {predicted.images} images.")
+    console.print(f"Pictures, detections.json (COCO results) and images.json: {predicted.output}")
+    return WRONG if predicted.unreadable else 0
+
+
+def init_parser(description: str, **settings: Any) -> ArgumentParser:
+    """Options of ``drkd init``."""
+    from drkd.recipes.initialization import initialize
+
+    flags = {"overwrite": "Replace an existing recipe file."}
+    positional = {"root": "The data set's folder in COCO format."}
+    return _function_parser(initialize, description, positional=positional, flags=flags, **settings)
+
+
+def run_init(config: Any, parser: ArgumentParser, console: Console) -> int:
+    """Write a recipe; print what was found and what to run next."""
+    from drkd.recipes.initialization import initialize
+
+    written = _call(initialize, config, parser)
+    for line in written.findings:
+        console.print(line)
+    console.print(f"\nWrote {written.recipe}. Read it, change what you know better, then:\n  {written.command}")
+    return 0
+
+
+def check_parser(description: str, **settings: Any) -> ArgumentParser:
+    """Options of ``drkd data check``."""
+    from drkd.recipes.datasets import check_dataset
+
+    positional = {"path": "The data set's folder in COCO format."}
+    return _function_parser(check_dataset, description, positional=positional, flags={}, **settings)
+
+
+def run_check(config: Any, parser: ArgumentParser, console: Console) -> int:
+    """Print what a data set holds and what is wrong with it."""
+    from drkd.recipes.datasets import check_dataset
+
+    report = _call(check_dataset, config, parser)
+    console.print(str(report))
+    return WRONG if report.errors else 0
+
+
+def digits_parser(description: str, **settings: Any) -> ArgumentParser:
+    """Options of ``drkd data digits``."""
+    from drkd.recipes.datasets import build_embedded
+
+    return _function_parser(build_embedded, description, positional={}, flags={}, **settings)
+
+
+def run_digits(config: Any, parser: ArgumentParser, console: Console) -> int:
+    """Build the embedded data set and print where it is."""
+    from drkd.recipes.datasets import build_embedded
+
+    console.print(str(_call(build_embedded, config, parser)))
+    return 0
+
+
+def demo_parser(description: str, **settings: Any) -> ArgumentParser:
+    """Options of ``drkd demo``."""
+    parser = _plain_parser(description, **settings)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="Folder of the runs and the report.")
+    _flag(parser, "quick", "Show in about a minute that all works, not that it learns.")
+    return parser
+
+
+def run_demo(config: Any, parser: ArgumentParser, console: Console) -> int:
+    """Run the demo, write its report and print its table."""
+    from drkd.cli_output import quiet_lightning
+    from drkd.recipes.demo import run_demo
+    from drkd.reports import write_demo_report
+
+    with quiet_lightning():
+        folder = run_demo(config.output, quick=config.quick)
+    page = write_demo_report(folder)
+    console.print((folder / "table.md").read_text(encoding="utf-8"))
+    console.print(f"Open {page}")
+    return 0
+
+
+def report_parser(description: str, **settings: Any) -> ArgumentParser:
+    """Options of ``drkd report``."""
+    parser = _plain_parser(description, **settings)
+    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="The run folder.")
+    return parser
+
+
+def run_report(config: Any, parser: ArgumentParser, console: Console) -> int:
+    """Write a run's report and print where it is."""
+    from drkd.reports.page import write_run_report
+
+    console.print(f"Open {write_run_report(config.run_folder)}")
+    return 0

@@ -1,0 +1,104 @@
+"""The first recipe fits what was seen of data and teacher, and mismatches are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tests.conftest import write_coco, write_detector
+
+from drkd.adapters import ZooBuilder
+from drkd.contracts import DrkdError
+from drkd.recipes.initialization import initialize, look_at_data
+from drkd.recipes.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def torchvision_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bare state dict of torchvision's smallest detector, for two classes."""
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    detector = ZooBuilder(name="fasterrcnn_mobilenet_v3_large_fpn", head="new").build(["a", "b"])
+    torch.save(detector.model.state_dict(), path)
+    return path
+
+
+def test_the_data_are_measured(tiny_coco: Path) -> None:
+    facts = look_at_data(tiny_coco)
+    assert (facts.train_images, facts.val_images, facts.val_split) == (6, 3, "val")
+    assert facts.class_names == ("cat", "dog") and facts.boxes == 15
+    assert (facts.short_side, facts.long_side) == (64, 96)
+    assert facts.box_sides == pytest.approx((16, 18, 20), abs=0.5)
+
+
+@pytest.mark.parametrize("student", ["retinanet", "faster_rcnn", "fcos"])
+def test_the_recipe_says_what_was_found_and_loads(
+    student: str, tiny_coco: Path, tiny_detector: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "recipe.yaml"
+    written = initialize(tiny_coco, teacher=str(tiny_detector), student=student, output=output)  # type: ignore[arg-type]
+    assert written.command == f"drkd distill --config {output}"
+    recipe = load_recipe([output])
+    content = yaml.safe_load(recipe.resolved)
+    assert type(recipe.student).__name__.lower().startswith(student.replace("_", ""))
+    assert content["teacher"]["init_args"] == {"path": str(tiny_detector)}
+    # The teacher's own image size, and a batch no larger than the data.
+    assert (content["data"]["min_size"], content["data"]["max_size"], content["data"]["batch_size"]) == (64, 96, 6)
+    assert content["data"]["horizontal_flip"] == 0.5
+    assert content["training"]["epochs"] >= 24
+
+
+@pytest.mark.parametrize("classes", [("3", "7"), ("a", "b"), ("turn_left", "turn_right")])
+def test_classes_that_a_mirror_changes_are_not_flipped(classes: tuple[str, ...], tmp_path: Path) -> None:
+    data = write_coco(tmp_path / "coco", classes=classes)
+    teacher = write_detector(tmp_path / "teacher.pt", classes=classes)
+    initialize(data, teacher=str(teacher), output=tmp_path / "recipe.yaml")
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["data"]["horizontal_flip"] == 0.0
+
+
+def test_a_bare_state_dict_of_torchvision_is_recognised(
+    tiny_coco: Path, torchvision_teacher: Path, tmp_path: Path
+) -> None:
+    written = initialize(tiny_coco, teacher=str(torchvision_teacher), output=tmp_path / "recipe.yaml")
+    teacher = yaml.safe_load(written.recipe.read_text())["teacher"]
+    assert teacher["init_args"]["name"] == "fasterrcnn_mobilenet_v3_large_fpn"
+    assert any("2 classes" in line for line in written.findings)
+
+
+def test_a_bare_state_dict_of_another_class_count_is_refused(torchvision_teacher: Path, tmp_path: Path) -> None:
+    data = write_coco(tmp_path / "coco", classes=("cat", "dog", "bird"))
+    with pytest.raises(DrkdError, match=r"knows 2 classes, but the data has 3 \(cat, dog, bird\)"):
+        initialize(data, teacher=str(torchvision_teacher), output=tmp_path / "recipe.yaml")
+
+
+def test_a_saved_teacher_of_other_names_is_refused(tiny_coco: Path, tmp_path: Path) -> None:
+    teacher = write_detector(tmp_path / "teacher.pt", classes=("cat", "horse"))
+    with pytest.raises(DrkdError, match="horse"):
+        initialize(tiny_coco, teacher=str(teacher), output=tmp_path / "recipe.yaml")
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize("teacher", ["retinanet_resnet5O", "no/such/file.pt"])
+def test_a_teacher_that_is_nowhere_is_refused(teacher: str, tiny_coco: Path, tmp_path: Path) -> None:
+    with pytest.raises(DrkdError, match=r"no teacher checkpoint|no such file"):
+        initialize(tiny_coco, teacher=teacher, output=tmp_path / "recipe.yaml")
+
+
+def test_an_existing_recipe_is_replaced_only_if_asked(tiny_coco: Path, tiny_detector: Path, tmp_path: Path) -> None:
+    output = tmp_path / "recipe.yaml"
+    output.write_text("mine")
+    with pytest.raises(DrkdError, match="exists already"):
+        initialize(tiny_coco, teacher=str(tiny_detector), output=output)
+    assert output.read_text() == "mine"
+    initialize(tiny_coco, teacher=str(tiny_detector), output=output, overwrite=True)
+    assert "student:" in output.read_text()
+
+
+def test_data_without_a_split_to_train_or_validate_on_is_refused(tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "coco")
+    (root / "annotations" / "instances_val.json").unlink()
+    with pytest.raises(DrkdError, match="no split to validate on"):
+        look_at_data(root)
+    with pytest.raises(DrkdError, match="no such folder"):
+        look_at_data(tmp_path / "nowhere")

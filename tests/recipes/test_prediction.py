@@ -1,0 +1,94 @@
+"""Prediction draws on copies, writes COCO JSON, and goes on past an image that it cannot read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from drkd.contracts import DrkdError
+from drkd.recipes.prediction import find_images, predict
+
+
+@pytest.fixture
+def photos(tiny_coco: Path, tmp_path: Path) -> Path:
+    """A folder with a sub-folder, images of three kinds, and a file that is none."""
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    picture = Image.open(tiny_coco / "val" / "1.png")
+    picture.save(folder / "one.png")
+    picture.save(folder / "deep" / "two.JPG", format="JPEG")
+    picture.convert("L").save(folder / "three.bmp")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_a_folder_is_searched_and_every_image_drawn(photos: Path, tiny_detector: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()}
+    predicted = predict(tiny_detector, photos, output=tmp_path / "found", threshold=0.0, device="cpu")
+    assert predicted.images == 3 and predicted.detections > 0 and not predicted.unreadable
+    for name in ("one.png", "deep/two.JPG", "three.bmp.png"):
+        assert Image.open(tmp_path / "found" / name).size == (96, 64)
+    assert (tmp_path / "found" / "one.png").read_bytes() != (photos / "one.png").read_bytes()
+    assert {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()} == before
+
+
+def test_the_json_is_coco_results_with_the_images_they_mean(photos: Path, tiny_detector: Path, tmp_path: Path) -> None:
+    predicted = predict(tiny_detector, photos, output=tmp_path / "found", threshold=0.0, device="cpu")
+    results = json.loads((tmp_path / "found" / "detections.json").read_text())
+    listing = json.loads((tmp_path / "found" / "images.json").read_text())
+    assert len(results) == predicted.detections
+    assert {entry["file_name"] for entry in listing["images"]} == {"one.png", "deep/two.JPG", "three.bmp"}
+    assert listing["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    images = {entry["id"]: entry for entry in listing["images"]}
+    for entry in results:
+        x, y, width, height = entry["bbox"]
+        image = images[entry["image_id"]]
+        assert x >= 0 and x + width <= image["width"] + 1e-3 and y >= 0 and y + height <= image["height"] + 1e-3
+        assert entry["category_id"] in (1, 2) and 0 <= entry["score"] <= 1
+
+
+def test_the_threshold_leaves_out_what_is_below(photos: Path, tiny_detector: Path, tmp_path: Path) -> None:
+    predicted = predict(tiny_detector, photos / "one.png", output=tmp_path / "found", threshold=1.0, device="cpu")
+    assert (predicted.images, predicted.detections) == (1, 0)
+    assert json.loads((tmp_path / "found" / "detections.json").read_text()) == []
+    assert Image.open(tmp_path / "found" / "one.png").tobytes() == Image.open(photos / "one.png").tobytes()
+    with pytest.raises(DrkdError, match="threshold"):
+        predict(tiny_detector, photos, output=tmp_path / "other", threshold=1.5)
+
+
+def test_an_unreadable_image_is_named_and_the_others_go_on(photos: Path, tiny_detector: Path, tmp_path: Path) -> None:
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    predicted = predict(tiny_detector, photos, output=tmp_path / "found", device="cpu")
+    assert predicted.images == 3
+    assert len(predicted.unreadable) == 1 and "broken.jpg" in predicted.unreadable[0]
+
+
+def test_inputs_are_never_overwritten(photos: Path, tiny_detector: Path) -> None:
+    for path in (photos, photos / "one.png"):
+        with pytest.raises(DrkdError, match="would overwrite an input"):
+            predict(tiny_detector, path, output=photos, device="cpu")
+
+
+def test_an_output_within_the_folder_is_not_predicted_on_again(
+    photos: Path, tiny_detector: Path, tmp_path: Path
+) -> None:
+    output = photos / "found"
+    assert predict(tiny_detector, photos, output=output, device="cpu").images == 3
+    with pytest.raises(DrkdError, match="already holds predictions"):
+        predict(tiny_detector, photos, output=output, device="cpu")
+    assert predict(tiny_detector, photos, output=output, device="cpu", overwrite=True).images == 3
+
+
+def test_missing_and_empty_folders_are_said_to_be_so(tmp_path: Path) -> None:
+    with pytest.raises(DrkdError, match="no such image or folder"):
+        find_images(tmp_path / "nowhere", output=tmp_path / "found")
+    with pytest.raises(DrkdError, match="no images found"):
+        find_images(tmp_path, output=tmp_path / "found")
+
+
+def test_an_output_that_is_a_file_is_refused(photos: Path, tiny_detector: Path) -> None:
+    with pytest.raises(DrkdError, match="expected a folder"):
+        predict(tiny_detector, photos / "one.png", output=photos / "notes.txt", device="cpu")
