@@ -28,7 +28,6 @@ _BUILDERS: dict[str, type[_Builder]] = {
     f"drkd.adapters.torchvision.{builder.__name__}": builder
     for builder in (RetinaNetBuilder, FasterRCNNBuilder, FCOSBuilder, ZooBuilder)
 }
-_ASSETS = Path(__file__).resolve().parents[1] / "assets"
 _KEYS = ("state_dict", "build", "builder", "class_names", "label_ids", "preprocessing")
 
 
@@ -171,23 +170,8 @@ def _describe_builder(builder: DetectorBuilder) -> dict[str, Any]:
     return {"class_path": class_path, "init_args": _plain(arguments)}
 
 
-def shipped_checkpoint(path: str | Path) -> Path:
-    """Path of a checkpoint: that of a shipped one for ``drkd:<name>``, anything else as it is.
-
-    Raises:
-        DrkdError: If none of that name ships.
-    """
-    scheme, _, name = str(path).partition(":")
-    if scheme != "drkd":
-        return Path(path)
-    known = sorted(file.stem for file in _ASSETS.glob("*.pt"))
-    if name not in known:
-        raise DrkdError(f"drkd ships no checkpoint called {name!r}. It ships: {', '.join(known) or 'none'}.")
-    return _ASSETS / f"{name}.pt"
-
-
 def _read(path: str | Path) -> dict[str, Any]:
-    content = read_checkpoint(shipped_checkpoint(path))
+    content = read_checkpoint(path)
     if not isinstance(content, Mapping) or content.get("format") != FORMAT or any(key not in content for key in _KEYS):
         raise DrkdError(
             f"{path}: not a detector saved by drkd (expected format {FORMAT!r}). A bare state dict needs a builder: "

