@@ -2,9 +2,9 @@
 
     python benchmarks/pretrain_backbone.py --out src/drkd/assets/digits_resnet18_quarter.pt
 
-A detector from scratch spends most of a short run on finding out what a digit is. Both arms of every comparison (student
-alone, student distilled) start from this file. The crops come from the `train` split only: a digit with 1.05 to 2 times its
-size around it, resized to 48 px, or an empty piece of background as an eleventh class.
+A detector from scratch spends most of a short run on finding out what a digit is. Both arms of every comparison
+(student alone, student distilled) start from this file. The crops come from the `train` split only: a digit with 1.05
+to 2 times its size around it, resized to 48 px, or an empty piece of background as an eleventh class.
 """
 
 from __future__ import annotations
@@ -116,7 +116,10 @@ def normalise(crops: Tensor) -> Tensor:
 def accuracy(model: nn.Module, crops: Tensor, labels: Tensor) -> float:
     """Share of crops that are classified right."""
     model.eval()
-    right = sum(int((model(normalise(c)).argmax(1) == n).sum()) for c, n in zip(crops.split(256), labels.split(256)))
+    right = sum(
+        int((model(normalise(part)).argmax(1) == label).sum())
+        for part, label in zip(crops.split(256), labels.split(256), strict=True)
+    )
     return right / len(labels)
 
 

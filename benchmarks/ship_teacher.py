@@ -62,7 +62,9 @@ def _validations(metrics: Path) -> list[dict[str, Any]]:
     """AP on `tune` while the teacher was trained."""
     with metrics.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("val/ap")]
-    return [{"step": int(row["step"]), "ap": float(row["val/ap"]), "ap_small": float(row["val/ap_small"])} for row in rows]
+    return [
+        {"step": int(row["step"]), "ap": float(row["val/ap"]), "ap_small": float(row["val/ap_small"])} for row in rows
+    ]
 
 
 if __name__ == "__main__":

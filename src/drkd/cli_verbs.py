@@ -61,13 +61,12 @@ def recipe_verb(kind: str) -> tuple[Callable[..., ArgumentParser], Callable[[Any
         return recipe_parser(description, **settings)
 
     def run(config: Any, own: ArgumentParser, console: Console) -> int:
-        from drkd.cli_output import print_run, quiet_lightning
+        from drkd.cli_output import print_run
         from drkd.recipes import training
         from drkd.recipes.recipe import instantiate
 
         use_case = training.train if kind == "train" else training.distill
-        with quiet_lightning():
-            result = use_case(instantiate(own, config))
+        result = use_case(instantiate(own, config))
         print_run(result, console)
         return 0
 
@@ -179,12 +178,10 @@ def demo_parser(description: str, **settings: Any) -> ArgumentParser:
 
 def run_demo(config: Any, parser: ArgumentParser, console: Console) -> int:
     """Run the demo, write its report and print its table."""
-    from drkd.cli_output import quiet_lightning
     from drkd.recipes.demo import run_demo
     from drkd.reports import write_demo_report
 
-    with quiet_lightning():
-        folder = run_demo(config.output, quick=config.quick)
+    folder = run_demo(config.output, quick=config.quick)
     page = write_demo_report(folder)
     console.print((folder / "table.md").read_text(encoding="utf-8"))
     console.print(f"Open {page}")

@@ -28,7 +28,10 @@ def loader(count: int = 6) -> DataLoader[DetectionBatch]:
 def trainer(tmp_path: object, *callbacks: object, **options: object) -> Trainer:
     settings = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     return Trainer(
-        accelerator="cpu", default_root_dir=tmp_path, enable_model_summary=False, callbacks=list(callbacks),
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
         **{**settings, **options},
     )
 
@@ -38,7 +41,9 @@ def test_multistep_is_the_papers_schedule() -> None:
     total = 24 * 1000
     assert settings.factor(0, total) == pytest.approx(0.001)
     assert settings.factor(250, total) == pytest.approx(0.5005)
-    assert [settings.factor(s, total) for s in (500, 15_999, 16_000, 21_999, 22_000)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    assert [settings.factor(s, total) for s in (500, 15_999, 16_000, 21_999, 22_000)] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01]
+    )
 
 
 def test_cosine_ends_at_zero() -> None:
@@ -58,7 +63,11 @@ def test_training_lowers_the_loss_and_moves_student_and_connectors(tmp_path: obj
     first = float(sum(ours.distiller(toy_batch()).values()).detach())
     trainer(tmp_path, max_epochs=4).fit(ours, loader())
     assert float(sum(ours.distiller(toy_batch()).values()).detach()) < first
-    moved = {name for name, value in ours.distiller.state_dict().items() if torch.is_tensor(value) and not torch.equal(value, before[name])}
+    moved = {
+        name
+        for name, value in ours.distiller.state_dict().items()
+        if torch.is_tensor(value) and not torch.equal(value, before[name])
+    }
     assert any(name.startswith("student.") for name in moved) and any(name.startswith("method.") for name in moved)
     assert not any(name.startswith("teacher.") for name in moved)
 

@@ -158,12 +158,13 @@ def _describe(
     }
 
 
-def _describe_builder(builder: DetectorBuilder) -> dict[str, Any]:
+def _describe_builder(builder: DetectorBuilder) -> dict[str, Any] | None:
+    """The builder as plain values; None for a class of the user's own, whose weights are saved all the same."""
     if isinstance(builder, SavedDetectorBuilder):
         return dict(_read(builder.path)["builder"])
     class_path = f"drkd.adapters.torchvision.{type(builder).__name__}"
     if not isinstance(builder, _Builder) or class_path not in _BUILDERS:
-        raise ValueError(f"builder: expected one of {', '.join(_BUILDERS)}, got {type(builder).__name__}")
+        return None
     arguments = dataclasses.asdict(builder)
     # The file's own weights replace those that training began with.
     arguments.update({name: None for name in ("weights", "backbone_weights") if name in arguments})

@@ -33,7 +33,7 @@ _QUICK = (
 
 
 def run_demo(output: Path, *, quick: bool = False) -> Path:
-    """Train the demo's student alone and with DRKD under one budget and seed, evaluate, and write what the report shows.
+    """Train the demo's student alone and with DRKD, one budget, one seed; evaluate; write what the report shows.
 
     Args:
         output: Folder of the demo; an earlier demo in it is replaced.

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +18,11 @@ from drkd.contracts import Detector, DrkdError
 from drkd.engine.callbacks import FiniteLossGuard, LineProgress, StudentAverage
 from drkd.engine.distiller import Distiller
 from drkd.engine.module import DistillationModule
+from drkd.engine.quiet import quiet_lightning
 from drkd.evaluation import CocoEvaluator
 from drkd.recipes.evaluation import evaluate_detector
 from drkd.recipes.recipe import Recipe
 from drkd.recipes.run_folder import RunFolder, write_json
-
-_EXPECTED = (
-    r"Found \d+ module\(s\) in eval mode",
-    r"The number of training batches",
-    r"You have overridden `transfer_batch_to_device`",
-    r"The '\w+_dataloader' does not have many workers",
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    r"Checkpoint directory .* exists and is not empty",
-    r"You're resuming from a checkpoint",
-)
 
 
 @dataclass(frozen=True)
@@ -123,10 +110,10 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
     average = StudentAverage(recipe.training.ema) if recipe.training.ema else None
     last, best = _checkpoints(recipe, folder)
     callbacks = [*_callbacks(recipe), *([average] if average else []), last, *([best] if best else [])]
-    with _quiet():
+    with quiet_lightning():
         trainer = _trainer(recipe, folder, callbacks)
     try:
-        with _quiet():
+        with quiet_lightning():
             trainer.fit(
                 module,
                 datamodule=recipe.data,
@@ -173,7 +160,9 @@ def _finish(recipe: Recipe, folder: RunFolder, student: Detector) -> dict[str, A
     return evaluated.metrics
 
 
-def _restore(recipe: Recipe, module: DistillationModule, best: ModelCheckpoint | None, average: StudentAverage | None) -> None:
+def _restore(
+    recipe: Recipe, module: DistillationModule, best: ModelCheckpoint | None, average: StudentAverage | None
+) -> None:
     """Put the weights that are to be saved into the student."""
     if best is not None and (recipe.training.keep == "best" or recipe.training.patience is not None):
         saved = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
@@ -183,21 +172,6 @@ def _restore(recipe: Recipe, module: DistillationModule, best: ModelCheckpoint |
             average.load_state_dict(states[0])
     if average is not None:
         average.apply_to(module)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out Lightning's advice that does not apply here: the teacher is in eval mode, and so on, by design."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            for start in _EXPECTED:
-                warnings.filterwarnings("ignore", message=start)
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _checkpoints(recipe: Recipe, folder: RunFolder) -> tuple[ModelCheckpoint, ModelCheckpoint | None]:

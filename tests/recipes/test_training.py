@@ -1,0 +1,80 @@
+"""Runs as a whole, on a tiny data set: which student is kept, and what a run folder refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from drkd.adapters import load_detector
+from drkd.contracts import DrkdError
+from drkd.recipes.recipe import Recipe, load_recipe
+from drkd.recipes.training import train
+
+
+def _recipe(tiny_coco: Path, output: Path, *extra: str) -> Recipe:
+    overrides = [
+        f"--data.root={tiny_coco}",
+        "--data.val_split=val",
+        "--data.batch_size=2",
+        "--data.min_size=64",
+        "--data.max_size=96",
+        "--student.fpn_channels=32",
+        "--student.backbone_weights=null",
+        "--training.epochs=3",
+        "--training.validate_every=1",
+        "--evaluation.split=null",
+        f"--output={output}",
+        *extra,
+    ]
+    return load_recipe(["digits/retinanet"], overrides)
+
+
+@pytest.mark.parametrize("ema", ["0.9", "null"])
+def test_the_best_student_is_the_one_that_validated_best(ema: str, tiny_coco: Path, tmp_path: Path) -> None:
+    result = train(_recipe(tiny_coco, tmp_path / "run", "--training.keep=best", f"--training.ema={ema}"))
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+    if ema == "null":
+        expected = {
+            name.removeprefix("distiller.student."): value
+            for name, value in saved["state_dict"].items()
+            if name.startswith("distiller.student.model.")
+        }
+    else:
+        (average,) = (state for name, state in saved["callbacks"].items() if name.startswith("StudentAverage"))
+        expected = {name.removeprefix("module."): v for name, v in average["average"].items() if "." in name}
+    kept = load_detector(result.folder / "student.pt").state_dict()
+    assert set(kept) == set(expected)
+    for name, value in kept.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+
+
+def test_patience_ends_a_run_that_gets_no_better(tiny_coco: Path, tmp_path: Path) -> None:
+    recipe = _recipe(
+        tiny_coco,
+        tmp_path / "run",
+        "--training.patience=2",
+        "--training.epochs=9",
+        "--training.optimization.learning_rate=1e-9",
+    )
+    train(recipe)
+    assert '"epochs": 3' in (tmp_path / "run" / "run.json").read_text()
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(tiny_coco: Path, tmp_path: Path) -> None:
+    folder = train(_recipe(tiny_coco, tmp_path / "run", "--training.epochs=1")).folder
+    before = (folder / "run.json").read_text()
+    with pytest.raises(DrkdError, match="already holds a run"):
+        train(_recipe(tiny_coco, tmp_path / "run"))
+    assert (folder / "run.json").read_text() == before
+    train(_recipe(tiny_coco, tmp_path / "run", "--training.epochs=1", "--overwrite=true"))
+
+
+def test_a_run_that_fails_says_so_in_its_folder(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("drkd.engine.module.DistillationModule.training_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(_recipe(tiny_coco, tmp_path / "run"))
+    assert '"status": "failed"' in (tmp_path / "run" / "run.json").read_text()
