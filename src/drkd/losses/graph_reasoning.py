@@ -34,6 +34,7 @@ class GraphReasoningUnit(nn.Module):
         normalise: Divide V by L, so that its size does not follow the map's.
         norm: ``group`` (groups of at least 8 channels, at most 32 groups), ``batch`` (eps 1e-4, as released), ``none``.
         activation_before_update: ReLU before W_c, as released; False is the paper's plain linear update.
+        gain: Initial weight of that norm: how loud the relations are beside a map of unit variance (released: 1).
         residual: Add F; False returns the relations alone.
 
     Shape:
@@ -50,6 +51,7 @@ class GraphReasoningUnit(nn.Module):
         normalise: bool = True,
         norm: GraphNorm = "group",
         activation_before_update: bool = True,
+        gain: float = 1.0,
         residual: bool = True,
     ) -> None:
         super().__init__()
@@ -61,6 +63,8 @@ class GraphReasoningUnit(nn.Module):
         self.state_update = nn.Linear(states, states, bias=False)
         self.expansion = nn.Conv2d(states, channels, kernel_size=1, bias=False)
         self.norm = _make_norm(norm, channels)
+        if not isinstance(self.norm, nn.Identity):
+            nn.init.constant_(self.norm.weight, gain)
         self.normalise = normalise
         self.activation_before_update = activation_before_update
         self.residual = residual

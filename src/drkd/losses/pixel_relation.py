@@ -24,6 +24,7 @@ class PixelRelationLoss(nn.Module):
         states: Width of a node.
         normalise: Divide the node states by the number of positions.
         norm: Norm of the graph reasoning unit.
+        gain: Of that norm, see `GraphReasoningUnit`.
         activation_before_update: ReLU in the unit as released.
         distance: See `tensor_distance`.
         teacher_side: See `TeacherSide`.
@@ -48,6 +49,7 @@ class PixelRelationLoss(nn.Module):
         states: int = 64,
         normalise: bool = True,
         norm: GraphNorm = "group",
+        gain: float = 1.0,
         activation_before_update: bool = True,
         distance: Distance = "mse",
         teacher_side: TeacherSide = "shared",
@@ -65,6 +67,7 @@ class PixelRelationLoss(nn.Module):
                 states=states,
                 normalise=normalise,
                 norm=norm,
+                gain=gain,
                 activation_before_update=activation_before_update,
             )
 

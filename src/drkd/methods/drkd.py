@@ -88,6 +88,7 @@ class DRKD(KDMethod):
         states: Width of a graph node (C1): same.
         normalise: Divide the graph's states by the number of positions (released: no).
         norm: After the graph's reprojection: group, batch (released) or none.
+        graph_gain: Initial weight of that norm: how loud the relations are beside the map itself (released: 1).
         activation_before_update: ReLU in the graph as released; False is the paper's linear update.
         pixel_distance: See `tensor_distance` (paper, released: frobenius).
         roi_size: Cells a side of a pooled instance (released: 3).
@@ -127,6 +128,7 @@ class DRKD(KDMethod):
         states: int | Sequence[int] = 64,
         normalise: bool = True,
         norm: GraphNorm = "group",
+        graph_gain: float = 1.0,
         activation_before_update: bool = True,
         pixel_distance: Distance = "mse",
         roi_size: int = 3,
@@ -165,6 +167,7 @@ class DRKD(KDMethod):
                 states=_at_level(states, index),
                 normalise=normalise,
                 norm=norm,
+                gain=graph_gain,
                 activation_before_update=activation_before_update,
                 distance=pixel_distance,
                 teacher_side=teacher_side,
