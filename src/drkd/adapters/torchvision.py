@@ -17,6 +17,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from drkd.adapters.backbones import BackbonePlan, build_backbone
+from drkd.adapters.focal_head import FocalClassificationHead
 from drkd.adapters.torchvision_detector import TorchvisionDetector, wrap_torchvision
 from drkd.adapters.weights import load_state
 from drkd.adapters.zoo import ZooBuilder
@@ -183,6 +184,8 @@ class RetinaNetBuilder(PyramidBuilder):
         head_norm: "none", or "group" for group norm in the head's convolutions.
         foreground_iou: Overlap from which an anchor is matched with a box, in training.
         background_iou: Overlap below which an anchor is background; those between train nothing.
+        focal_alpha: Weight of the foreground in the focal loss.
+        focal_gamma: Focusing of the focal loss; see `FocalClassificationHead`.
     """
 
     family: ClassVar[str] = "retinanet"
@@ -192,6 +195,8 @@ class RetinaNetBuilder(PyramidBuilder):
     head_norm: Literal["none", "group"] = "none"
     foreground_iou: float = 0.5
     background_iou: float = 0.4
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,6 +204,11 @@ class RetinaNetBuilder(PyramidBuilder):
             raise DrkdError(
                 "foreground_iou and background_iou: expected 0 < background_iou <= foreground_iou < 1, "
                 f"got {self.foreground_iou} and {self.background_iou}."
+            )
+        if not 0 <= self.focal_alpha <= 1 or self.focal_gamma < 0:
+            raise DrkdError(
+                "focal_alpha and focal_gamma: expected 0 <= focal_alpha <= 1 and focal_gamma >= 0, "
+                f"got {self.focal_alpha} and {self.focal_gamma}."
             )
 
     def _needs_groups(self) -> bool:

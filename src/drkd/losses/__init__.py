@@ -1,6 +1,6 @@
 """Losses: tensors in, a 0-d tensor out, one paper's idea a file; no weights are applied here."""
 
-from drkd.losses.alignment import AdapterInit, make_adapter, resample
+from drkd.losses.alignment import AdapterInit, adapt, make_adapter, resample
 from drkd.losses.distance import Distance, TeacherSide, standardise, tensor_distance
 from drkd.losses.graph_reasoning import GraphNorm, GraphReasoningUnit
 from drkd.losses.instance_feature import InstanceDistance, InstanceFeatureLoss, instance_distance
@@ -32,6 +32,7 @@ __all__ = [
     "RelationTarget",
     "TeacherSide",
     "instance_distance",
+    "adapt",
     "make_adapter",
     "pool_instances",
     "resample",

@@ -7,19 +7,24 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional
 
-AdapterInit = Literal["identity", "default"]
+AdapterInit = Literal["identity", "default", "none"]
 """Start of a 1x1 adapter; see `make_adapter`."""
 
 
-def make_adapter(student_channels: int, teacher_channels: int, *, init: AdapterInit = "identity") -> nn.Conv2d:
+def make_adapter(student_channels: int, teacher_channels: int, *, init: AdapterInit = "identity") -> nn.Module:
     """A 1x1 convolution from the student's channels to the teacher's, the ``f`` of the paper.
 
     Args:
         student_channels: Channels in.
         teacher_channels: Channels out.
         init: ``identity`` passes the student through where the widths are equal, else draws weights that keep the
-            variance, bias zero; ``default`` is torch's.
+            variance, bias zero; ``default`` is torch's; ``none`` has no adapter at all, for maps that are adapted
+            already.
     """
+    if init == "none":
+        if student_channels != teacher_channels:
+            raise ValueError(f"Without an adapter the channels must be equal, got {student_channels}, {teacher_channels}")
+        return nn.Identity()
     adapter = nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
     if init == "identity":
         if student_channels == teacher_channels:
@@ -29,8 +34,15 @@ def make_adapter(student_channels: int, teacher_channels: int, *, init: AdapterI
         if adapter.bias is not None:
             nn.init.zeros_(adapter.bias)
     elif init != "default":
-        raise ValueError(f"Expected an adapter init out of identity, default, got {init!r}")
+        raise ValueError(f"Expected an adapter init out of identity, default, none, got {init!r}")
     return adapter
+
+
+def adapt(adapter: nn.Module, feature: Tensor) -> Tensor:
+    """Apply an adapter to a map, in the precision of the adapter's weights."""
+    weight = getattr(adapter, "weight", None)
+    adapted: Tensor = adapter(feature if weight is None else feature.to(weight.dtype))
+    return adapted
 
 
 def resample(feature: Tensor, size: tuple[int, int]) -> Tensor:

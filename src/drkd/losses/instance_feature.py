@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from drkd.losses.alignment import AdapterInit, check_maps, make_adapter
+from drkd.losses.alignment import AdapterInit, adapt, check_maps, make_adapter
 from drkd.losses.distance import at_least_float32, full_precision, tensor_distance
 from drkd.losses.instances import InstanceLayout
 
@@ -77,5 +77,5 @@ class InstanceFeatureLoss(nn.Module):
         """Distance between adapted student instances and the teacher's."""
         check_maps(student, teacher, student_channels=self.student_channels, teacher_channels=self.teacher_channels)
         with full_precision(student):
-            adapted = self.adapter(student.to(self.adapter.weight.dtype))
+            adapted = adapt(self.adapter, student)
             return instance_distance(adapted, teacher.detach(), layout, kind=self.distance)

@@ -140,7 +140,7 @@ class InstanceRelationLoss(nn.Module):
 
         self.student_channels = student_channels
         self.teacher_channels = teacher_channels
-        self.adapter: nn.Conv2d | None = None
+        self.adapter: nn.Module | None = None
         if shared or mixes:
             self.adapter = make_adapter(student_channels, teacher_channels, init=adapter_init)
         self.student_relation = relation(teacher_channels if shared else student_channels)

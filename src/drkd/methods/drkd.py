@@ -23,6 +23,8 @@ from drkd.losses import (
     RelationDistance,
     RelationTarget,
     TeacherSide,
+    adapt,
+    make_adapter,
     pool_instances,
     standardise,
 )
@@ -84,6 +86,8 @@ class DRKD(KDMethod):
         normalise_features: `standardise` every map over batch and space once; all terms then read that.
         teacher_side: See `TeacherSide` (released: joint).
         adapter_init: Start of the 1x1 adapters on the student's side, see `make_adapter`.
+        shared_adapter: One adapter a level, before everything else, for all three terms; False gives each term its own
+            (paper, released).
         nodes: Graph nodes (C2): one number, or one a level, finest first, the last holding for all after it.
         states: Width of a graph node (C1): same.
         normalise: Divide the graph's states by the number of positions (released: no).
@@ -124,6 +128,7 @@ class DRKD(KDMethod):
         normalise_features: bool = True,
         teacher_side: TeacherSide = "shared",
         adapter_init: AdapterInit = "identity",
+        shared_adapter: bool = True,
         nodes: int | Sequence[int] = 32,
         states: int | Sequence[int] = 64,
         normalise: bool = True,
@@ -159,9 +164,22 @@ class DRKD(KDMethod):
         pairs = match_levels(student, teacher, names=levels)
         self.pixel_pairs = pairs[:pixel_levels] if PIXEL in self.weights else ()
         self.instance_pairs = pairs[:instance_levels] if self.minimum_boxes else ()
+        used = {pair.name: pair for pair in (*self.pixel_pairs, *self.instance_pairs)}.values()
+        self.adapters = nn.ModuleDict()
+        own: AdapterInit = adapter_init
+        if shared_adapter:
+            own = "none"
+            for pair in used:
+                self.adapters[_key(pair.name)] = make_adapter(
+                    pair.student.channels, pair.teacher.channels, init=adapter_init
+                )
+
+        def student_channels(pair: LevelPair) -> int:
+            return pair.teacher.channels if shared_adapter else pair.student.channels
+
         self.pixel_losses = nn.ModuleList(
             PixelRelationLoss(
-                pair.student.channels,
+                student_channels(pair),
                 pair.teacher.channels,
                 nodes=_at_level(nodes, index),
                 states=_at_level(states, index),
@@ -172,13 +190,13 @@ class DRKD(KDMethod):
                 distance=pixel_distance,
                 teacher_side=teacher_side,
                 normalise_features=False,
-                adapter_init=adapter_init,
+                adapter_init=own,
             )
             for index, pair in enumerate(self.pixel_pairs)
         )
         self.relation_losses = nn.ModuleList(
             InstanceRelationLoss(
-                pair.student.channels,
+                student_channels(pair),
                 pair.teacher.channels,
                 size=roi_size,
                 target=instance_target,
@@ -189,13 +207,13 @@ class DRKD(KDMethod):
                 across_images=across_images,
                 teacher_side=teacher_side,
                 connector=matrix_connector,
-                adapter_init=adapter_init,
+                adapter_init=own,
             )
             for pair in (self.instance_pairs if RELATION in self.weights else ())
         )
         self.instance_losses = nn.ModuleList(
             InstanceFeatureLoss(
-                pair.student.channels, pair.teacher.channels, distance=instance_distance, adapter_init=adapter_init
+                student_channels(pair), pair.teacher.channels, distance=instance_distance, adapter_init=own
             )
             for pair in (self.instance_pairs if INSTANCE in self.weights else ())
         )
@@ -300,6 +318,8 @@ class DRKD(KDMethod):
         ours = _select({pair.student.name for pair in pairs}, student_features, owner="student")
         theirs = _select({pair.teacher.name for pair in pairs}, teacher_features, owner="teacher")
         theirs = {name: tensor.detach() for name, tensor in theirs.items()}
+        if self.adapters:
+            ours = {name: adapt(self.adapters[_key(name)], tensor) for name, tensor in ours.items()}
         if self.normalise_features:
             ours = {name: standardise(tensor) for name, tensor in ours.items()}
             theirs = {name: standardise(tensor) for name, tensor in theirs.items()}
@@ -327,6 +347,11 @@ class DRKD(KDMethod):
             for feature in (ours[pair.student.name], theirs[pair.teacher.name])
         )
         return student, teacher
+
+
+def _key(level: str) -> str:
+    """A level's name as a key of a module dict, which takes no dots."""
+    return level.replace(".", "_")
 
 
 def _at_level(numbers: int | Sequence[int], index: int) -> int:
