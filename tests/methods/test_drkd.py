@@ -295,7 +295,7 @@ def test_every_term_can_be_learned():
     kd, student, teacher = build()
     optimiser = torch.optim.Adam([*student.values(), *kd.parameters()], lr=0.02)
     history = []
-    for _ in range(40):
+    for _ in range(120):
         terms = kd.from_features(student, teacher, [MANY, ONE], image_size=SIZE)
         history.append({name: term.item() for name, term in terms.items()})
         optimiser.zero_grad()

@@ -128,7 +128,7 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
     if trainer.interrupted:
         folder.finish("interrupted", steps=trainer.global_step)
         raise KeyboardInterrupt
-    trainer.save_checkpoint(folder.last_checkpoint)
+    trainer.save_checkpoint(folder.last_checkpoint, weights_only=False)
     _restore(recipe, module, best, average)
     student = module.distiller.student.eval()
     metrics = _finish(recipe, folder, student) if trainer.is_global_zero else {}
