@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, RetinaNet
 
-import drkd
 from drkd.adapters import FCOSBuilder, RetinaNetBuilder
 from drkd.adapters.checkpoint import save_student
-from drkd.contracts import BoxTargets, DetectionBatch
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -33,12 +31,8 @@ def test_the_three_lines(boxes: list[Tensor]) -> None:
     teacher = FCOSBuilder(backbone="resnet18", fpn_channels=64, extra="p6p7").build(["cat", "dog"]).model
     assert isinstance(student, RetinaNet)
     assert isinstance(teacher, FCOS)
-    targets = tuple(
-        BoxTargets(box, torch.zeros(len(box), dtype=torch.int64), torch.zeros(len(box), dtype=torch.bool))
-        for box in boxes
-    )
-    batch = DetectionBatch(torch.rand(2, 3, 64, 64), ((64, 64),) * 2, ((64, 64),) * 2, targets, (1, 2))
-    scope = {"student": student, "teacher": teacher, "batch": batch}
+    targets = [{"boxes": box, "labels": torch.ones(len(box), dtype=torch.int64)} for box in boxes]
+    scope = {"student": student, "teacher": teacher, "images": list(torch.rand(2, 3, 64, 64)), "targets": targets}
     exec(_block("import DRKD"), scope)
     kinds = {name.split("/")[0] for name in scope["losses"]}
     assert kinds == {"task", "kd"}
@@ -48,11 +42,12 @@ def test_the_three_lines(boxes: list[Tensor]) -> None:
 
 def test_drkd_on_feature_maps_alone(boxes: list[Tensor]) -> None:
     student_maps = {"p3": torch.rand(2, 8, 64, 64, requires_grad=True), "p4": torch.rand(2, 8, 32, 32)}
+    student_maps["p4"].requires_grad_()
     teacher_maps = {"0": torch.rand(2, 16, 64, 64), "1": torch.rand(2, 16, 32, 32)}
-    exec(
-        _block("for_features"),
-        {"DRKD": drkd.DRKD, "student_maps": student_maps, "teacher_maps": teacher_maps, "boxes": boxes},
-    )
+    task_loss = sum(level.square().mean() for level in student_maps.values())
+    scope = {"student_maps": student_maps, "teacher_maps": teacher_maps, "boxes": boxes, "task_loss": task_loss}
+    exec(_block("for_features"), scope)
+    (scope["loss"] - task_loss).backward()
     gradient = student_maps["p3"].grad
     assert gradient is not None
     assert gradient.abs().sum() > 0

@@ -101,6 +101,8 @@ class Recipe:
         data: The data module.
         training: How to train.
         evaluation: What to measure at the end.
+        inherit: Start the student from the teacher's neck and head where names and shapes agree; also for `train`, so
+            that both arms of a comparison start alike.
         output: Run folder.
         seed: Of everything random.
         resume: Go on from the run folder's last checkpoint.
@@ -116,6 +118,7 @@ class Recipe:
     seed: int = 0
     teacher: DetectorBuilder | None = None
     method: Callable[[DetectorSpec, DetectorSpec], KDMethod] | None = None
+    inherit: bool = False
     resume: bool = False
     overwrite: bool = False
     resolved: str = ""
@@ -141,6 +144,9 @@ def recipe_parser(description: str = "", **settings: Any) -> ArgumentParser:
     parser.add_class_arguments(DetectionDataModule, "data")
     parser.add_class_arguments(Training, "training")
     parser.add_class_arguments(Evaluation, "evaluation")
+    parser.add_argument(
+        "--inherit", type=bool, default=False, help="Start the student from the teacher's neck and head where they fit."
+    )
     parser.add_argument("--output", type=Path, required=True, help="Run folder.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of everything random.")
     parser.link_arguments("seed", "data.seed")

@@ -21,6 +21,7 @@ from drkd.engine.module import DistillationModule
 from drkd.engine.quiet import quiet_lightning
 from drkd.evaluation import CocoEvaluator
 from drkd.recipes.evaluation import evaluate_detector
+from drkd.recipes.inheritance import inherit_neck_and_head
 from drkd.recipes.recipe import Recipe
 from drkd.recipes.run_folder import RunFolder, write_json
 
@@ -77,10 +78,17 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
     lightning.seed_everything(recipe.seed, verbose=False)
     student = recipe.student.build(names)
     teacher = method = None
-    if kind == "distill" and recipe.teacher is not None:
+    if recipe.teacher is not None and (kind == "distill" or recipe.inherit):
         teacher = recipe.teacher.build(names)
+    if recipe.inherit:
+        if teacher is None:
+            raise DrkdError("inherit: the recipe names no teacher whose neck and head the student could start from.")
+        inherit_neck_and_head(student, teacher)
+    if kind == "distill":
         lightning.seed_everything(recipe.seed, verbose=False)
         method = recipe.method
+    else:
+        teacher = None
     distiller = Distiller(
         student,
         teacher,
