@@ -35,7 +35,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher of another width with weights of its own; its quality does not matter here."""
-    recipe = _recipe(digits, None, tmp_path_factory.mktemp("teacher"), ["--student.init_args.fpn_channels=96"])
+    recipe = _recipe(digits, None, tmp_path_factory.mktemp("teacher"), ["--student.init_args.fpn_channels=64"])
     torch.manual_seed(7)
     detector = recipe.student.build(recipe.data.class_names)
     path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
@@ -48,6 +48,7 @@ def _recipe(digits: Path, teacher: Path | None, output: Path, extra: list[str] |
         f"--data.root={digits}",
         "--data.batch_size=8",
         "--training.epochs=4",
+        "--inherit=false",
         "--training.optimization.warmup_steps=4",
         "--training.log_interval=2",
         "--training.monitor_interval=2",

@@ -25,6 +25,7 @@ def _recipe(tiny_coco: Path, output: Path, *extra: str) -> Recipe:
         "--training.epochs=3",
         "--training.validate_every=1",
         "--evaluation.split=null",
+        "--inherit=false",
         f"--output={output}",
         *extra,
     ]
