@@ -17,7 +17,6 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from drkd.adapters.backbones import BackbonePlan, build_backbone
-from drkd.adapters.focal_head import FocalClassificationHead
 from drkd.adapters.torchvision_detector import TorchvisionDetector, wrap_torchvision
 from drkd.adapters.weights import load_state
 from drkd.adapters.zoo import ZooBuilder

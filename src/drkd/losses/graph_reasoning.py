@@ -63,7 +63,7 @@ class GraphReasoningUnit(nn.Module):
         self.state_update = nn.Linear(states, states, bias=False)
         self.expansion = nn.Conv2d(states, channels, kernel_size=1, bias=False)
         self.norm = _make_norm(norm, channels)
-        if not isinstance(self.norm, nn.Identity):
+        if isinstance(self.norm, nn.GroupNorm | nn.BatchNorm2d):
             nn.init.constant_(self.norm.weight, gain)
         self.normalise = normalise
         self.activation_before_update = activation_before_update

@@ -111,4 +111,6 @@ class PixelRelationLoss(nn.Module):
         teacher = teacher.detach()
         if self.normalise_features:
             student, teacher = standardise(student), standardise(teacher)
-        return resample(student.to(self.student_unit.state.weight.dtype), (teacher.shape[-2], teacher.shape[-1])), teacher
+        return resample(
+            student.to(self.student_unit.state.weight.dtype), (teacher.shape[-2], teacher.shape[-1])
+        ), teacher

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from drkd.contracts import DrkdError
 
@@ -69,6 +70,11 @@ class RunFolder:
 
     def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
         self.path = path
+        self._run: dict[str, Any] = {}
+        # Of several processes only the first looks and writes: the others come when the folder is taken already.
+        self.writes: bool = getattr(rank_zero_only, "rank", 0) == 0
+        if not self.writes:
+            return
         taken = (path / "run.json").exists()
         if resume and not self.last_checkpoint.exists():
             raise DrkdError(f"Nothing to resume: {self.last_checkpoint} does not exist. Start without --resume.")
@@ -83,7 +89,6 @@ class RunFolder:
             for name in ("checkpoints", "logs"):
                 shutil.rmtree(path / name, ignore_errors=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._run: dict[str, Any] = {}
 
     @property
     def checkpoints(self) -> Path:
@@ -102,6 +107,8 @@ class RunFolder:
 
     def start(self, *, resolved: str, seed: int, kind: str) -> None:
         """Write the recipe and where the run comes from."""
+        if not self.writes:
+            return
         write_text(self.path / "recipe.yaml", resolved)
         self._run = {
             "kind": kind,
@@ -117,6 +124,8 @@ class RunFolder:
 
     def finish(self, status: str, **extra: Any) -> None:
         """Note how the run ended."""
+        if not self.writes:
+            return
         self._run.update(status=status, finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **extra)
         write_json(self.path / "run.json", self._run)
 
@@ -128,6 +137,8 @@ class RunFolder:
 
     def merge_metrics(self) -> None:
         """Join the sessions' logs into ``metrics.csv``; where sessions overlap, the later one counts."""
+        if not self.writes:
+            return
         rows: list[dict[str, str]] = []
         for part in sorted((self.path / "logs").glob("part-*/metrics.csv")):
             with part.open(newline="") as file:
@@ -146,6 +157,14 @@ def source_commit() -> str | None:
     """Commit of the checkout that drkd runs from, with "+dirty" where files differ; None for an installed wheel."""
     here = Path(__file__).resolve().parent
     try:
+        # An environment inside somebody's repository is not a checkout of drkd.
+        subprocess.run(
+            ["git", "ls-files", "--error-unmatch", Path(__file__).name],
+            cwd=here,
+            capture_output=True,
+            timeout=10,
+            check=True,
+        )
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()

@@ -136,23 +136,24 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
     if trainer.interrupted:
         folder.finish("interrupted", steps=trainer.global_step)
         raise KeyboardInterrupt
-    trainer.save_checkpoint(folder.last_checkpoint, weights_only=False)
+    trainer.save_checkpoint(folder.last_checkpoint, weights_only=False)  # on all processes: it is collective
     _restore(recipe, module, best, average)
     student = module.distiller.student.eval()
-    metrics = _finish(recipe, folder, student) if trainer.is_global_zero else {}
+    metrics = _finish(recipe, folder, student, device=trainer.strategy.root_device)
     folder.finish("finished", steps=trainer.global_step, epochs=trainer.current_epoch)
     return RunResult(folder.path, student, metrics, module.distiller)
 
 
-def _finish(recipe: Recipe, folder: RunFolder, student: Detector) -> dict[str, Any]:
-    """Save the student alone, then measure it."""
-    save_student(
-        folder.student,
-        student,
-        builder=recipe.student,
-        image_settings=recipe.data.image_settings,
-        extra={"seed": recipe.seed},
-    )
+def _finish(recipe: Recipe, folder: RunFolder, student: Detector, *, device: torch.device) -> dict[str, Any]:
+    """Save the student alone, then measure it; every process evaluates its share, the first one writes."""
+    if folder.writes:
+        save_student(
+            folder.student,
+            student,
+            builder=recipe.student,
+            image_settings=recipe.data.image_settings,
+            extra={"seed": recipe.seed},
+        )
     if recipe.evaluation.split is None:
         return {}
     evaluated = evaluate_detector(
@@ -160,11 +161,13 @@ def _finish(recipe: Recipe, folder: RunFolder, student: Detector) -> dict[str, A
         recipe.data.split(recipe.evaluation.split),
         loader=recipe.data.loader(recipe.evaluation.split),
         area_scale=recipe.evaluation.area_scale,
-        cost=recipe.evaluation.cost,
+        cost=recipe.evaluation.cost and folder.writes,
+        device=device,
     )
-    write_json(folder.path / "evaluation.json", evaluated.metrics)
-    if evaluated.cost is not None:
-        write_json(folder.path / "cost.json", evaluated.cost)
+    if folder.writes:
+        write_json(folder.path / "evaluation.json", evaluated.metrics)
+        if evaluated.cost is not None:
+            write_json(folder.path / "cost.json", evaluated.cost)
     return evaluated.metrics
 
 
