@@ -42,7 +42,7 @@ $(BIN)/python:
 
 # The install is editable: only a change of pyproject.toml makes it stale.
 $(VENV)/.demo-installed: pyproject.toml | $(BIN)/python
-	$(PIP) install -e ".[demo,imagenet]"
+	$(PIP) install -e ".[demo]"
 	@touch $@
 
 $(VENV)/.dev-installed: pyproject.toml | $(BIN)/python

@@ -119,18 +119,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     finished: RunResult, digits: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = 0
-    count = TrainLoader._count
+    whole_epoch = TrainLoader.__iter__
 
-    def break_off(self: TrainLoader, batches: Iterator[DetectionBatch]) -> Iterator[DetectionBatch]:
+    def break_off(self: TrainLoader) -> Iterator[DetectionBatch]:
         nonlocal served
-        for batch in count(self, batches):
+        for batch in whole_epoch(self):
             served += 1
             if served > 15:
                 raise _Interrupted
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainLoader, "_count", break_off)
+        patch.setattr(TrainLoader, "__iter__", break_off)
         with pytest.raises(_Interrupted):
             distill(_recipe(digits, teacher, tmp_path / "broken"))
     resumed = distill(_recipe(digits, teacher, tmp_path / "broken", ["--resume=true"]))

@@ -79,3 +79,25 @@ def test_a_run_that_fails_says_so_in_its_folder(
     with pytest.raises(ZeroDivisionError):
         train(_recipe(tiny_coco, tmp_path / "run"))
     assert '"status": "failed"' in (tmp_path / "run" / "run.json").read_text()
+
+
+def test_half_precision_accumulation_clipping_and_tensorboard(tiny_coco: Path, tmp_path: Path) -> None:
+    recipe = _recipe(
+        tiny_coco,
+        tmp_path / "run",
+        "--training.epochs=2",
+        "--data.batch_size=1",
+        "--training.precision=bf16-mixed",
+        "--training.accumulate=3",
+        "--training.clip_norm=0.5",
+        "--training.ema=0.5",
+        "--training.accelerator=cpu",
+    )
+    train(recipe)
+    # Six images one by one, three a step, twice.
+    assert '"steps": 4' in (tmp_path / "run" / "run.json").read_text()
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    (average,) = (state for name, state in saved["callbacks"].items() if name.startswith("StudentAverage"))
+    assert int(average["average"]["n_averaged"]) == 4
+    assert all(value.isfinite().all() for value in saved["state_dict"].values() if torch.is_tensor(value))
+    assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents*"))

@@ -143,7 +143,7 @@ class DistillationModule(LightningModule):
         losses = self.distiller(batch)
         total = torch.stack([value.float() for value in losses.values()]).sum()
         for name, value in losses.items():
-            self.log(name, value.detach(), batch_size=len(batch))
+            self.log(name, value.detach(), batch_size=len(batch), prog_bar=True)
         monitor = self.distiller.monitor
         for name, value in monitor.terms.items():
             self.log(f"bare/{name}", value, batch_size=len(batch))

@@ -23,9 +23,7 @@ def make_adapter(student_channels: int, teacher_channels: int, *, init: AdapterI
     """
     if init == "none":
         if student_channels != teacher_channels:
-            raise ValueError(
-                f"Expected equal channels without an adapter, got {student_channels}, {teacher_channels}"
-            )
+            raise ValueError(f"Expected equal channels without an adapter, got {student_channels}, {teacher_channels}")
         return nn.Identity()
     adapter = nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
     if init == "identity":

@@ -10,8 +10,8 @@ from drkd.data.digits import build_digits
 __all__ = ["DataReport", "build_embedded", "check_dataset"]
 
 
-def check_dataset(path: Path, *, picture: Path | None = None) -> DataReport:
-    """Find every problem of a COCO-format folder at once, with counts and, if wanted, a picture of samples.
+def check_dataset(path: Path, *, picture: Path = Path("drkd-samples.png")) -> DataReport:
+    """Find every problem of a COCO-format folder at once, with counts and a picture of samples.
 
     Args:
         path: The data set's folder.

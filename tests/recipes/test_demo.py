@@ -1,0 +1,42 @@
+"""The demo as a newcomer runs it, in its quick form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from drkd.cli import main
+from drkd.contracts import DrkdError
+from drkd.recipes.demo import run_demo
+
+
+@pytest.mark.slow
+def test_the_quick_demo_leaves_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRKD_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "demo"
+    assert main(["demo", "--quick", "--output", str(folder)]) == 0
+    table = (folder / "table.md").read_text()
+    assert [name in table for name in ("| teacher |", "| student |", "student + DRKD")] == [True] * 3
+    assert "16² px" in table
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 6
+    assert len(list((folder / "images").glob("*.png"))) == 6
+    with np.load(folder / "explain.npz") as arrays:
+        count = len(arrays["boxes"])
+        assert count >= 2
+        for name in ("relation_matrix_student", "relation_matrix_teacher"):
+            assert arrays[name].shape == (count, count)
+            np.testing.assert_allclose(arrays[name].sum(axis=1), 1.0, rtol=1e-4)
+        np.testing.assert_allclose(arrays["relation_filter"].mean(axis=1), 1.0, rtol=1e-4)
+        assert arrays["plain_student"].shape == arrays["images"].shape[:3]
+    assert (folder / "student" / "student.pt").is_file()
+    assert (folder / "drkd" / "student.pt").is_file()
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(DrkdError, match=r"holds something that is no demo \(thesis\.tex\)"):
+        run_demo(tmp_path, quick=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
