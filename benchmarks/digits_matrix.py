@@ -42,7 +42,13 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/matrix"))
     parser.add_argument("--set", nargs="*", default=[], help="overrides for every cell, such as training.epochs=2")
     options = parser.parse_args()
+    if len({_name(method) for method in options.methods}) < len(options.methods):
+        parser.error("two methods have one name; write name=override to name a variant")
     cells = [(d, m, s) for s in options.seeds for d in options.detectors for m in options.methods]
+    for cell in cells:
+        file = _file(options.out, *cell)
+        if file.exists() and json.loads(file.read_text())["command"] != ["drkd", *_arguments(*cell, options=options)]:
+            parser.error(f"{file} is of another command; remove it, or choose another --out")
     missing = [cell for cell in cells if not _file(options.out, *cell).exists()]
     print(f"{len(cells)} cells, {len(missing)} to run, {options.jobs} at a time", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -59,21 +65,30 @@ def _file(out: Path, detector: str, method: str, seed: int) -> Path:
     return out / f"{detector}-{_name(method)}-seed{seed}.json"
 
 
-def _run(detector: str, method: str, seed: int, *, options: argparse.Namespace) -> bool:
+def _arguments(detector: str, method: str, seed: int, *, options: argparse.Namespace) -> list[str]:
     name, _, extra = method.partition("=")
     verb, overrides = METHODS.get(name, ("distill", []))
     overrides = overrides + [f"--{item}" for item in extra.split(",") if item]
-    folder = options.runs / f"{detector}-{name}-seed{seed}"
-    arguments = [
+    return [
         verb,
         f"--config={RECIPES[detector]}",
         *overrides,
         *(f"--{item}" for item in options.set),
         f"--evaluation.split={options.split}",
         f"--seed={seed}",
-        f"--output={folder}",
+        f"--output={_folder(detector, method, seed, options=options)}",
         "--overwrite=true",
     ]
+
+
+def _folder(detector: str, method: str, seed: int, *, options: argparse.Namespace) -> Path:
+    return Path(options.runs) / f"{detector}-{_name(method)}-seed{seed}"
+
+
+def _run(detector: str, method: str, seed: int, *, options: argparse.Namespace) -> bool:
+    name = _name(method)
+    folder = _folder(detector, method, seed, options=options)
+    arguments = _arguments(detector, method, seed, options=options)
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     log = folder.with_suffix(".log")

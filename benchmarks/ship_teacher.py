@@ -44,8 +44,10 @@ def main() -> None:
         load_detector(file, class_names=data.class_names), data.split("val"), loader=data.loader("val"), area_scale=0.25
     )
     run = json.loads((options.run / "run.json").read_text())
-    facts = {name: run.get(name) for name in ("seed", "steps", "commit", "versions", "machine", "started", "finished")}
-    facts["command"] = ["drkd", "train", "--config", f"digits/teacher_{options.detector}"]
+    if run["status"] != "finished":
+        parser.error(f"{options.run} is {run['status']}")
+    known = ("command", "seed", "steps", "commit", "versions", "machine", "started", "finished", "sessions")
+    facts = {name: run.get(name) for name in known}
     log = {**facts, "tune": _validations(options.run / "metrics.csv"), "val": scored.metrics}
     file.with_suffix(".json").write_text(json.dumps(log, indent=1) + "\n")
     scores = {name: value for name, value in scored.metrics.items() if isinstance(value, float)}

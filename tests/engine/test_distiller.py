@@ -90,14 +90,14 @@ def test_balance_freezes_and_survives_a_reload() -> None:
     other.load_state_dict(distiller.state_dict())
     other(toy_batch(seed=5))
     assert float(other.monitor.weights["near/p3"]) == frozen
-    assert other.get_extra_state()["step"] == 10
+    assert other.get_extra_state()["passes"] == 10
 
 
 def test_evaluation_mode_counts_no_step_and_measures_nothing() -> None:
     distiller = make(balanced=True).eval()
     with torch.no_grad():
         distiller(toy_batch())
-    assert distiller.get_extra_state()["step"] == 0
+    assert distiller.get_extra_state()["passes"] == 0
     assert distiller.monitor.ratios == {}
 
 
@@ -156,3 +156,14 @@ def test_the_balance_alone_serves_a_loop_of_ones_own() -> None:
     extra = GradientBalance()(task, terms, [feature], weights=method.weights)
     norms = gradient_norms({"task": task, "kd": extra}, [feature])
     assert float((norms["kd"] / norms["task"]).sqrt()) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_steps_are_optimizer_steps_under_accumulation() -> None:
+    student, teacher = ToyDetector(seed=1), ToyDetector(6, seed=2)
+    distiller = Distiller(student, teacher, lambda s, t: ToyMethod(s, t, warmup_steps=2), accumulate=2)
+    plain = Distiller(student, teacher, distiller.method)
+    plain.method.warmup_steps = 0
+    whole = float(plain(toy_batch())["kd/near"].detach())
+    distiller.method.warmup_steps = 2
+    shares = [float(distiller(toy_batch())["kd/near"].detach()) / whole for _ in range(5)]
+    assert shares == pytest.approx([0.5, 0.5, 1.0, 1.0, 1.0], rel=1e-3)

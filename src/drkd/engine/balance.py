@@ -24,17 +24,19 @@ def gradient_norms(losses: Mapping[str, Tensor], features: Sequence[Tensor]) -> 
     Returns:
         (L,) float32 by name; NaN marks a map that the loss does not depend on at all.
     """
+    # Gradients of float16 maps are float16 too, and those of a mean over a large map underflow unless they are scaled.
+    factor = 2.0**14 if any(feature.dtype == torch.float16 for feature in features) else 1.0
     measured = {}
     for name, loss in losses.items():
         if not loss.requires_grad:
             measured[name] = torch.full((len(features),), float("nan"), device=features[0].device)
             continue
-        gradients = torch.autograd.grad(loss, list(features), retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(loss * factor, list(features), retain_graph=True, allow_unused=True)
         measured[name] = torch.stack(
             [
                 torch.full((), float("nan"), device=feature.device)
                 if gradient is None
-                else gradient.detach().float().square().sum()
+                else (gradient.detach().float() / factor).square().sum().nan_to_num(nan=float("inf"))
                 for gradient, feature in zip(gradients, features, strict=True)
             ]
         )
@@ -106,12 +108,14 @@ class GradientBalance(nn.Module):
         """Whether the norms are to be measured at this step (0-based)."""
         return step < self.calibration_steps and step % self.interval == 0
 
-    def update(self, task: Tensor, terms: Mapping[str, Tensor]) -> None:
+    def update(self, task: Tensor, terms: Mapping[str, Tensor], *, frozen: bool = False) -> None:
         """Take in one measurement.
 
         Args:
             task: (L,) squared gradient norms of the task loss, from `gradient_norms`.
             terms: (L,) squared gradient norms by term; NaN where a term does not reach a map.
+            frozen: Calibration is over: only a term that could not be measured until now is taken in (a data set
+                with few pairs of objects may show none in the first steps).
         """
         for name, squared in terms.items():
             reached = ~squared.isnan()
@@ -121,17 +125,26 @@ class GradientBalance(nn.Module):
             pair = _mean_over_processes(pair)
             # A batch in which the term had nothing to say (no boxes) must not pull the averages down.
             usable = (pair > 0).all() & pair.isfinite().all()
-            old = torch.stack([self._task_norms.get(name, pair[0]), self._term_norms.get(name, pair[1])])
+            # A resumed run's norms come from a checkpoint on the CPU.
+            old = torch.stack(
+                [norms.get(name, now).to(pair.device) for norms, now in zip(self._norms, pair, strict=True)]
+            )
             started = (old > 0).all() & old.isfinite().all()
-            kept = torch.where(started, self.momentum * old + (1 - self.momentum) * pair, pair)
+            averaged = old if frozen else self.momentum * old + (1 - self.momentum) * pair
+            kept = torch.where(started, averaged, pair)
             new = torch.where(usable, kept, old)
             self._task_norms[name], self._term_norms[name] = new[0], new[1]
+
+    @property
+    def _norms(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self._task_norms, self._term_norms
 
     def scale(self, name: str, like: Tensor) -> Tensor:
         """Return the factor that makes the term exactly as loud as the task loss; 0 before any measurement."""
         if name not in self._term_norms:
             return torch.zeros((), device=like.device)
-        task, term = self._task_norms[name].to(like.device), self._term_norms[name].to(like.device)
+        task, term = (norms[name].to(like.device) for norms in self._norms)
+        self._task_norms[name], self._term_norms[name] = task, term
         return torch.where((term > 0) & term.isfinite(), task / term.clamp_min(1e-30), torch.zeros_like(term))
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -147,6 +160,8 @@ class GradientBalance(nn.Module):
 def _mean_over_processes(value: Tensor) -> Tensor:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
-    usable = torch.cat([value.nan_to_num(posinf=0.0), (value > 0).all().to(value).reshape(1)])
-    torch.distributed.all_reduce(usable)
-    return usable[:2] / usable[2].clamp_min(1)
+    # A process whose boxes gave the term nothing to say neither counts nor adds.
+    good = (value > 0).all() & value.isfinite().all()
+    total = torch.cat([torch.where(good, value, torch.zeros_like(value)), good.to(value).reshape(1)])
+    torch.distributed.all_reduce(total)
+    return total[:2] / total[2].clamp_min(1)

@@ -113,6 +113,14 @@ class FiniteLossGuard(Callback):
         if loss.device.type == "cpu" or batch_idx % self.interval == 0 or trainer.is_last_batch:
             self._check(trainer, pl_module)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the note before a checkpoint is written."""
+        self._check(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the note before scores are made of such weights."""
+        self._check(trainer, pl_module)
+
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._broken is None or not bool(self._broken):
             return

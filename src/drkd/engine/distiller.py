@@ -61,6 +61,7 @@ class Distiller(nn.Module):
         calibration_interval: Every how many steps norms are measured while calibrating.
         monitor_interval: Every how many steps norms are measured afterwards, for the log and the guard.
         dead_after: Consecutive silent measurements of a term that raise `DeadDistillationError`.
+        accumulate: Forward passes per optimizer step; warm-up, calibration and monitoring count optimizer steps.
 
     Raises:
         ValueError: If exactly one of teacher and method is given.
@@ -77,13 +78,15 @@ class Distiller(nn.Module):
         calibration_interval: int = 5,
         monitor_interval: int = 50,
         dead_after: int = 3,
+        accumulate: int = 1,
     ) -> None:
         super().__init__()
         if (teacher is None) != (method is None):
             raise ValueError("Distiller expects both a teacher and a method, or neither (student alone)")
-        if monitor_interval < 1 or dead_after < 1:
+        if min(monitor_interval, dead_after, accumulate) < 1:
             raise ValueError(
-                f"Distiller expects monitor_interval >= 1 and dead_after >= 1, got {monitor_interval}, {dead_after}"
+                "Distiller expects monitor_interval, dead_after and accumulate >= 1, "
+                f"got {monitor_interval}, {dead_after} and {accumulate}"
             )
         self.student = student
         self.teacher = teacher
@@ -98,7 +101,8 @@ class Distiller(nn.Module):
         self.monitor = DistillationMonitor()
         self.monitor_interval = monitor_interval
         self.dead_after = dead_after
-        self._step = 0
+        self.accumulate = accumulate
+        self._passes = 0
 
     def train(self, mode: bool = True) -> Distiller:
         """Set the mode of the student and the method; the teacher stays in eval mode."""
@@ -132,8 +136,13 @@ class Distiller(nn.Module):
             self._measure(sum(losses.values(), torch.zeros((), device=batch.images.device)), terms, student, batch)
         losses.update(self._weigh(terms))
         if self.training:
-            self._step += 1
+            self._passes += 1
         return losses
+
+    @property
+    def _step(self) -> int:
+        """Optimizer steps so far."""
+        return self._passes // self.accumulate
 
     def _warmup(self) -> float:
         steps = self.method.warmup_steps if self.method is not None else 0
@@ -163,7 +172,8 @@ class Distiller(nn.Module):
     ) -> None:
         assert self.method is not None  # only called with a method
         calibrating = self.method.balanced and self.balance.wants_measurement(self._step)
-        if not calibrating and self._step % self.monitor_interval:
+        first_pass = self._passes % self.accumulate == 0
+        if not first_pass or not (calibrating or self._step % self.monitor_interval == 0):
             return
         features = [level.tensor for level in student.features]
         if not task.requires_grad or not any(feature.requires_grad for feature in features):
@@ -174,8 +184,8 @@ class Distiller(nn.Module):
         reached = [index for index, feature in enumerate(features) if feature.requires_grad]
         norms = gradient_norms({"": task, **terms}, [features[index] for index in reached])
         task_norms = norms.pop("")
-        if calibrating:
-            self.balance.update(task_norms, norms)
+        if self.method.balanced:
+            self.balance.update(task_norms, norms, frozen=not calibrating)
         self._note_ratios(task_norms, norms, terms, batch)
 
     def _note_ratios(
@@ -184,13 +194,19 @@ class Distiller(nn.Module):
         assert self.method is not None  # only called with a method
         warmup = self._warmup()
         squared: dict[str, Tensor] = {}
+        reached: dict[str, Tensor] = {}
         for name, value in norms.items():
             family = term_family(name)
-            weighted = value.nan_to_num().sum() * (self._weight(name, terms[name]) * warmup) ** 2
+            known = value.nan_to_num(posinf=float("inf")).sum()
+            weighted = known * (self._weight(name, terms[name]) * warmup) ** 2
             squared[family] = squared[family] + weighted if family in squared else weighted
-        total = task.nan_to_num().sum().sqrt()
-        self.monitor.ratios = {family: value.sqrt() / total.clamp_min(1e-30) for family, value in squared.items()}
-        self._guard({family: float(value) for family, value in squared.items()}, batch)
+            reached[family] = reached[family] | ~value.isnan() if family in reached else ~value.isnan()
+        # Beside the task's gradient on the maps that the term reaches: what the balance holds the term to.
+        self.monitor.ratios = {
+            family: (value / torch.where(reached[family], task.nan_to_num(), 0).sum().clamp_min(1e-30)).sqrt()
+            for family, value in squared.items()
+        }
+        self._guard(dict(zip(squared, torch.stack(list(squared.values())).tolist(), strict=True)), batch)
 
     def _guard(self, squared: Mapping[str, float], batch: DetectionBatch) -> None:
         """Stop a run whose distillation is silently off (one host sync a measurement, none at other steps)."""
@@ -217,10 +233,10 @@ class Distiller(nn.Module):
                 )
 
     def get_extra_state(self) -> dict[str, Any]:
-        """State that is saved with the state dict: the step count and the guard's counters."""
-        return {"step": self._step, "silent": dict(self.monitor.silent)}
+        """State that is saved with the state dict: the count of passes and the guard's counters."""
+        return {"passes": self._passes, "silent": dict(self.monitor.silent)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over saved state."""
-        self._step = int(state["step"])
+        self._passes = int(state["passes"])
         self.monitor.silent = dict(state["silent"])

@@ -64,6 +64,11 @@ class Optimization:
                 "training.optimization: expected learning_rate > 0 and weight_decay >= 0, "
                 f"got {self.learning_rate} and {self.weight_decay}"
             )
+        if self.method_learning_rate is not None and self.method_learning_rate < 0:
+            raise DrkdError(
+                "training.optimization.method_learning_rate: expected a number of at least 0 or null, "
+                f"got {self.method_learning_rate}"
+            )
         if list(self.milestones) != sorted(self.milestones) or not all(0 < m < 1 for m in self.milestones):
             raise DrkdError(
                 "training.optimization.milestones: expected ascending shares of the run, each in (0, 1), "
@@ -215,7 +220,9 @@ def _with_images(batch: DetectionBatch, images: Tensor) -> DetectionBatch:
 def _parameter_groups(distiller: Distiller, settings: Optimization) -> list[dict[str, Any]]:
     """Groups by owner (student, method) and by whether weight decay applies."""
     groups = []
-    method_rate = settings.method_learning_rate or settings.learning_rate
+    method_rate = settings.method_learning_rate
+    if method_rate is None:
+        method_rate = settings.learning_rate
     for module, rate in ((distiller.student, settings.learning_rate), (distiller.method, method_rate)):
         if module is None:
             continue

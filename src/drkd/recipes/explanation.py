@@ -27,7 +27,7 @@ def explain(distiller: Distiller, batch: DetectionBatch, *, shown: Sequence[int]
     Args:
         distiller: Student, teacher and a `DRKD` method.
         batch: Images with boxes.
-        shown: Images of the batch whose maps are wanted; the matrix is of the first with two boxes or more.
+        shown: Images of the batch whose maps are wanted; the matrix is of the one with the most boxes.
 
     Returns:
         ``images`` (n, H, W, 3) uint8; ``plain_student``, ``plain_teacher``, ``relation_student``,
@@ -98,10 +98,15 @@ def _matrices(
         raise DrkdError("The method has no instance relation, so there is no matrix of it to draw.")
     place, image = max(enumerate(shown), key=lambda pair: len(batch.boxes[pair[1]]))
     count = len(batch.boxes[image])
-    weights = torch.ones(count, count) if level.filter is None else level.filter[image, :count, :count]
+    # Related across images, all instances of the batch share one matrix.
+    across = level.student_matrix.shape[0] == 1 and len(batch) > 1
+    start = sum(len(boxes) for boxes in batch.boxes[:image]) if across else 0
+    own = slice(start, start + count)
+    group = 0 if across else image
+    weights = torch.ones(count, count) if level.filter is None else level.filter[group, own, own]
     return {
-        "relation_matrix_student": level.student_matrix[image, :count, :count].float().cpu().numpy(),
-        "relation_matrix_teacher": level.teacher_matrix[image, :count, :count].float().cpu().numpy(),
+        "relation_matrix_student": level.student_matrix[group, own, own].float().cpu().numpy(),
+        "relation_matrix_teacher": level.teacher_matrix[group, own, own].float().cpu().numpy(),
         "relation_filter": weights.float().cpu().numpy(),
         "boxes": batch.boxes[image].float().cpu().numpy(),
         "image_index": np.array([place], dtype=np.int64),

@@ -110,7 +110,11 @@ class RunFolder:
         if not self.writes:
             return
         write_text(self.path / "recipe.yaml", resolved)
+        earlier = json.loads((self.path / "run.json").read_text()) if (self.path / "run.json").exists() else None
+        # A resumed run keeps what its earlier sessions were.
+        sessions = [*earlier.pop("sessions", []), earlier] if earlier else []
         self._run = {
+            "sessions": sessions,
             "kind": kind,
             "seed": seed,
             "command": ["drkd", *sys.argv[1:]] if sys.argv and sys.argv[0].endswith("drkd") else sys.argv,

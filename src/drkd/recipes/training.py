@@ -95,6 +95,7 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
         method,
         calibration_steps=recipe.training.calibration_steps,
         monitor_interval=recipe.training.monitor_interval,
+        accumulate=recipe.training.accumulate,
     )
     validation = recipe.data.val_split
 
@@ -117,7 +118,7 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
     folder.start(resolved=recipe.resolved, seed=recipe.seed, kind=kind)
     average = StudentAverage(recipe.training.ema) if recipe.training.ema else None
     last, best = _checkpoints(recipe, folder)
-    callbacks = [*_callbacks(recipe), *([average] if average else []), last, *([best] if best else [])]
+    callbacks = [*_callbacks(recipe), *([average] if average else []), *([best] if best else []), last]
     with quiet_lightning():
         trainer = _trainer(recipe, folder, callbacks)
     try:
@@ -128,18 +129,19 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
                 ckpt_path=str(folder.last_checkpoint) if recipe.resume else None,
                 weights_only=True,
             )
+        folder.merge_metrics()
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        # On all processes: it is collective.
+        trainer.save_checkpoint(folder.last_checkpoint, weights_only=False)
+        _restore(recipe, module, best, average)
+        student = module.distiller.student.eval()
+        metrics = _finish(recipe, folder, student, device=trainer.strategy.root_device)
     except BaseException as error:
         folder.merge_metrics()
-        folder.finish("failed", error=f"{type(error).__name__}: {error}")
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        folder.finish(status, steps=trainer.global_step, error=f"{type(error).__name__}: {error}")
         raise
-    folder.merge_metrics()
-    if trainer.interrupted:
-        folder.finish("interrupted", steps=trainer.global_step)
-        raise KeyboardInterrupt
-    trainer.save_checkpoint(folder.last_checkpoint, weights_only=False)  # on all processes: it is collective
-    _restore(recipe, module, best, average)
-    student = module.distiller.student.eval()
-    metrics = _finish(recipe, folder, student, device=trainer.strategy.root_device)
     folder.finish("finished", steps=trainer.global_step, epochs=trainer.current_epoch)
     return RunResult(folder.path, student, metrics, module.distiller)
 
@@ -176,6 +178,11 @@ def _restore(
 ) -> None:
     """Put the weights that are to be saved into the student."""
     if best is not None and (recipe.training.keep == "best" or recipe.training.patience is not None):
+        if not best.best_model_path:
+            raise DrkdError(
+                "training.keep: the run ended before its first validation, so there is no best student; the last one "
+                "is in the checkpoint. Lower training.validate_every, or train for longer."
+            )
         saved = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
         module.load_state_dict(saved["state_dict"], strict=False)
         states = [state for key, state in saved["callbacks"].items() if key.startswith("StudentAverage")]
@@ -212,7 +219,8 @@ def _callbacks(recipe: Recipe) -> list[Callback]:
 def _trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) -> Trainer:
     settings = recipe.training
     part = folder.next_log()
-    part.mkdir(parents=True, exist_ok=True)
+    if folder.writes:
+        part.mkdir(parents=True, exist_ok=True)
     return Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,

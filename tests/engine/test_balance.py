@@ -1,0 +1,56 @@
+"""The balance's own cases: half precision, terms that come late, processes without boxes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from drkd.engine.balance import GradientBalance, _mean_over_processes, gradient_norms
+
+
+def test_norms_of_half_precision_maps_do_not_underflow() -> None:
+    feature = torch.ones(1000, dtype=torch.float16, requires_grad=True)
+    # Each gradient is 1e-8: below the smallest float16 number.
+    norms = gradient_norms({"tiny": (feature.float() * 1e-8).sum()}, [feature])
+    assert float(norms["tiny"][0]) == pytest.approx(1000 * 1e-16, rel=0.01)
+
+
+def test_an_infinite_gradient_is_not_taken_for_none() -> None:
+    feature = torch.ones(2, requires_grad=True)
+    norms = gradient_norms({"loud": (feature * float("inf")).sum() * 0}, [feature])
+    assert norms["loud"][0].isinf()
+
+
+def test_a_term_without_boxes_in_the_first_steps_is_balanced_when_they_come() -> None:
+    balance = GradientBalance(calibration_steps=2, interval=1)
+    task, late = torch.tensor([4.0]), torch.tensor([0.0])
+    balance.update(task, {"late": late, "early": torch.tensor([1.0])})
+    assert float(balance.scale("late", task)) == 0.0
+    balance.update(task, {"late": torch.tensor([16.0]), "early": torch.tensor([100.0])}, frozen=True)
+    assert float(balance.scale("late", task)) == pytest.approx(0.5)
+    assert float(balance.scale("early", task)) == pytest.approx(2.0)
+    balance.update(task, {"late": torch.tensor([1.0])}, frozen=True)
+    assert float(balance.scale("late", task)) == pytest.approx(0.5)
+
+
+def _mean(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    # Beside a process that has boxes: one without, then one whose gradient overflowed.
+    for own in ([10.0, 0.0], [10.0, float("inf")]):
+        mean = _mean_over_processes(torch.tensor([10.0, 2.0] if rank == 0 else own))
+        if mean.tolist() != [10.0, 2.0]:
+            raise ValueError(f"expected [10, 2], got {mean.tolist()}")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_process_without_boxes_does_not_count(tmp_path: Path) -> None:
+    multiprocessing.spawn(_mean, args=(str(tmp_path),), nprocs=2)
+
+
+@pytest.mark.parametrize("wrong", [{"calibration_steps": 0}, {"interval": 0}, {"momentum": 1.0}])
+def test_wrong_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="GradientBalance expects"):
+        GradientBalance(**wrong)  # type: ignore[arg-type]
