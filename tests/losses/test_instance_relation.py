@@ -253,3 +253,20 @@ def test_instance_feature_loss(distance, counts):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in loss.parameters())
     same = InstanceFeatureLoss(4, 4, distance=distance).double()
     assert same(student, student.detach(), layout=InstanceLayout.build(counts, "cpu")).item() == 0
+
+
+def test_learned_filter_is_not_held_by_what_a_row_has_in_common():
+    """A drift of all scores together must neither change the weights nor end the learning."""
+    torch.manual_seed(0)
+    learned = LearnedFilter(54).double()
+    layout = InstanceLayout.build((5, 3), "cpu")
+    flat, boxes = instances(8, 6, grad=False).flatten(1), torch.cat(make_boxes(5, 3)).double()
+    for parameter in learned.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    before = learned(flat, boxes, layout=layout, image_size=SIZE)
+    with torch.no_grad():
+        learned.geometry[-1].bias += 1000.0
+    after = learned(flat, boxes, layout=layout, image_size=SIZE)
+    torch.testing.assert_close(after, before)
+    (after * torch.randn_like(after)).sum().backward()
+    assert learned.key.weight.grad.abs().max() > 1e-6

@@ -32,8 +32,8 @@ class LearnedFilter(nn.Module):
 
     A score per ordered pair, from a low-rank bilinear form of the teacher's instances and from a small network on the
     pair's geometry; :math:`w_{ij} = N \cdot \mathrm{softmax}_j(\mathrm{score}_{ij})` has mean 1 in each row, so that it
-    can shift weight but not vanish. It starts uniform. The scores are bounded, so that the filter cannot lower the loss
-    by leaving one easy pair alone.
+    can shift weight but not vanish. It starts uniform. The scores are centred in each row, then bounded, so that the
+    filter cannot lower the loss by leaving one easy pair alone.
 
     The paper does not say how w is made; the released code makes it at random (`RandomFilter`).
 
@@ -65,8 +65,11 @@ class LearnedFilter(nn.Module):
             query, key = layout.pad(self.query(instances)), layout.pad(self.key(instances))
             geometry = pair_geometry(layout.pad(boxes.to(instances.dtype)), image_size=image_size)
             scores = query @ key.transpose(1, 2) / query.shape[2] ** 0.5 + self.geometry(geometry).squeeze(3)
-            scores = self.bound * torch.tanh(scores / self.bound)
             count = layout.mask.sum(dim=1).to(scores.dtype).view(-1, 1, 1)
+            # What a row has in common says nothing to the softmax, but would drift until the bound held every score.
+            present = layout.mask.unsqueeze(1)
+            scores = scores - scores.masked_fill(~present, 0.0).sum(dim=2, keepdim=True) / count.clamp_min(1.0)
+            scores = self.bound * torch.tanh(scores / self.bound)
             return count * masked_out(scores, layout.mask).softmax(dim=2)
 
 

@@ -200,7 +200,7 @@ def _demo_sections(images: Mapping[str, bytes]) -> list[Section]:
 def _learning_section(figure: bytes) -> Section:
     return Section(
         "Learning curves",
-        "On the validation images, x 100.",
+        "On the split that is watched in training, x 100. A dashed line is the teacher on the split of the table.",
         figure=figure,
         description="Validation metrics over steps",
     )
