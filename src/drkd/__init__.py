@@ -16,13 +16,34 @@ if TYPE_CHECKING:
     from drkd.contracts import DetectionBatch
     from drkd.engine.balance import GradientBalance
     from drkd.engine.distiller import Distiller
-    from drkd.methods import DRKD, FeatureHint, PaperDRKD, ReleasedDRKD
+    from drkd.methods import (
+        CWD,
+        DRKD,
+        FGD,
+        FGFI,
+        MGD,
+        NLD,
+        PKD,
+        Combination,
+        FeatureHint,
+        FitNet,
+        PaperDRKD,
+        ReleasedDRKD,
+    )
 
 __all__ = [
+    "CWD",
     "DRKD",
+    "FGD",
+    "FGFI",
+    "MGD",
+    "NLD",
+    "PKD",
+    "Combination",
     "DetectionBatch",
     "Distiller",
     "FeatureHint",
+    "FitNet",
     "GradientBalance",
     "PaperDRKD",
     "ReleasedDRKD",
@@ -32,11 +53,19 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CWD": "drkd.methods",
+    "Combination": "drkd.methods",
     "DRKD": "drkd.methods",
     "DetectionBatch": "drkd.contracts",
     "Distiller": "drkd.engine.distiller",
+    "FGD": "drkd.methods",
+    "FGFI": "drkd.methods",
     "FeatureHint": "drkd.methods",
+    "FitNet": "drkd.methods",
     "GradientBalance": "drkd.engine.balance",
+    "MGD": "drkd.methods",
+    "NLD": "drkd.methods",
+    "PKD": "drkd.methods",
     "PaperDRKD": "drkd.methods",
     "ReleasedDRKD": "drkd.methods",
     "load_detector": "drkd.adapters.checkpoint",

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -308,7 +308,7 @@ class KDMethod(nn.Module, ABC):
         warmup_steps: The weights of all terms rise linearly from 0 over this many steps.
     """
 
-    needs: ClassVar[frozenset[Want]] = frozenset({"features"})
+    needs: frozenset[Want] = frozenset({"features"})
     minimum_boxes: Mapping[str, int]
     weights: Mapping[str, float]
     balanced: bool

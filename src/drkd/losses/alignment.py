@@ -1,4 +1,4 @@
-"""Bring a student's map to the teacher's shape: 1x1 adapter for channels, bilinear resampling for space."""
+"""Bring a student's map to the teacher's shape: a convolution for channels, bilinear resampling for space."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional
 
+from drkd.losses.distance import at_least_float32
+
 AdapterInit = Literal["identity", "default", "none"]
-"""Start of a 1x1 adapter; see `make_adapter`."""
+"""Start of an adapter; see `make_adapter`."""
 
 
-def make_adapter(student_channels: int, teacher_channels: int, *, init: AdapterInit = "identity") -> nn.Module:
-    """A 1x1 convolution from the student's channels to the teacher's, the ``f`` of the paper.
+def make_adapter(
+    student_channels: int, teacher_channels: int, *, init: AdapterInit = "identity", kernel_size: int = 1
+) -> nn.Module:
+    """A convolution from the student's channels to the teacher's, the ``f`` of the paper.
 
     Args:
         student_channels: Channels in.
@@ -20,17 +24,18 @@ def make_adapter(student_channels: int, teacher_channels: int, *, init: AdapterI
         init: ``identity`` passes the student through where the widths are equal, else draws weights that keep the
             variance, bias zero; ``default`` is torch's; ``none`` has no adapter at all, for maps that are adapted
             already.
+        kernel_size: Cells a side, odd; the map is padded with zeros to keep its size.
     """
     if init == "none":
         if student_channels != teacher_channels:
             raise ValueError(f"Expected equal channels without an adapter, got {student_channels}, {teacher_channels}")
         return nn.Identity()
-    adapter = nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
+    adapter = nn.Conv2d(student_channels, teacher_channels, kernel_size=kernel_size, padding=kernel_size // 2)
     if init == "identity":
         if student_channels == teacher_channels:
             nn.init.dirac_(adapter.weight)
         else:
-            nn.init.normal_(adapter.weight, std=student_channels**-0.5)
+            nn.init.normal_(adapter.weight, std=(student_channels * kernel_size**2) ** -0.5)
         if adapter.bias is not None:
             nn.init.zeros_(adapter.bias)
     elif init != "default":
@@ -64,3 +69,45 @@ def check_maps(student: Tensor, teacher: Tensor, *, student_channels: int, teach
             f"Expected {student_channels} student and {teacher_channels} teacher channels, "
             f"got {student.shape[1]} and {teacher.shape[1]}"
         )
+
+
+class MapAdapter(nn.Module):
+    """Brings a pair of maps to one shape, the teacher's, ready to be compared.
+
+    Args:
+        student_channels: Channels of the student's map.
+        teacher_channels: Channels of the teacher's map.
+        always: Put an adapter on the student's side even where the channels are equal.
+        init: See `make_adapter`.
+        kernel_size: Of the adapter, see `make_adapter`.
+
+    Shape:
+        student: (B, Cs, h, w); adapted, then resampled bilinearly to the teacher's size where it differs.
+        teacher: (B, Ct, H, W).
+        output: both (B, Ct, H, W), at least float32; the teacher's detached.
+
+    Raises:
+        ValueError: If batch or channels are not as declared.
+    """
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        *,
+        always: bool = False,
+        init: AdapterInit = "default",
+        kernel_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.student_channels = student_channels
+        self.teacher_channels = teacher_channels
+        self.adapter: nn.Module = nn.Identity()
+        if always or student_channels != teacher_channels:
+            self.adapter = make_adapter(student_channels, teacher_channels, init=init, kernel_size=kernel_size)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's map in the teacher's shape, and the teacher's as a constant."""
+        check_maps(student, teacher, student_channels=self.student_channels, teacher_channels=self.teacher_channels)
+        adapted = at_least_float32(adapt(self.adapter, student))
+        return resample(adapted, (teacher.shape[-2], teacher.shape[-1])), at_least_float32(teacher.detach())

@@ -62,7 +62,7 @@ class GraphReasoningUnit(nn.Module):
         self.node_mixing = nn.Linear(nodes, nodes)
         self.state_update = nn.Linear(states, states, bias=False)
         self.expansion = nn.Conv2d(states, channels, kernel_size=1, bias=False)
-        self.norm = _make_norm(norm, channels)
+        self.norm = make_norm(norm, channels)
         if isinstance(self.norm, nn.GroupNorm | nn.BatchNorm2d):
             nn.init.constant_(self.norm.weight, gain)
         self.normalise = normalise
@@ -93,13 +93,14 @@ class GraphReasoningUnit(nn.Module):
         return self.state_update.weight @ nodes @ assignment
 
 
-def _make_norm(norm: GraphNorm, channels: int) -> nn.Module:
+def make_norm(norm: GraphNorm, channels: int, *, eps: float = 1e-4) -> nn.Module:
+    """The norm of a residual branch; ``eps`` is the batch norm's."""
     if norm == "group":
         # Groups of several channels keep a variance even on a 1x1 map.
         groups = max(n for n in range(1, 33) if channels % n == 0 and (n == 1 or channels // n >= 8))
         return nn.GroupNorm(groups, channels)
     if norm == "batch":
-        return nn.BatchNorm2d(channels, eps=1e-4)
+        return nn.BatchNorm2d(channels, eps=eps)
     if norm == "none":
         return nn.Identity()
     raise ValueError(f"Expected a norm out of group, batch, none, got {norm!r}")

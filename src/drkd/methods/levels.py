@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from drkd.contracts import DetectorSpec, DrkdError, FeatureLevel, FeatureMap
+from drkd.contracts import DetectorOutput, DetectorSpec, DrkdError, FeatureLevel, FeatureMap
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,24 @@ def match_levels(
 def maps_by_name(features: Sequence[FeatureMap]) -> dict[str, Tensor]:
     """The tensors of a detector's features by level name."""
     return {feature.name: feature.tensor for feature in features}
+
+
+def paired_maps(
+    pairs: Sequence[LevelPair], student: DetectorOutput, teacher: DetectorOutput
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Go through the pairs: the level's name, the student's map and the teacher's, which is a constant from here on.
+
+    Raises:
+        ValueError: If a level was not computed.
+    """
+    ours, theirs = maps_by_name(student.features), maps_by_name(teacher.features)
+    for pair in pairs:
+        if pair.student.name not in ours or pair.teacher.name not in theirs:
+            raise ValueError(
+                f"Expected the student's level {pair.student.name} and the teacher's {pair.teacher.name}, "
+                f"got {', '.join(ours) or 'none'} and {', '.join(theirs) or 'none'}"
+            )
+        yield pair.name, ours[pair.student.name], theirs[pair.teacher.name].detach()
 
 
 def spec_of_maps(features: Mapping[str, Tensor], *, image_size: tuple[int, int]) -> DetectorSpec:

@@ -1,0 +1,79 @@
+"""FGD: foreground, background, attention and global relations, in the authors' proportions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
+from drkd.losses import FocalGlobalLoss
+from drkd.methods.levels import match_levels, paired_maps
+from drkd.methods.term_weights import choose_weight
+
+
+class FGD(KDMethod):
+    """Focal and global distillation (FGD, arXiv:2111.11837), see `FocalGlobalLoss`.
+
+    The four parts are one term a level, so that their proportions stay the authors' when terms are balanced. The
+    authors clip the norm of the whole gradient at 35 (``training.clip_norm`` of a recipe).
+
+    Args:
+        student: The student's levels.
+        teacher: The teacher's levels; matched to the student's by stride.
+        weight: Of the term ``fgd``; None is 1.
+        foreground_weight: alpha, within the term; the authors' for RetinaNet (Faster R-CNN: 5e-5).
+        background_weight: beta, within the term; same (Faster R-CNN: 2.5e-5).
+        attention_weight: gamma, within the term; same (Faster R-CNN: 5e-5).
+        relation_weight: lambda, within the term; same (Faster R-CNN: 5e-7).
+        temperature: Of the attentions, units of the feature.
+        levels: Student levels to use; None is all.
+        balanced: Whether the weight is a gradient ratio, see `KDMethod`.
+        warmup_steps: See `KDMethod`.
+
+    Raises:
+        DrkdError: If the pyramids do not match.
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
+        *,
+        weight: float | None = None,
+        foreground_weight: float = 1e-3,
+        background_weight: float = 5e-4,
+        attention_weight: float = 5e-4,
+        relation_weight: float = 5e-6,
+        temperature: float = 0.5,
+        levels: Sequence[str] | None = None,
+        balanced: bool = True,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        self.weights = {"fgd": choose_weight(weight, balanced=balanced, plain=1.0)}
+        self.minimum_boxes = {}
+        self.balanced = balanced
+        self.warmup_steps = warmup_steps
+        self.pairs = match_levels(student, teacher, names=levels)
+        self.losses = nn.ModuleList(
+            FocalGlobalLoss(
+                pair.student.channels,
+                pair.teacher.channels,
+                foreground_weight=foreground_weight,
+                background_weight=background_weight,
+                attention_weight=attention_weight,
+                relation_weight=relation_weight,
+                temperature=temperature,
+            )
+            for pair in self.pairs
+        )
+
+    def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
+        """One term a level: ``fgd/<level>``."""
+        maps = paired_maps(self.pairs, student, teacher)
+        return {
+            f"fgd/{name}": loss(*pair, batch.boxes, image_size=batch.image_size)
+            for loss, (name, *pair) in zip(self.losses, maps, strict=True)
+        }

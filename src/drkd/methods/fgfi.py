@@ -1,0 +1,96 @@
+"""FGFI: the student imitates the teacher near objects, as anchors see them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
+from drkd.losses import AnchorStyle, FineGrainedLoss
+from drkd.methods.levels import match_levels, paired_maps
+from drkd.methods.term_weights import choose_weight
+
+
+class FGFI(KDMethod):
+    """Fine-grained feature imitation (FGFI, arXiv:1906.03609), see `FineGrainedLoss`.
+
+    The anchors are made from the levels' strides; they need not be those of the detectors.
+
+    Args:
+        student: The student's levels.
+        teacher: The teacher's levels; matched to the student's by stride.
+        weight: Of the term ``fgfi``. None is 1 with ``balanced``, else the authors' 0.01.
+        assignment: ``size`` gives each box to the coarsest level whose stride is at most its size /
+            ``size_per_stride``, or to the finest; ``all`` gives every box to every level.
+        size_per_stride: See above; 14 is a 56 px box on the level of stride 4.
+        scales: Sides of the anchors, strides of the level.
+        ratios: Heights over widths of the anchors.
+        threshold: Share of a box's largest IoU that a position's anchor must surpass.
+        anchor_style: See `level_anchors`.
+        activation: ReLU after the 3x3 convolution on the student's side, as the authors have it on one backbone map.
+        levels: Student levels to use; None is all.
+        balanced: Whether the weight is a gradient ratio, see `KDMethod`.
+        warmup_steps: See `KDMethod`.
+
+    Raises:
+        DrkdError: If the pyramids do not match.
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
+        *,
+        weight: float | None = None,
+        assignment: Literal["size", "all"] = "size",
+        size_per_stride: float = 14.0,
+        scales: Sequence[float] = (8.0,),
+        ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        threshold: float = 0.5,
+        anchor_style: AnchorStyle = "centred",
+        activation: bool = False,
+        levels: Sequence[str] | None = None,
+        balanced: bool = True,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        if assignment not in ("size", "all"):
+            raise ValueError(f"Expected an assignment out of size, all, got {assignment!r}")
+        self.weights = {"fgfi": choose_weight(weight, balanced=balanced, plain=0.01)}
+        self.minimum_boxes = {"fgfi": 1}
+        self.balanced = balanced
+        self.warmup_steps = warmup_steps
+        self.pairs = match_levels(student, teacher, names=levels)
+        steps = sorted({pair.student.stride for pair in self.pairs}) if assignment == "size" else []
+        self.losses = nn.ModuleList(
+            FineGrainedLoss(
+                pair.student.channels,
+                pair.teacher.channels,
+                scales=scales,
+                ratios=ratios,
+                threshold=threshold,
+                anchor_style=anchor_style,
+                activation=activation,
+                box_sizes=_box_sizes(pair.student.stride, steps, size_per_stride),
+            )
+            for pair in self.pairs
+        )
+
+    def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
+        """One term a level: ``fgfi/<level>``."""
+        maps = paired_maps(self.pairs, student, teacher)
+        return {
+            f"fgfi/{name}": loss(*pair, batch.boxes, image_size=batch.image_size)
+            for loss, (name, *pair) in zip(self.losses, maps, strict=True)
+        }
+
+
+def _box_sizes(stride: float, steps: Sequence[float], size_per_stride: float) -> tuple[float, float]:
+    """Sizes of the boxes that belong to a stride, px; levels that share a stride share its boxes."""
+    coarser = [step for step in steps if step > stride]
+    smallest = 0.0 if not steps or stride == steps[0] else stride * size_per_stride
+    return smallest, min(coarser) * size_per_stride if coarser else math.inf

@@ -1,0 +1,89 @@
+"""NLD: attention-guided features and non-local relations, in the authors' proportions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
+from drkd.losses import GraphNorm, NonLocalLoss
+from drkd.methods.levels import match_levels, paired_maps
+from drkd.methods.term_weights import choose_weight
+
+
+class NLD(KDMethod):
+    """Attention-guided and non-local distillation (FKD, Zhang and Ma, ICLR 2021), see `NonLocalLoss`.
+
+    The four parts are one term a level, so that their proportions stay the authors' when terms are balanced.
+
+    Args:
+        student: The student's levels.
+        teacher: The teacher's levels; matched to the student's by stride.
+        weight: Of the term ``nld``; None is 1.
+        pools: Max pools inside the non-local blocks, cells a side, one a level, finest first, the last holding for all
+            after it.
+        reduction: Channels of a map over the width of its non-local block.
+        norm: Of the non-local blocks (authors: batch, which fails on a 1x1 map of one image).
+        feature_weight: Within the term, of the features under attention.
+        channel_weight: Within the term, of the means over space.
+        spatial_weight: Within the term, of the means over channels.
+        relation_weight: Within the term, of the non-local relations.
+        temperature: Of the attention, units of the feature.
+        finest_levels: How many levels, finest first, are distilled (authors: 4); None is all.
+        levels: Student levels to choose from; None is all.
+        balanced: Whether the weight is a gradient ratio, see `KDMethod`.
+        warmup_steps: See `KDMethod`.
+
+    Raises:
+        DrkdError: If the pyramids do not match.
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
+        *,
+        weight: float | None = None,
+        pools: Sequence[int] = (8, 4, 2, 2),
+        reduction: int = 4,
+        norm: GraphNorm = "group",
+        feature_weight: float = 7e-5,
+        channel_weight: float = 4e-3,
+        spatial_weight: float = 4e-3,
+        relation_weight: float = 7e-5,
+        temperature: float = 0.5,
+        finest_levels: int | None = 4,
+        levels: Sequence[str] | None = None,
+        balanced: bool = True,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        if not pools:
+            raise ValueError("Expected at least one pool of the non-local blocks, got none")
+        self.weights = {"nld": choose_weight(weight, balanced=balanced, plain=1.0)}
+        self.minimum_boxes = {}
+        self.balanced = balanced
+        self.warmup_steps = warmup_steps
+        self.pairs = match_levels(student, teacher, names=levels)[:finest_levels]
+        self.losses = nn.ModuleList(
+            NonLocalLoss(
+                pair.student.channels,
+                pair.teacher.channels,
+                pool=pools[min(index, len(pools) - 1)],
+                reduction=reduction,
+                norm=norm,
+                feature_weight=feature_weight,
+                channel_weight=channel_weight,
+                spatial_weight=spatial_weight,
+                relation_weight=relation_weight,
+                temperature=temperature,
+            )
+            for index, pair in enumerate(self.pairs)
+        )
+
+    def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
+        """One term a level: ``nld/<level>``."""
+        maps = paired_maps(self.pairs, student, teacher)
+        return {f"nld/{name}": loss(*pair) for loss, (name, *pair) in zip(self.losses, maps, strict=True)}
