@@ -1,11 +1,8 @@
 """Parity with the released code's numbers, in float64 to 1e-10 and in float32 to 2e-6."""
 
-import json
-from pathlib import Path
-
-import numpy
 import pytest
 import torch
+from golden_values import PRECISIONS, Goldens, close, draw, inputs, norm
 from torch import nn
 
 from drkd.contracts import DetectorSpec, FeatureLevel
@@ -13,10 +10,8 @@ from drkd.losses import GraphReasoningUnit, InstanceLayout, InstanceRelation
 from drkd.losses.relation_filter import filter_by_projection
 from drkd.methods import ReleasedDRKD
 
-GOLDENS = json.loads((Path(__file__).parent / "goldens" / "drkd.json").read_text())
-CASES = {case["case"]: case for case in GOLDENS["cases"]}
-TOLERANCE = {"float64": 1e-10, "float32": 2e-6}
-PRECISIONS = pytest.mark.parametrize("precision", ["float64", "float32"])
+GOLDENS = Goldens("drkd")
+CASES = GOLDENS.cases
 RENAMED = {
     "conv_state": "state",
     "conv_proj": "projection",
@@ -38,20 +33,6 @@ FULL = [
 ]
 
 
-def draw(seed, shape, scale=1.0):
-    return torch.from_numpy((numpy.random.RandomState(seed).standard_normal(shape) * scale).astype(numpy.float32))
-
-
-def inputs(entry, precision):
-    return draw(**entry).to(getattr(torch, precision)).requires_grad_()
-
-
-def parameters(case):
-    for name, shape, seed in GOLDENS["param_sets"][case["params"]]:
-        constant = isinstance(seed, str)
-        yield name, torch.full(shape, float(seed[1:])) if constant else draw(seed, shape, 0.05)
-
-
 def released_state(module, named, prefix=""):
     """The module's own names, from the released ones."""
     state = module.state_dict()
@@ -62,16 +43,6 @@ def released_state(module, named, prefix=""):
     return state
 
 
-def close(value, expected, precision):
-    expected = torch.as_tensor(expected, dtype=torch.float64)
-    value = torch.as_tensor(value).detach().double()
-    torch.testing.assert_close(value, expected, rtol=TOLERANCE[precision], atol=1e-12)
-
-
-def norm(tensors):
-    return torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt()
-
-
 @PRECISIONS
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("glore")])
 def test_graph_reasoning_unit_equals_released(name, precision):
@@ -80,7 +51,7 @@ def test_graph_reasoning_unit_equals_released(name, precision):
     unit = GraphReasoningUnit(
         case["ctor"]["num_in"], nodes=nodes, states=2 * nodes, normalise=case["ctor"]["normalize"], norm="batch"
     )
-    unit.load_state_dict(released_state(unit, parameters(case)))
+    unit.load_state_dict(released_state(unit, GOLDENS.parameters(case)))
     unit.to(getattr(torch, precision))
     feature = inputs(case["input"]["x"], precision)
     out = unit(feature)
@@ -101,7 +72,7 @@ def test_object_relation_equals_released(name, precision):
     case = CASES[name]
     width = case["ctor"]["in_channels"]
     relation = InstanceRelation(width, embed=width // 2, logit_scale=1.0, mixes=True)
-    relation.load_state_dict(released_state(relation, parameters(case)))
+    relation.load_state_dict(released_state(relation, GOLDENS.parameters(case)))
     relation.to(getattr(torch, precision))
     feature = inputs(case["input"]["x"], precision)
     instances = feature.flatten(1)
@@ -152,7 +123,7 @@ def released_method(case, precision, strides, **options):
         "relation_adaptation": [loss.adapter for loss in kd.relation_losses],
         "for_adaptation": [loss.adapter for loss in kd.instance_losses],
     }
-    named = list(parameters(case))
+    named = list(GOLDENS.parameters(case))
     for group, modules in groups.items():
         for index, module in enumerate(modules):
             prefix = f"{group}.{index}."
