@@ -1,0 +1,115 @@
+"""Weights, levels and assignments of the rivals; what all methods share is in the contract test."""
+
+import inspect
+import math
+
+import pytest
+import torch
+
+from drkd.contracts import BoxTargets, DetectionBatch, DetectorOutput, DetectorSpec, DrkdError, FeatureLevel, FeatureMap
+from drkd.methods import CWD, FGD, FGFI, MGD, NLD, PKD, FitNet
+
+SPEC = DetectorSpec(tuple(FeatureLevel(f"p{i}", 8, 2.0**i) for i in range(3, 8)), ("thing",))
+RIVALS = pytest.mark.parametrize(
+    ("method", "term", "plain"),
+    [
+        (FitNet, "hint", 1.0),
+        (PKD, "pkd", 10.0),
+        (CWD, "cwd", 10.0),
+        (FGD, "fgd", 1.0),
+        (MGD, "mgd", 2e-5),
+        (NLD, "nld", 1.0),
+        (FGFI, "fgfi", 0.01),
+    ],
+)
+
+
+@RIVALS
+def test_weights(method, term, plain):
+    assert method(SPEC, SPEC).weights == {term: 1.0}
+    assert method(SPEC, SPEC, balanced=False).weights == {term: plain}
+    for balanced in (True, False):
+        kd = method(SPEC, SPEC, weight=0.3, balanced=balanced, warmup_steps=7)
+        assert (kd.weights, kd.balanced, kd.warmup_steps) == ({term: 0.3}, balanced, 7)
+    with pytest.raises(ValueError, match="above 0, got 0"):
+        method(SPEC, SPEC, weight=0.0)
+
+
+@RIVALS
+def test_levels(method, term, plain):
+    names = [pair.name for pair in method(SPEC, SPEC).pairs]
+    assert names == ["p3", "p4", "p5", "p6", "p7"][: 4 if method in (PKD, NLD) else 5]
+    assert [pair.name for pair in method(SPEC, SPEC, levels=["p7", "p4"]).pairs] == ["p4", "p7"]
+    with pytest.raises(DrkdError, match="p9"):
+        method(SPEC, SPEC, levels=["p9"])
+
+
+@RIVALS
+def test_a_missing_level_is_named(method, term, plain):
+    batch = DetectionBatch(torch.zeros(0, 3, 8, 8), (), (), (), ())
+    with pytest.raises(ValueError, match=r"student's level p3 .* got none and none"):
+        method(SPEC, SPEC)(DetectorOutput(), DetectorOutput(), batch)
+
+
+def loss_of(method, **options):
+    return method(SPEC, SPEC, **options).losses
+
+
+def test_arguments_arrive():
+    assert loss_of(CWD, temperature=3.0)[0].temperature == 3.0
+    assert loss_of(MGD, masked_share=0.4)[0].masked_share == 0.4
+    assert [loss.student_block.pool for loss in loss_of(NLD, finest_levels=None)] == [8, 4, 2, 2, 2]
+    nld = loss_of(NLD, feature_weight=1.0, channel_weight=2.0, spatial_weight=3.0, relation_weight=4.0, temperature=5.0)
+    assert (nld[0].weights, nld[0].temperature) == ((1.0, 2.0, 3.0, 4.0), 5.0)
+    names = ("foreground_weight", "background_weight", "attention_weight", "relation_weight", "temperature")
+    fgd = loss_of(FGD, **{name: float(index) for index, name in enumerate(names, 1)})[0]
+    assert [getattr(fgd, name) for name in names] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    fgfi = loss_of(FGFI, scales=[4, 8], ratios=[1.0], threshold=0.3, anchor_style="inclusive", activation=True)[1]
+    assert (fgfi.scales, fgfi.ratios, fgfi.threshold) == ((4, 8), (1.0,), 0.3)
+    assert (fgfi.anchor_style, fgfi.activation) == ("inclusive", True)
+    assert list(FitNet(SPEC, SPEC, always_adapt=False).parameters()) == []
+    with pytest.raises(ValueError, match="at least one pool"):
+        NLD(SPEC, SPEC, pools=())
+
+
+@pytest.mark.parametrize("method", [CWD, FGD, FGFI, FitNet, MGD, NLD])
+def test_a_method_and_its_loss_have_the_same_defaults(method):
+    defaults = inspect.signature(method).parameters
+    for name, parameter in inspect.signature(type(loss_of(method)[0])).parameters.items():
+        if name in defaults:
+            assert defaults[name].default == parameter.default, name
+
+
+def test_boxes_go_to_the_level_of_their_size():
+    sizes = [loss.box_sizes for loss in loss_of(FGFI)]
+    assert sizes == [(0.0, 224.0), (224.0, 448.0), (448.0, 896.0), (896.0, 1792.0), (1792.0, math.inf)]
+    assert {loss.box_sizes for loss in loss_of(FGFI, assignment="all")} == {(0.0, math.inf)}
+    assert loss_of(FGFI, size_per_stride=2.0)[1].box_sizes == (32.0, 64.0)
+    with pytest.raises(ValueError, match="size, all"):
+        FGFI(SPEC, SPEC, assignment="none")
+
+
+def test_levels_of_one_stride_share_their_boxes():
+    spec = DetectorSpec(tuple(FeatureLevel(f"l{i}", 8, stride) for i, stride in enumerate((32.0, 32.0, 64.0))), ())
+    assert [loss.box_sizes for loss in FGFI(spec, spec).losses] == [(0.0, 896.0), (0.0, 896.0), (896.0, math.inf)]
+
+
+def test_only_the_level_of_a_box_learns_from_it():
+    image = (512, 512)
+    spec = DetectorSpec(SPEC.levels[:3], ())
+    outputs = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        levels = [(level.name, int(level.stride)) for level in spec.levels]
+        maps = [FeatureMap(name, torch.randn(1, 8, 512 // s, 512 // s), float(s), float(s)) for name, s in levels]
+        outputs.append(DetectorOutput(tuple(maps)))
+    boxes = torch.tensor([[100.0, 100.0, 400.0, 400.0]])
+    targets = (BoxTargets(boxes, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)),)
+    batch = DetectionBatch(torch.zeros(1, 3, *image), (image,), (image,), targets, (1,))
+    terms = FGFI(spec, spec)(*outputs, batch)
+    assert {name: term.item() > 0 for name, term in terms.items()} == {
+        "fgfi/p3": False,
+        "fgfi/p4": True,
+        "fgfi/p5": False,
+    }
+    assert all(term.item() > 0 for term in FGFI(spec, spec, assignment="all")(*outputs, batch).values())
