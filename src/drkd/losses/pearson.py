@@ -17,8 +17,8 @@ class PearsonLoss(nn.Module):
     (n - 1) / n it is 1 minus the mean Pearson correlation of the channels, n = B H W. Reference code: mmrazor.
 
     Deviations: a deviation below ``smallest_deviation`` counts as that, so that a constant student channel gets a
-    bounded gradient (there: 1e4 times the other channels'); a single value a channel gives 0 (there: NaN); sizes that
-    differ in width alone are resampled too (there: an assertion).
+    bounded gradient (there, in the golden case, a norm of 10874 against 0.04 for all other channels); a single value a
+    channel gives 0 (there: NaN); sizes that differ in width alone are resampled too (there: an assertion).
 
     Args:
         student_channels: Channels of the student's map.
