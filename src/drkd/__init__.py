@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     from drkd.contracts import DetectionBatch
     from drkd.engine.balance import GradientBalance
     from drkd.engine.distiller import Distiller
-    from drkd.methods import DRKD, FeatureHint, PaperDRKD, ReleasedDRKD
+    from drkd.methods import DRKD, LD, CrossKD, DeFeat, FeatureHint, LogitKD, PaperDRKD, ReleasedDRKD
 
 __all__ = [
     "DRKD",
+    "LD",
+    "CrossKD",
+    "DeFeat",
     "DetectionBatch",
     "Distiller",
     "FeatureHint",
     "GradientBalance",
+    "LogitKD",
     "PaperDRKD",
     "ReleasedDRKD",
     "__version__",
@@ -32,11 +36,15 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CrossKD": "drkd.methods",
     "DRKD": "drkd.methods",
+    "DeFeat": "drkd.methods",
     "DetectionBatch": "drkd.contracts",
     "Distiller": "drkd.engine.distiller",
     "FeatureHint": "drkd.methods",
     "GradientBalance": "drkd.engine.balance",
+    "LD": "drkd.methods",
+    "LogitKD": "drkd.methods",
     "PaperDRKD": "drkd.methods",
     "ReleasedDRKD": "drkd.methods",
     "load_detector": "drkd.adapters.checkpoint",
