@@ -30,8 +30,8 @@ def quality_focal_distance(
         beta: Focusing, >= 0.
 
     Returns:
-        0-d, at least float32. It is 0 only where all weights are: equal probabilities other than 0 and 1 have an
-        entropy, though the focal factor makes their product and gradient 0 for ``beta`` > 0.
+        0-d, at least float32; 0 where all weights are, or all probabilities are equal and ``beta`` > 0. There the value
+        has a kink for ``beta`` 1: next to equality the gradient is as large as the entropy of the target.
 
     Raises:
         ValueError: If the shapes differ.

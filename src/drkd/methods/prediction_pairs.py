@@ -59,7 +59,9 @@ def require_same_grid(student: DetectorSpec, teacher: DetectorSpec, *, method: s
                 f"(student) and {len(theirs)} (teacher) on level {level.name}. Give both the same anchor_sizes and "
                 f"anchor_ratios, or use {ON_FEATURES}."
             )
-        if any(abs(a - b) > 1.0 for one, two in zip(ours, theirs, strict=True) for a, b in zip(one, two, strict=True)):
+        if any(
+            abs(a - b) > 0.01 * a for one, two in zip(ours, theirs, strict=True) for a, b in zip(one, two, strict=True)
+        ):
             raise DrkdError(
                 f"{method} compares boxes as they are coded from anchors and expects equal anchors, got sides of "
                 f"{_sides(ours)} px (student) and {_sides(theirs)} px (teacher) on level {level.name}. Give both the "
