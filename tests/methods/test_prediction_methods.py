@@ -55,6 +55,9 @@ def detector(family, *, seed, classes=CLASSES, **options):
             for name, parameter in built.model.named_parameters():
                 if "head" in name and parameter.ndim > 1:
                     parameter.normal_(std=0.05)
+            if family == "fcos":
+                # Distances are cut at zero, and two empty boxes do not overlap.
+                built.model.head.regression_head.bbox_reg.bias.fill_(2.0)
     return built
 
 

@@ -56,7 +56,7 @@ def overlap_distance(student: Tensor, teacher: Tensor, weight: Tensor, *, normal
         normaliser: 0-d, n, as in `quality_focal_distance`; not the sum of the weights.
 
     Returns:
-        0-d, at least float32.
+        0-d, at least float32; two boxes without area count as apart.
 
     Raises:
         ValueError: If the shapes differ.
