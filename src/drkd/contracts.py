@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,13 @@ from torch import Tensor, nn
 Size = tuple[int, int]
 """Height and width in pixels, in this order."""
 
-Want = Literal["features", "losses"]
-"""What a caller asks a detector to compute."""
+Want = Literal[
+    "features", "losses", "predictions", "assignment", "head_features", "head_tail", "regions", "region_head"
+]
+"""What a caller asks a detector to compute: a field of `DetectorOutput`, by its name."""
+
+PredictionKind = Literal["anchors", "points", "regions"]
+"""How a detector predicts; see `PredictionLayout`."""
 
 
 class DrkdError(ValueError):
@@ -207,6 +212,32 @@ class FeatureMap:
 
 
 @dataclass(frozen=True)
+class PredictionLayout:
+    """What a detector predicts and where, so that a method can refuse a pair that does not fit.
+
+    - ``anchors``: at every cell of the pyramid and for each of its anchors, K class sigmoids and the box's offsets.
+    - ``points``: at every cell, K class sigmoids, distances to the box's sides and a centerness.
+    - ``regions``: for proposed regions, a softmax of K classes and the background, and offsets for each class.
+
+    Args:
+        kind: See above.
+        anchors: Of each level, width and height of each anchor of a cell, px; for points the side that distances are
+            measured in. Empty for regions.
+        head_channels: Channels inside the two branches of a dense head; 0 where the head cannot be cut.
+        head_depth: Convolutions in each branch; 0 where the head cannot be cut.
+        box_bins: Bins of the distribution of each side of a box; 0 where a side is one number.
+        missing_classes: Classes that the head has no output for.
+    """
+
+    kind: PredictionKind
+    anchors: tuple[tuple[tuple[float, float], ...], ...] = ()
+    head_channels: int = 0
+    head_depth: int = 0
+    box_bins: int = 0
+    missing_classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class DetectorSpec:
     """What a method needs to know of a detector before it sees a batch.
 
@@ -214,16 +245,88 @@ class DetectorSpec:
         levels: The pyramid, finest first.
         class_names: Names of classes 0..K-1, no background.
         family: The detector's kind ("retinanet", "faster_rcnn", "fcos"), for messages.
+        predictions: What the detector can show of its predictions; None where nothing.
     """
 
     levels: tuple[FeatureLevel, ...]
     class_names: tuple[str, ...]
     family: str = ""
+    predictions: PredictionLayout | None = None
 
     @property
     def num_classes(self) -> int:
         """Number of classes without background."""
         return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class DensePredictions:
+    """What a one-stage head predicts; A predictions an image, level by level, row by row, anchor by anchor.
+
+    Args:
+        logits: (B, A, K), before the sigmoid, classes in drkd's order.
+        boxes: (B, A, 4), as the head codes them. Of anchors, the offsets dx, dy, dw, dh: the centre's shift in units of
+            the anchor's sides, and the logarithm of the sides' growth. Of points, the distances left, top, right,
+            bottom from the anchor's centre in units of its sides.
+        anchors: (A, 4), xyxy px of the batch tensor, the same for all images.
+        counts: Predictions of each level; their sum is A.
+        centerness: (B, A), before the sigmoid; points only.
+        bins: (B, A, 4, n), logits over the bins of each side; where the spec has ``box_bins`` n.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    anchors: Tensor
+    counts: tuple[int, ...]
+    centerness: Tensor | None = None
+    bins: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class HeadFeatures:
+    """What the two branches of a dense head computed on their way.
+
+    Args:
+        classification: After each convolution with its norm and activation, the maps (B, C, h, w) of each level.
+        regression: The same of the other branch.
+    """
+
+    classification: tuple[tuple[Tensor, ...], ...]
+    regression: tuple[tuple[Tensor, ...], ...]
+
+
+class HeadTail(Protocol):
+    """The end of a dense head, to be called on another detector's `HeadFeatures`; gradient flows to its arguments."""
+
+    def __call__(
+        self, classification: Sequence[Tensor], regression: Sequence[Tensor], *, after: int
+    ) -> DensePredictions:
+        """Predict from the maps (B, C, h, w) of each level as they are after ``after`` convolutions."""
+
+
+@dataclass(frozen=True)
+class RegionPredictions:
+    """What a two-stage head predicts for R regions, image by image.
+
+    Args:
+        regions: Of each image, (R_b, 4), xyxy px of the batch tensor, without gradient; R is their sum.
+        logits: (R, K + 1), before the softmax, classes in drkd's order, the background last.
+        boxes: (R, K, 4), for each class the offsets dx, dy, dw, dh from the region, as `DensePredictions` has them.
+        labels: (R,) int64, the class of the box that a region is matched with, K for the background; None where the
+            regions were not matched.
+    """
+
+    regions: tuple[Tensor, ...]
+    logits: Tensor
+    boxes: Tensor
+    labels: Tensor | None = None
+
+
+class RegionHead(Protocol):
+    """A two-stage head on its detector's own features, to be called on another detector's regions."""
+
+    def __call__(self, regions: Sequence[Tensor]) -> RegionPredictions:
+        """Predict for the regions (R_b, 4) of each image, xyxy px of the batch tensor."""
 
 
 @dataclass(frozen=True)
@@ -233,10 +336,23 @@ class DetectorOutput:
     Args:
         features: The pyramid, in the order of the spec's levels.
         losses: Unweighted-by-us task losses by name, 0-d tensors; the total task loss is their sum.
+        predictions: Of a one-stage head.
+        assignment: (B, A) int64, what the task losses match each of the dense predictions with: the index of a box of
+            its image's targets, -1 for the background, -2 for neither. Needs the batch's targets.
+        head_features: Inside a one-stage head.
+        head_tail: The end of a one-stage head; computes nothing until it is called.
+        regions: Of a two-stage head, on the regions that its task losses were sampled on. Needs the batch's targets.
+        region_head: A two-stage head for given regions; computes nothing until it is called.
     """
 
     features: tuple[FeatureMap, ...] = ()
     losses: Mapping[str, Tensor] = field(default_factory=dict)
+    predictions: DensePredictions | None = None
+    assignment: Tensor | None = None
+    head_features: HeadFeatures | None = None
+    head_tail: HeadTail | None = None
+    regions: RegionPredictions | None = None
+    region_head: RegionHead | None = None
 
 
 @dataclass(frozen=True)
@@ -270,6 +386,9 @@ class Detector(nn.Module, ABC):
         """Compute what is wanted and nothing else, in train or eval mode alike.
 
         The type that comes back never depends on ``self.training``. ``losses`` needs the batch's targets.
+
+        Raises:
+            ValueError: If something is wanted that a detector of this kind does not have.
         """
 
     @abstractmethod
@@ -299,7 +418,9 @@ class KDMethod(nn.Module, ABC):
     detectors. A method never applies its weights to the terms: it returns them bare and declares ``weights``.
 
     Attributes:
-        needs: What the student and teacher must compute for it.
+        needs: What the student must compute for it. With ``balanced``, "features" is among it: that is where gradient
+            norms are measured.
+        teacher_needs: What the teacher must compute for it; None where that is the same.
         minimum_boxes: By term (the part of a name before the slash), how many boxes some image of the batch must hold
             for the term to have a gradient. Terms absent from it need none.
         weights: By term, its weight, >= 0. With ``balanced`` it is the wanted ratio of the term's gradient norm at the
@@ -309,6 +430,7 @@ class KDMethod(nn.Module, ABC):
     """
 
     needs: frozenset[Want] = frozenset({"features"})
+    teacher_needs: frozenset[Want] | None = None
     minimum_boxes: Mapping[str, int]
     weights: Mapping[str, float]
     balanced: bool

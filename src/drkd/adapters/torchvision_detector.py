@@ -6,6 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ from torchvision.ops.poolers import initLevelMapper
 
 from drkd.adapters.backbones import probe_features
 from drkd.adapters.labels import count_outputs, family_of, infer_labels
+from drkd.adapters.torchvision_predictions import (
+    ClassOrder,
+    DenseHead,
+    LossRecorder,
+    RegionRecorder,
+    describe_predictions,
+    region_predictions,
+)
 from drkd.contracts import (
     DetectionBatch,
     Detections,
@@ -24,11 +33,16 @@ from drkd.contracts import (
     DetectorSpec,
     FeatureLevel,
     FeatureMap,
+    RegionPredictions,
     Size,
     Want,
 )
 
 _PROBE_SIZE = 256
+_ALWAYS = frozenset[Want]({"features", "losses"})
+_DENSE = _ALWAYS | frozenset[Want]({"predictions", "assignment"})
+_CUT = _DENSE | frozenset[Want]({"head_features", "head_tail"})
+_TWO_STAGE = _ALWAYS | frozenset[Want]({"regions", "region_head"})
 
 
 class TorchvisionDetector(Detector):
@@ -72,7 +86,9 @@ class TorchvisionDetector(Detector):
         self.label_ids = tuple(label_ids)
         features = probe_features(_backbone(model), _PROBE_SIZE)
         self._level_keys = tuple(features)
-        self.spec = DetectorSpec(_levels(features, _PROBE_SIZE), tuple(class_names), family)
+        missing = tuple(name for name, label in zip(class_names, label_ids, strict=True) if label < 0)
+        predictions = describe_predictions(model, family, missing_classes=missing)
+        self.spec = DetectorSpec(_levels(features, _PROBE_SIZE), tuple(class_names), family, predictions)
         # Not persistent: the state dict stays the plain model's.
         device = next(model.parameters()).device
         to_ours = torch.full((outputs,), -1, dtype=torch.int64)
@@ -82,6 +98,7 @@ class TorchvisionDetector(Detector):
         transform = _parts(model).transform
         self.register_buffer("_to_model", torch.tensor(label_ids, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("_to_ours", to_ours.to(device), persistent=False)
+        self._order = ClassOrder(label_ids, outputs, background=family == "faster_rcnn", device=device)
         for name, values in (("_mean", transform.image_mean), ("_std", transform.image_std)):
             self.register_buffer(name, torch.tensor(values, device=device).view(1, 3, 1, 1), persistent=False)
 
@@ -91,21 +108,39 @@ class TorchvisionDetector(Detector):
         names = zip(self.spec.class_names, self.label_ids, strict=True)
         return tuple(name for name, label in names if label < 0)
 
+    @property
+    def _possible(self) -> frozenset[Want]:
+        """What can be wanted of this model."""
+        layout = self.spec.predictions
+        if layout is None:
+            return _ALWAYS
+        if layout.kind == "regions":
+            return _TWO_STAGE
+        return _CUT if layout.head_depth else _DENSE
+
     def forward(self, batch: DetectionBatch, *, want: frozenset[Want]) -> DetectorOutput:
-        """Compute features, task losses or both from one pass of the backbone, in train or eval mode alike.
+        """Compute what is wanted from one pass of the backbone and one of the heads, in train or eval mode alike.
 
         Args:
-            batch: The images, with targets where losses are wanted.
-            want: "features", "losses".
+            batch: The images, with targets where losses, the assignment or regions are wanted.
+            want: Fields of `DetectorOutput`.
+
+        Raises:
+            ValueError: If something is wanted that this kind of detector has not, or that misses classes.
         """
-        unknown = want - {"features", "losses"}
-        if unknown:
-            raise ValueError(f"want: expected 'features' and 'losses', got {sorted(unknown)}")
+        if want - self._possible:
+            raise ValueError(f"want: expected any of {sorted(self._possible)} of this model, got {sorted(want)}")
+        if want - _ALWAYS and self.missing_classes:
+            raise ValueError(f"this model cannot show predictions: it has no output for {list(self.missing_classes)}")
         images = self._normalise(batch)
         features = self._pyramid(images.tensors)
-        losses = self._losses(images, features, self._targets(batch)) if "losses" in want else {}
-        maps = self._feature_maps(features, batch.image_size) if "features" in want else ()
-        return DetectorOutput(features=maps, losses=losses)
+        found: dict[str, Any] = {}
+        if "features" in want:
+            found["features"] = self._feature_maps(features, batch.image_size)
+        if want - {"features"}:
+            see = self._two_stage if self.spec.family == "faster_rcnn" else self._dense
+            found.update(see(batch, images, features, want))
+        return DetectorOutput(**found)
 
     @torch.no_grad()
     def detect(self, batch: DetectionBatch) -> list[Detections]:
@@ -159,28 +194,89 @@ class TorchvisionDetector(Detector):
         if self.missing_classes:
             raise ValueError(f"this model cannot compute losses: it has no output for {list(self.missing_classes)}")
         boxes = [target.boxes for target in targets]
-        # One look for the whole batch: training batches hold no ignored boxes, and dropping boxes waits for the device.
-        if targets and bool(torch.cat([target.ignore for target in targets]).any()):
+        if _any_ignored(batch):
             boxes = [b[~target.ignore] for b, target in zip(boxes, targets, strict=True)]
             labels = [entry[~target.ignore] for entry, target in zip(labels, targets, strict=True)]
         return [{"boxes": b, "labels": self._to_model[entry]} for b, entry in zip(boxes, labels, strict=True)]
 
-    def _losses(
-        self, images: ImageList, features: OrderedDict[str, Tensor], targets: list[dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
+    def _dense(
+        self, batch: DetectionBatch, images: ImageList, features: OrderedDict[str, Tensor], want: frozenset[Want]
+    ) -> dict[str, Any]:
+        """Everything but features of a one-stage detector, from one pass of its head."""
+        maps = list(features.values())
+        found: dict[str, Any] = {}
+        if want <= {"features", "head_tail"}:
+            head = DenseHead(self.model, self._order, maps, run=False)
+        else:
+            head = DenseHead(self.model, self._order, maps, keep_towers="head_features" in want)
+        anchors = _parts(self.model).anchor_generator(images, maps)
+        if want & {"losses", "assignment"}:
+            model = LossRecorder(self.model, losses="losses" in want) if "assignment" in want else self.model
+            cells = (head.cells,) if self.spec.family == "fcos" else ()
+            losses = dict(_parts(model).compute_loss(self._targets(batch), head.outputs, anchors, *cells))
+            if "losses" in want:
+                found["losses"] = losses
+            if isinstance(model, LossRecorder):
+                found["assignment"] = self._assignment(model.matched, batch)
+        if "predictions" in want:
+            found["predictions"] = head.predictions(anchors)
+        if "head_features" in want:
+            found["head_features"] = head.features
+        if "head_tail" in want:
+            found["head_tail"] = head.tail(anchors)
+        return found
+
+    def _assignment(self, matched: list[Tensor], batch: DetectionBatch) -> Tensor:
+        """(B, A): torchvision numbers the boxes that it was given; we number those of the batch."""
+        found = torch.stack(matched)
+        if _any_ignored(batch):
+            kept = [torch.where(~target.ignore)[0] for target in batch.targets]
+            found = torch.stack(
+                [
+                    torch.where(own >= 0, torch.cat([places, places.new_zeros(1)])[own.clamp_min(0)], own)
+                    for own, places in zip(found, kept, strict=True)
+                ]
+            )
+        return found
+
+    def _two_stage(
+        self, batch: DetectionBatch, images: ImageList, features: OrderedDict[str, Tensor], want: frozenset[Want]
+    ) -> dict[str, Any]:
+        """Everything but features of a two-stage detector; the regions are those that the losses are computed on."""
         model = self.model
-        if self.spec.family == "faster_rcnn":
+        found: dict[str, Any] = {}
+        if want & {"losses", "regions"}:
+            targets = self._targets(batch)
             with _mode(model, features, images, training=True):
                 proposals, rpn = _parts(model).rpn(images, features, targets)
-                _, roi = _parts(model).roi_heads(features, proposals, images.image_sizes, targets)
-            return {**roi, **rpn}
-        maps = list(features.values())
-        outputs = _parts(model).head(maps)
-        anchors = _parts(model).anchor_generator(images, maps)
-        if self.spec.family == "fcos":
-            cells = [entry.shape[-2] * entry.shape[-1] for entry in maps]
-            return dict(_parts(model).compute_loss(targets, outputs, anchors, cells))
-        return dict(_parts(model).compute_loss(targets, outputs, anchors))
+                heads = _parts(model).roi_heads
+                if "regions" in want:
+                    recorder = RegionRecorder(heads)
+                    _, roi = recorder(features, proposals, images.image_sizes, targets)
+                    found["regions"] = self._regions(recorder)
+                else:
+                    _, roi = heads(features, proposals, images.image_sizes, targets)
+            if "losses" in want:
+                found["losses"] = {**roi, **rpn}
+        if "region_head" in want:
+            found["region_head"] = partial(self._see_regions, images, features)
+        return found
+
+    def _regions(self, recorder: RegionRecorder) -> RegionPredictions:
+        labels = self._to_ours[torch.cat(recorder.labels)]
+        labels = torch.where(labels < 0, self.spec.num_classes, labels)
+        if recorder.outputs is None:
+            raise ValueError("expected box heads that call their box_predictor, as torchvision's RoIHeads do")
+        return region_predictions(recorder, self._order, recorder.regions, recorder.outputs, labels=labels)
+
+    def _see_regions(
+        self, images: ImageList, features: OrderedDict[str, Tensor], regions: Sequence[Tensor]
+    ) -> RegionPredictions:
+        """Pool the given regions from this pass's features and classify them (a `RegionHead`)."""
+        heads = _parts(self.model).roi_heads
+        with _mode(self.model, features, images, training=False):
+            pooled = heads.box_roi_pool(features, list(regions), images.image_sizes)
+        return region_predictions(heads, self._order, regions, heads.box_predictor(heads.box_head(pooled)))
 
     def _dense_detections(self, images: ImageList, features: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         maps = list(features.values())
@@ -224,9 +320,14 @@ def wrap_torchvision(
     return TorchvisionDetector(model, class_names, label_ids=label_ids)
 
 
-def _parts(model: nn.Module) -> Any:
+def _parts(model: object) -> Any:
     """The model, as a type checker must see it: torchvision's detectors are not typed."""
     return model
+
+
+def _any_ignored(batch: DetectionBatch) -> bool:
+    """One look for the whole batch: training batches hold no ignored boxes, and dropping boxes waits for the device."""
+    return bool(batch.targets) and bool(torch.cat([target.ignore for target in batch.targets]).any())
 
 
 def _backbone(model: nn.Module) -> nn.Module:

@@ -128,8 +128,9 @@ class Distiller(nn.Module):
             output = self.student(batch, want=frozenset[Want]({"losses"}))
             return {f"task/{name}": value for name, value in output.losses.items()}
         student: DetectorOutput = self.student(batch, want=self.method.needs | {"losses"})
+        teacher_needs = self.method.needs if self.method.teacher_needs is None else self.method.teacher_needs
         with torch.no_grad():
-            teacher: DetectorOutput = self.teacher(batch, want=self.method.needs)
+            teacher: DetectorOutput = self.teacher(batch, want=teacher_needs)
         terms = self.method(student, teacher, batch)
         losses = {f"task/{name}": value for name, value in student.losses.items()}
         if self.training and torch.is_grad_enabled():

@@ -57,6 +57,9 @@ class Combination(KDMethod):
             for name, member in built.items()
             for term, weight in member.weights.items()
         }
+        self.teacher_needs = frozenset().union(
+            *(member.needs if member.teacher_needs is None else member.teacher_needs for member in built.values())
+        )
         self.minimum_boxes = {
             f"{name}.{term}": count for name, member in built.items() for term, count in member.minimum_boxes.items()
         }

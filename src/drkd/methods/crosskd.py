@@ -1,0 +1,136 @@
+"""CrossKD: the student's head features go through the end of the teacher's head, whose predictions are the target."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, DrkdError, KDMethod, Want
+from drkd.losses import align_scale, decode_distances, decode_offsets, overlap_distance, quality_focal_distance
+from drkd.losses.distance import at_least_float32, full_precision
+from drkd.methods.prediction_pairs import ON_FEATURES, TeacherClasses, require_layouts, require_same_grid
+from drkd.methods.term_weights import choose_weight
+
+# After which convolution, and the plain weights of classes and boxes: the authors'.
+_DEFAULTS = {"anchors": (3, 1.0, 1.0), "points": (2, 0.4, 0.75)}
+
+
+class CrossKD(KDMethod):
+    """Cross-head distillation (CrossKD, Wang et al., CVPR 2024, arXiv:2306.11369), for RetinaNet and FCOS pairs.
+
+    The student's own predictions learn from the boxes alone; what imitates the teacher is what the teacher's frozen
+    head makes of the student's features (see `quality_focal_distance` and `overlap_distance`). Anchors that the
+    student's assignment ignores count for nothing; both terms are divided by the number of its positives.
+
+    Deviations: that number is at least 1 (a batch without positives would be divided by 1e-7); the statistics of
+    ``align`` are constants; FCOS's boxes follow RetinaNet's equations, and its centerness is left alone.
+
+    Args:
+        student: The student; its head must be as wide as the teacher's.
+        teacher: The teacher, of the same kind and anchors, with the student's classes in any order.
+        class_weight: Of the term ``classification``; None is 1 where balanced, else the authors'.
+        box_weight: Of the term ``box``; same.
+        after: Convolutions of the student's head that come before the teacher's; None is the authors' (RetinaNet 3,
+            FCOS 2).
+        beta: Focusing of the classes, see `quality_focal_distance`.
+        align: Give the student's maps the scale of the teacher's first, see `align_scale`; as the authors' code does.
+        balanced: Whether weights are gradient ratios, see `KDMethod`.
+        warmup_steps: See `KDMethod`.
+
+    Raises:
+        DrkdError: If the two heads do not fit together.
+        ValueError: If an argument is out of range.
+    """
+
+    needs = frozenset[Want]({"features", "head_features", "assignment"})
+    teacher_needs = frozenset[Want]({"predictions", "head_tail"})
+
+    def __init__(
+        self,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
+        *,
+        class_weight: float | None = None,
+        box_weight: float | None = None,
+        after: int | None = None,
+        beta: float = 1.0,
+        align: bool = True,
+        balanced: bool = True,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        ours, theirs = require_layouts(student, teacher, method="CrossKD", kinds=("anchors", "points"))
+        depth, plain_class, plain_box = _DEFAULTS[ours.kind]
+        self.after = depth if after is None else after
+        if self.after < 1 or beta < 0:
+            raise ValueError(f"Expected after >= 1 and beta >= 0, got {self.after} and {beta}")
+        if not ours.head_channels or ours.head_channels != theirs.head_channels:
+            raise DrkdError(
+                "CrossKD passes the student's head features through the teacher's head and expects heads of the same "
+                f"width, got {ours.head_channels} channels (student) and {theirs.head_channels} (teacher; 0 is a head "
+                f"of another build than torchvision's). Build the student with fpn_channels: {theirs.head_channels}, "
+                f"or use {ON_FEATURES}, or LogitKD."
+            )
+        if self.after > min(ours.head_depth, theirs.head_depth):
+            raise DrkdError(
+                f"CrossKD was asked to cut the heads after convolution {self.after} and expects that many in both, got "
+                f"{ours.head_depth} (student) and {theirs.head_depth} (teacher). Lower `after`."
+            )
+        require_same_grid(student, teacher, method="CrossKD")
+        self.classes = TeacherClasses(student, teacher, method="CrossKD")
+        self.decode = decode_offsets if ours.kind == "anchors" else decode_distances
+        self.beta = beta
+        self.align = align
+        if align:
+            self.teacher_needs = self.teacher_needs | {"head_features"}
+        self.weights = {
+            "classification": choose_weight(class_weight, balanced=balanced, plain=plain_class),
+            "box": choose_weight(box_weight, balanced=balanced, plain=plain_box),
+        }
+        self.minimum_boxes = {}
+        self.balanced = balanced
+        self.warmup_steps = warmup_steps
+
+    def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
+        """The terms ``classification`` and ``box``."""
+        target, tail, assignment = teacher.predictions, teacher.head_tail, student.assignment
+        if target is None or tail is None or assignment is None:
+            raise ValueError("Expected a student with its assignment and a teacher with predictions and head_tail")
+        found = tail(*self._maps(student, teacher), after=self.after)
+        if found.boxes.shape != target.boxes.shape or found.boxes.shape[:2] != assignment.shape:
+            raise ValueError(
+                f"Expected as many predictions of student and teacher, got {tuple(found.boxes.shape)}, "
+                f"{tuple(target.boxes.shape)} and an assignment of {tuple(assignment.shape)}"
+            )
+        counted = (assignment != -2).float()
+        normaliser = (assignment >= 0).sum().clamp_min(1)
+        logits = [self.classes.logits(entry.logits) for entry in (found, target)]
+        with full_precision(target.boxes):
+            confidence = at_least_float32(logits[1].detach()).sigmoid().amax(dim=2)
+            anchors = at_least_float32(target.anchors)
+            boxes = [self.decode(at_least_float32(entry.boxes), anchors) for entry in (found, target)]
+        return {
+            "classification": quality_focal_distance(
+                logits[0], logits[1], counted, normaliser=normaliser, beta=self.beta
+            ),
+            "box": overlap_distance(boxes[0], boxes[1], counted * confidence, normaliser=normaliser),
+        }
+
+    def _maps(self, student: DetectorOutput, teacher: DetectorOutput) -> tuple[list[Tensor], list[Tensor]]:
+        """The student's maps of both branches, at the teacher's scale where that is wanted."""
+        if student.head_features is None or (self.align and teacher.head_features is None):
+            raise ValueError("Expected head_features of the student, and of the teacher where scales are aligned")
+        place = self.after - 1
+        ours = [list(branch[place]) for branch in _branches(student)]
+        if self.align:
+            theirs = [branch[place] for branch in _branches(teacher)]
+            ours = [
+                [align_scale(one, two).to(two.dtype) for one, two in zip(own, other, strict=True)]
+                for own, other in zip(ours, theirs, strict=True)
+            ]
+        return ours[0], ours[1]
+
+
+def _branches(output: DetectorOutput) -> list[tuple[tuple[torch.Tensor, ...], ...]]:
+    inside = output.head_features
+    return [] if inside is None else [inside.classification, inside.regression]

@@ -1,0 +1,475 @@
+"""CrossKD, LogitKD and DeFeat on real detectors, LD on predictions made by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from drkd.adapters import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder
+from drkd.contracts import (
+    DensePredictions,
+    DetectionBatch,
+    DetectorOutput,
+    DetectorSpec,
+    DrkdError,
+    FeatureLevel,
+    FeatureMap,
+    PredictionLayout,
+)
+from drkd.engine import Distiller
+from drkd.losses import bin_divergence
+from drkd.methods import LD, CrossKD, DeFeat, FeatureHint, LogitKD
+
+CLASSES = ("cat", "dog", "cup")
+BOXES = [[[4.0, 5.0, 40.0, 44.0], [30.0, 20.0, 62.0, 60.0], [10.0, 30.0, 22.0, 41.0]], [[2.0, 3.0, 50.0, 38.0]]]
+NONE = [[], []]
+COMMON = {"backbone": "resnet18", "width": 0.25, "fpn_channels": 32}
+SERVED = {"retinanet": (CrossKD, LogitKD, DeFeat), "fcos": (CrossKD, LogitKD, DeFeat), "faster_rcnn": (LogitKD, DeFeat)}
+PAIRS = pytest.mark.parametrize(
+    ("family", "method"), [(family, method) for family, methods in SERVED.items() for method in methods]
+)
+COMPARED = [(family, method) for family in SERVED for method in (CrossKD, LogitKD) if method in SERVED[family]]
+ON_PREDICTIONS = pytest.mark.parametrize(("family", "method"), COMPARED)
+
+
+def detector(family, *, seed, classes=CLASSES, **options):
+    torch.manual_seed(seed)
+    options = {**COMMON, **options}
+    if family == "faster_rcnn":
+        small = {"representation_size": 32, "rpn_batch_size": 32, "roi_batch_size": 32}
+        few = {"rpn_pre_nms_train": 100, "rpn_post_nms_train": 50}
+        options = {"anchor_sizes": ((8,), (16,), (32,), (48,), (64,)), **small, **few, **options}
+    elif family == "retinanet":
+        options = {"extra": "none", "anchor_sizes": ((12, 16), (24, 32), (48, 64)), **options}
+    else:
+        options = {"extra": "none", **options}
+    builder = {"retinanet": RetinaNetBuilder, "fcos": FCOSBuilder, "faster_rcnn": FasterRCNNBuilder}[family]
+    built = builder(**options).build(classes)
+    if seed:
+        with torch.no_grad():
+            for name, parameter in built.model.named_parameters():
+                if "head" in name and parameter.ndim > 1:
+                    parameter.normal_(std=0.05)
+            if family == "fcos":
+                # Distances are cut at zero, and two empty boxes do not overlap.
+                built.model.head.regression_head.bbox_reg.bias.fill_(2.0)
+    return built
+
+
+def pair(family, **options):
+    return detector(family, seed=0, **options).train(), detector(family, seed=1, **options).requires_grad_(False).eval()
+
+
+def batch_of(boxes=BOXES, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.rand(3, *size, generator=generator) for size in ((64, 64), (50, 60))[: len(boxes)]]
+    targets = [
+        {"boxes": torch.tensor(own).view(-1, 4), "labels": torch.arange(len(own)) % len(CLASSES)} for own in boxes
+    ]
+    return DetectionBatch.from_lists(images, targets)
+
+
+def outputs(kd, student, teacher, batch):
+    ours = student(batch, want=kd.needs | {"losses"})
+    with torch.no_grad():
+        theirs = teacher(batch, want=kd.needs if kd.teacher_needs is None else kd.teacher_needs)
+    return ours, theirs
+
+
+def run(kd, student, teacher, batch):
+    torch.manual_seed(5)
+    ours, theirs = outputs(kd, student, teacher, batch)
+    return kd(ours, theirs, batch), ours
+
+
+def gradient_sizes(term, output):
+    maps = [level.tensor for level in output.features]
+    found = torch.autograd.grad(term, maps, retain_graph=True, allow_unused=True)
+    return [0.0 if gradient is None else gradient.abs().sum().item() for gradient in found]
+
+
+@PAIRS
+@pytest.mark.parametrize("boxes", [BOXES, [[], BOXES[1]], NONE, BOXES[:1]], ids=["both", "second", "none", "one image"])
+def test_terms_reach_the_students_pyramid_and_nothing_of_the_teacher(family, method, boxes):
+    student, teacher = pair(family)
+    kd = method(student.spec, teacher.spec)
+    before = copy.deepcopy(teacher.state_dict())
+    terms, output = run(kd, student, teacher, batch_of(boxes))
+    assert {name.split("/")[0] for name in terms} == set(kd.weights)
+    for name, term in terms.items():
+        assert term.ndim == 0 and term.dtype == torch.float32 and term.isfinite(), name
+    most = max(len(own) for own in boxes)
+    for name in kd.weights:
+        total = sum(term for key, term in terms.items() if key.split("/")[0] == name)
+        sizes = gradient_sizes(total, output)
+        assert all(math.isfinite(size) for size in sizes)
+        assert (sum(sizes) > 0) == (most >= kd.minimum_boxes.get(name, 0)), name
+        if most < kd.minimum_boxes.get(name, 0):
+            assert total.item() == 0
+    sum(terms.values()).backward()
+    for parameter in (*student.parameters(), *kd.parameters()):
+        assert parameter.grad is None or parameter.grad.isfinite().all()
+    assert all(parameter.grad is not None for parameter in kd.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters()) and not teacher.training
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+@ON_PREDICTIONS
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(family, method):
+    teacher = detector(family, seed=1).requires_grad_(False).eval()
+    student = copy.deepcopy(teacher).requires_grad_(True).eval()
+    kd = method(student.spec, teacher.spec)
+    terms, output = run(kd, student, teacher, batch_of())
+    other, compared = run(kd, detector(family, seed=2).eval(), teacher, batch_of())
+    for name, term in terms.items():
+        assert term.item() < 1e-4 * other[name].item()
+        # The others have a kink there, and the gradient of a kink is a sign, also of rounding.
+        if method is LogitKD and name == "classification":
+            assert sum(gradient_sizes(term, output)) < 1e-2 * sum(gradient_sizes(other[name], compared))
+
+
+@PAIRS
+def test_half_precision(family, method):
+    student, teacher = pair(family)
+    kd = method(student.spec, teacher.spec)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms, output = run(kd, student, teacher, batch_of())
+        total = sum(terms.values()) + sum(output.losses.values())
+    total.backward()
+    assert all(term.dtype == torch.float32 and term.isfinite() for term in terms.values())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
+    assert any(p.grad is not None for p in student.model.backbone.parameters())
+
+
+@PAIRS
+def test_channels_last(family, method):
+    student, teacher = (entry.eval() for entry in pair(family))
+    kd, batch = method(student.spec, teacher.spec), batch_of()
+    plain, _ = run(kd, student, teacher, batch)
+    for entry in (student, teacher):
+        entry.to(memory_format=torch.channels_last)
+    moved, _ = run(kd, student, teacher, replace(batch, images=batch.images.to(memory_format=torch.channels_last)))
+    for name, term in plain.items():
+        assert moved[name].item() == pytest.approx(term.item(), rel=1e-3, abs=1e-6)
+
+
+class NoHostSync(TorchDispatchMode):
+    """Refuses operations that make the host wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "item"):
+            raise RuntimeError(f"{name} waits for the device")
+        if name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        ):
+            raise RuntimeError(f"{name} by a mask waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@PAIRS
+@pytest.mark.parametrize("boxes", [BOXES, NONE])
+def test_nothing_waits_for_the_device(family, method, boxes):
+    student, teacher = pair(family)
+    kd, batch = method(student.spec, teacher.spec), batch_of(boxes)
+    ours, theirs = outputs(kd, student, teacher, batch)
+    if theirs.region_head is not None:
+        # torchvision's own pooling asks which level each region belongs to.
+        found = theirs.region_head(ours.regions.regions)
+        theirs = replace(theirs, region_head=lambda regions: found)
+    with NoHostSync():
+        sum(kd(ours, theirs, batch).values()).backward()
+
+
+@PAIRS
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_distiller_runs_three_steps(family, method, balanced):
+    student, teacher = detector(family, seed=0), detector(family, seed=1)
+    distiller = Distiller(
+        student,
+        teacher,
+        lambda ours, theirs: method(ours, theirs, balanced=balanced),
+        calibration_interval=1,
+        monitor_interval=1,
+    ).train()
+    optimizer = torch.optim.SGD(distiller.trainable_parameters(), lr=1e-3)
+    before = copy.deepcopy(teacher.state_dict())
+    for step in range(3):
+        torch.manual_seed(step)
+        losses = distiller(batch_of(seed=step))
+        assert {name for name in losses if name.startswith("kd/")} == {
+            f"kd/{name}" for name in distiller.method.weights
+        }
+        assert all(value.isfinite() for value in losses.values())
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        for name, ratio in distiller.monitor.ratios.items():
+            assert ratio > 0, name
+            if balanced and step == 0 and name != "decoupled":
+                assert ratio.item() == pytest.approx(1.0, rel=1e-3), name
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+@PAIRS
+def test_the_teacher_computes_no_more_than_is_needed(family, method):
+    student, teacher = pair(family)
+    asked = {}
+    for name, entry in (("student", student), ("teacher", teacher)):
+        plain = entry.forward
+        entry.forward = lambda batch, *, want, plain=plain, name=name: (
+            asked.update({name: want}) or plain(batch, want=want)
+        )
+    distiller = Distiller(student, teacher, method)
+    distiller(batch_of())
+    kd = distiller.method
+    assert asked == {"student": kd.needs | {"losses"}, "teacher": kd.teacher_needs}
+    if method is not DeFeat:
+        assert "features" not in asked["teacher"]
+
+
+@pytest.mark.parametrize("method", [CrossKD, LogitKD, LD])
+def test_pairs_of_different_kinds_are_refused(method):
+    specs = {family: detector(family, seed=0).spec for family in SERVED}
+    for student in SERVED:
+        for teacher in SERVED:
+            if student == teacher and method in SERVED[student]:
+                continue
+            with pytest.raises(DrkdError, match=r"expects.*(DRKD or FeatureHint|CrossKD or LogitKD)"):
+                Distiller(detector(student, seed=0), detector(teacher, seed=1), method)
+            with pytest.raises(DrkdError, match=student):
+                method(specs[student], specs[teacher])
+    blind = replace(specs["retinanet"], predictions=None)
+    with pytest.raises(DrkdError):
+        method(blind, specs["retinanet"])
+
+
+@pytest.mark.parametrize("method", [CrossKD, LogitKD])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"anchor_sizes": ((12,), (24,), (48,))},
+            "as many anchors a cell, got 6 .student. and 3 .teacher. on level p3",
+        ),
+        ({"anchor_sizes": ((12, 20), (24, 32), (48, 64))}, "equal anchors, got sides of 16 x 8, 22 x 12"),
+        ({"stages": (1, 2, 3)}, "same strides, got 8, 16, 32 px .student. and 4, 8, 16 px .teacher."),
+        ({"classes": ("cat", "dog", "ufo")}, "got none for cup .the teacher's: cat, dog, ufo"),
+    ],
+)
+def test_grids_and_classes_that_do_not_fit_are_refused(method, options, message):
+    with pytest.raises(DrkdError, match=message):
+        method(detector("retinanet", seed=0).spec, detector("retinanet", seed=1, **options).spec)
+
+
+def test_heads_that_do_not_fit_are_refused():
+    student, teacher = detector("fcos", seed=0).spec, detector("fcos", seed=1, fpn_channels=64).spec
+    with pytest.raises(DrkdError, match=r"same width, got 32 .* and 64 .*fpn_channels: 64.*LogitKD"):
+        CrossKD(student, teacher)
+    LogitKD(student, teacher)
+    shallow = detector("fcos", seed=0, num_convs=1).spec
+    with pytest.raises(DrkdError, match=r"after convolution 2 .* got 1 .student. and 4 .teacher"):
+        CrossKD(shallow, student)
+    assert CrossKD(shallow, student, after=1).after == 1
+    blind = replace(student, predictions=replace(student.predictions, missing_classes=("dog",)))
+    with pytest.raises(DrkdError, match="none for dog"):
+        LogitKD(student, blind)
+
+
+def test_regions_of_one_stage_detectors_are_refused():
+    spec, two_stage = detector("retinanet", seed=0).spec, detector("faster_rcnn", seed=0).spec
+    assert set(DeFeat(spec, two_stage).weights) == {"decoupled"}
+    assert set(DeFeat(two_stage, two_stage).weights) == {"decoupled", "regions"}
+    off = DeFeat(two_stage, two_stage, region_weight=0.0)
+    assert set(off.weights) == {"decoupled"} and off.needs == off.teacher_needs == {"features"}
+    with pytest.raises(DrkdError, match=r"retinanet\) with predictions of kind anchors.*Leave region_weight out"):
+        DeFeat(spec, two_stage, region_weight=1.0)
+    other = replace(two_stage, class_names=("cat", "dog", "ufo"))
+    with pytest.raises(DrkdError, match=r"DeFeat with a region_weight .*none for cup"):
+        DeFeat(two_stage, other)
+
+
+@pytest.mark.parametrize(("family", "method"), [*COMPARED, ("faster_rcnn", DeFeat)])
+def test_classes_are_matched_by_name(family, method):
+    """A teacher whose classes come in another order, with one more, teaches the same."""
+    student, teacher = (entry.eval() for entry in pair(family))
+    shuffled = ("cup", "ufo", "cat", "dog")
+    first = int(family == "faster_rcnn")
+    wider = detector(family, seed=3, classes=shuffled).requires_grad_(False).eval()
+    state, source = wider.model.state_dict(), teacher.model.state_dict()
+    for name, value in source.items():
+        if value.shape == state[name].shape:
+            state[name].copy_(value)
+            continue
+        # The last layers: outputs come in blocks of classes (dense: inside each anchor's block).
+        width = 4 if "bbox_pred" in name else 1
+        ours, theirs = (
+            entry.view(-1, count, width, *entry.shape[1:])
+            for entry, count in ((state[name], 4 + first), (value, 3 + first))
+        )
+        ours[:, first + 1] = -30.0 if name.endswith("bias") else 0.0
+        for place, label in enumerate(shuffled):
+            if label != "ufo":
+                ours[:, place + first] = theirs[:, CLASSES.index(label) + first]
+        if first:
+            ours[:, 0] = theirs[:, 0]
+    plain, shuffled_kd = (method(student.spec, entry.spec) for entry in (teacher, wider))
+    shuffled_kd.load_state_dict(plain.state_dict())
+    expected, _ = run(plain, student, teacher, batch_of())
+    got, _ = run(shuffled_kd, student, wider, batch_of())
+    for name, term in expected.items():
+        assert got[name].item() == pytest.approx(term.item(), rel=1e-4, abs=1e-7), name
+
+
+def test_crosskd_leaves_out_ignored_anchors_and_counts_positives():
+    student, teacher = (entry.eval() for entry in pair("retinanet"))
+    kd, batch = CrossKD(student.spec, teacher.spec), batch_of()
+    ours, theirs = outputs(kd, student, teacher, batch)
+    full = kd(ours, theirs, batch)
+    none = kd(replace(ours, assignment=torch.full_like(ours.assignment, -2)), theirs, batch)
+    assert all(term.item() == 0 for term in none.values())
+    background = kd(replace(ours, assignment=torch.full_like(ours.assignment, -1)), theirs, batch)
+    one = torch.full_like(ours.assignment, -1)
+    one[0, :2] = 0
+    halved = kd(replace(ours, assignment=one), theirs, batch)
+    for name, term in background.items():
+        assert halved[name].item() == pytest.approx(term.item() / 2, rel=1e-4)
+        assert full[name].item() != term.item()
+
+
+def test_crosskd_defaults_are_the_authors():
+    retinanet, fcos = detector("retinanet", seed=0).spec, detector("fcos", seed=0).spec
+    kd = CrossKD(retinanet, retinanet, balanced=False)
+    assert (kd.after, kd.weights) == (3, {"classification": 1.0, "box": 1.0})
+    kd = CrossKD(fcos, fcos, balanced=False)
+    assert (kd.after, kd.weights) == (2, {"classification": 0.4, "box": 0.75})
+    assert CrossKD(fcos, fcos).weights == {"classification": 1.0, "box": 1.0}
+    assert "head_features" not in CrossKD(fcos, fcos, align=False).teacher_needs
+
+
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+@pytest.mark.parametrize("align", [False, True])
+def test_crosskd_trains_the_head_before_the_cut_only(family, align):
+    student, teacher = pair(family)
+    kd = CrossKD(student.spec, teacher.spec, align=align)
+    terms, _ = run(kd, student, teacher, batch_of())
+    sum(terms.values()).backward()
+    for branch in (student.model.head.classification_head, student.model.head.regression_head):
+        step = 1 if family == "retinanet" else 3
+        for index, layer in enumerate(branch.conv):
+            reached = [p.grad is not None for p in layer.parameters()]
+            assert all(reached) if index < kd.after * step else not any(reached)
+
+
+def test_logit_kd_by_hand():
+    anchors = torch.tensor([[0.0, 0.0, 8.0, 8.0]] * 2)
+    layout = PredictionLayout("anchors", (((8.0, 8.0),),))
+    spec = DetectorSpec((FeatureLevel("p3", 4, 8.0),), ("cat",), "toy", layout)
+    kd = LogitKD(spec, spec)
+    target = DensePredictions(torch.full((1, 2, 1), 2 * math.log(3.0)), torch.ones(1, 2, 4), anchors, (2,))
+    ours = DensePredictions(torch.zeros(1, 2, 1), torch.zeros(1, 2, 4), anchors, (2,))
+    student = DetectorOutput(predictions=ours, assignment=torch.tensor([[0, -1]]))
+    terms = kd(student, DetectorOutput(predictions=target), batch_of(BOXES[:1]))
+    assert terms["box"].item() == 1.0
+    assert terms["classification"].item() == pytest.approx(4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5)))
+
+
+@pytest.mark.parametrize("method", [CrossKD, LogitKD])
+def test_outputs_that_are_missing_are_named(method):
+    spec = detector("retinanet", seed=0).spec
+    with pytest.raises(ValueError, match="Expected a student with"):
+        method(spec, spec)(DetectorOutput(), DetectorOutput(), batch_of())
+
+
+def test_arguments_out_of_range():
+    spec = detector("retinanet", seed=0).spec
+    for wrong in ({"after": 0}, {"beta": -1.0}, {"class_weight": 0.0}):
+        with pytest.raises(ValueError, match="Expected"):
+            CrossKD(spec, spec, **wrong)
+    for wrong in ({"temperature": 0.0}, {"box_weight": -1.0}):
+        with pytest.raises(ValueError, match="Expected"):
+            LogitKD(spec, spec, **wrong)
+    for wrong in (
+        {"temperature": 0.0},
+        {"foreground_weight": -1.0},
+        {"foreground_weight": 0.0, "background_weight": 0.0},
+    ):
+        with pytest.raises(ValueError, match="Expected"):
+            DeFeat(spec, spec, **wrong)
+
+
+BINS = 5
+
+
+def bins_spec(*, bins=BINS, classes=CLASSES):
+    layout = PredictionLayout("anchors", (((32.0, 32.0),),), box_bins=bins)
+    return DetectorSpec((FeatureLevel("p3", 4, 8.0),), classes, "toy", layout)
+
+
+def bins_output(feature, *, seed, assignment=None):
+    """Predictions of one anchor of 32 px at each cell of a map (B, 4, 8, 8), from fixed random 1x1 convolutions."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(len(CLASSES) + 4 * BINS, 4, generator=generator)
+    values = torch.einsum("oc,bchw->bhwo", weight, feature).flatten(1, 2)
+    y, x = torch.meshgrid(torch.arange(8) * 8.0, torch.arange(8) * 8.0, indexing="ij")
+    centres = torch.stack([x, y], dim=-1).view(-1, 2)
+    anchors = torch.cat([centres - 16, centres + 16], dim=1)
+    logits, bins = values[..., : len(CLASSES)], values[..., len(CLASSES) :].unflatten(2, (4, BINS))
+    dense = DensePredictions(logits, torch.zeros(len(feature), 64, 4), anchors, (64,), bins=bins)
+    return DetectorOutput((FeatureMap("p3", feature, 8.0, 8.0),), predictions=dense, assignment=assignment)
+
+
+@pytest.mark.parametrize("boxes", [BOXES, NONE])
+def test_ld_on_predictions_by_hand(boxes):
+    torch.manual_seed(0)
+    kd, batch = LD(bins_spec(), bins_spec()), batch_of(boxes)
+    feature = torch.randn(2, 4, 8, 8, requires_grad=True)
+    assignment = torch.full((2, 64), -1)
+    if boxes is BOXES:
+        assignment[0, 27] = 0
+        assignment[1, 18] = 0
+    student = bins_output(feature, seed=1, assignment=assignment)
+    theirs = torch.randn(2, 4, 8, 8, requires_grad=True)
+    teacher = bins_output(theirs, seed=2)
+    with NoHostSync():
+        terms = kd(student, teacher, batch)
+    assert set(terms) == set(kd.weights) == set(kd.minimum_boxes)
+    if boxes is BOXES:
+        ours, target = student.predictions, teacher.predictions
+        places = torch.tensor([27, 64 + 18])
+        picked = [entry.flatten(0, 1)[places] for entry in (ours.bins, target.bins, ours.logits, target.logits)]
+        weight = picked[2].sigmoid().amax(dim=1, keepdim=True).expand(-1, 4)
+        expected = bin_divergence(picked[0], picked[1], weight, temperature=10.0, normaliser=4.0)
+        torch.testing.assert_close(terms["localization"], expected)
+        torch.testing.assert_close(terms["classification"], bin_divergence(*picked[2:], temperature=2.0))
+        assert terms["valuable_region"].item() > 0
+    else:
+        assert all(term.item() == 0 for term in terms.values())
+    sum(terms.values()).backward()
+    assert feature.grad.isfinite().all() and theirs.grad is None
+    assert bool(feature.grad.abs().sum() > 0) == (boxes is BOXES)
+
+
+def test_ld_refuses_detectors_without_bins():
+    plain = detector("retinanet", seed=0).spec
+    with pytest.raises(DrkdError, match=r"got 0 bins from the student \(retinanet\).*CrossKD or LogitKD"):
+        LD(plain, plain)
+    with pytest.raises(DrkdError, match=r"got 5 bins from the student .* and 9 from the teacher"):
+        LD(bins_spec(), bins_spec(bins=9))
+    assert LD(bins_spec(), bins_spec(), balanced=False).weights == {
+        "localization": 0.25,
+        "valuable_region": 0.25,
+        "classification": 10.0,
+    }
+
+
+def test_methods_without_needs_of_the_teachers_ask_for_the_same():
+    student, teacher = pair("retinanet")
+    kd = FeatureHint(student.spec, teacher.spec)
+    assert kd.teacher_needs is None
+    assert Distiller(student, teacher, kd)(batch_of())["kd/hint"].isfinite()
