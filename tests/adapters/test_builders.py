@@ -93,12 +93,13 @@ def test_imagenet_weights_from_a_package():
         RetinaNetBuilder(backbone=name, backbone_weights="package:nothing").build(CLASSES)
 
 
-def test_imagenet_weights_recognise_a_photograph():
+@pytest.mark.parametrize("network_name", ["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"])
+def test_imagenet_weights_recognise_a_photograph(network_name):
     import timm
     from skimage.data import coffee
 
-    network = timm.create_model("tf_efficientnet_lite0").eval()
-    network.load_state_dict(package_state("package:efficientnet_lite0", "timm/tf_efficientnet_lite0"))
+    network = timm.create_model(f"tf_{network_name}").eval()
+    network.load_state_dict(package_state(f"package:{network_name}", f"timm/tf_{network_name}"))
     image = torch.from_numpy(coffee()).permute(2, 0, 1)[None].float() / 255
     image = nn.functional.interpolate(image[..., 100:500], size=(224, 224), mode="bilinear", antialias=True)
     with torch.no_grad():
