@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from drkd.contracts import DrkdError
-from drkd.recipes.builtin import builtin_recipe, list_builtin
+from drkd.recipes.builtin import builtin_recipe, list_builtin, list_comparisons
 from drkd.recipes.recipe_error import readable
 
 _BASE = "base"
@@ -54,7 +54,8 @@ def find_recipe(name: str | Path, *, beside: Path | None = None) -> Path:
         return builtin_recipe(str(name))
     except DrkdError:
         raise DrkdError(
-            f"There is no recipe file {path}, and drkd ships none of that name. It ships: {', '.join(list_builtin())}."
+            f"There is no recipe file {path}, and drkd ships none of that name. It ships: "
+            f"{', '.join([*list_builtin(), *list_comparisons()])}."
         ) from None
 
 
