@@ -216,11 +216,11 @@ def compare_parser(description: str, **settings: Any) -> ArgumentParser:
 def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
     """Measure what is missing, write the report and print its table; say what failed."""
     from drkd.cli_output import print_cells, print_failures
-    from drkd.recipes.comparison.definition import instantiate
+    from drkd.recipes.comparison.definition import instantiate, source_of
     from drkd.recipes.comparison.run import compare, list_cells
     from drkd.reports import write_comparison_report
 
-    source = str((config.config or ["the comparison"])[-1])
+    source = source_of(config)
     comparison = instantiate(parser, config)
     if config.dry_run:
         print_cells(list_cells(comparison, source=source, only=config.only), console)

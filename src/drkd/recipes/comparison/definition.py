@@ -106,6 +106,8 @@ class ComparisonFile(ActionConfigFile):
         except Exception as error:
             # jsonargparse raises errors of many kinds here, and every one is about what the file says.
             raise DrkdError(f"{chain[-1][0]}: {readable(error, parser)}") from error
+        # Messages name the file; jsonargparse notes None, since it was given the text.
+        cfg[dest][-1] = str(chain[-1][0])
 
 
 def comparison_parser(description: str = "", **settings: Any) -> ArgumentParser:
@@ -128,8 +130,13 @@ def instantiate(parser: ArgumentParser, config: Namespace) -> Comparison:
     """
     built = parser.instantiate(config)
     comparison = Comparison(**{item.name: built[item.name] for item in fields(Comparison)})
-    _check(comparison, source=str((config.get("config") or ["comparison"])[-1]))
+    _check(comparison, source=source_of(config))
     return comparison
+
+
+def source_of(config: Namespace) -> str:
+    """The file that a parsed comparison comes from, for messages."""
+    return str((config.get("config") or ["the command line"])[-1])
 
 
 def load_comparison(file: Path | str, overrides: Sequence[str] = ()) -> Comparison:

@@ -206,11 +206,14 @@ def _work(tasks: Sequence[Task], board: Board, *, jobs: int, lock: int | None) -
 
 
 def _start(task: Task, environment: dict[str, str], *, lock: int | None) -> subprocess.Popen[bytes]:
-    program, *arguments = task.cell.command("resume" if can_resume(task.cell) else "overwrite")
-    module = ["-m", "drkd"] if program == "drkd" else []
     task.state, task.began = "running", time.monotonic()
-    command = [sys.executable, *module, *arguments]
-    return start_leashed(command, log=task.cell.log, environment=environment, lock=lock)
+    return start_leashed(_program(task.cell), log=task.cell.log, environment=environment, lock=lock)
+
+
+def _program(cell: Cell) -> list[str]:
+    """The cell's command as this interpreter runs it; goes on from a checkpoint where there is one."""
+    program, *arguments = cell.command("resume" if can_resume(cell) else "overwrite")
+    return [sys.executable, *(["-m", "drkd"] if program == "drkd" else []), *arguments]
 
 
 def _end(task: Task, code: int, board: Board, failures: list[Failure]) -> None:
