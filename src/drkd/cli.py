@@ -103,7 +103,7 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> Any:
         return parser.parse_args(spelled)
     except (argparse.ArgumentError, TypeError, KeyError) as error:
         recipe = any(action.dest == "config" for action in parser._actions) and "--config" not in " ".join(spelled)
-        hint = "Give a recipe with --config, or see" if recipe else "See"
+        hint = "Name a file with --config, or see" if recipe else "See"
         raise DrkdError(f"{readable(error, parser)} {hint} {parser.prog} --help.") from error
 
 

@@ -26,6 +26,8 @@ class RecipeFile(ActionConfigFile):
     def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
         """Apply one ``--config`` (called by jsonargparse)."""
         for path, content in recipe_chain(value):
+            if "pairs" in content:
+                raise DrkdError(f"{path}: this is a comparison, not a recipe; run it with drkd compare.")
             try:
                 ActionConfigFile.apply_config(parser, cfg, dest, yaml.safe_dump(content))
             except DrkdError:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from drkd.contracts import DrkdError
+from drkd.recipes.comparison.cell import make_cells
 from drkd.recipes.comparison.definition import Arm, Pair, flatten, load_comparison
 
 
@@ -89,3 +91,18 @@ def test_mistakes_name_file_and_field(changes: dict[str, object], expected: str,
 def test_a_missing_file_lists_what_ships(tmp_path: Path) -> None:
     with pytest.raises(DrkdError, match="compare/digits"):
         load_comparison(tmp_path / "nowhere.yaml")
+
+
+def test_the_example_of_the_documentation_is_a_comparison(comparison_file: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "compare.md").read_text(encoding="utf-8")
+    (block,) = (block for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL) if "pairs:" in block)
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    recipe["training"] |= {"steps": None, "epochs": 12}
+    (tmp_path / "birds.yaml").write_text(yaml.safe_dump(recipe))
+    comparison_file.write_text(block)
+    comparison = load_comparison(comparison_file)
+    cells = {cell.name: cell for cell in make_cells(comparison, source="docs")}
+    assert len(cells) == 2 + 2 * 4 * 3
+    assert cells["wide/drkd/0"].settings["student"]["init_args"]["width"] == 0.5
+    assert cells["birds/short/0"].settings["training"]["epochs"] == 6
+    assert cells["birds/hint/2"].settings["method"]["init_args"]["weight"] == 0.5

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -118,13 +118,13 @@ class Board:
             return "time left not known yet"
         return f"about {_duration(left)} left" if left else "nothing left"
 
-    def render(self) -> Table:
-        """The board: a row a pair and method, a column a seed."""
+    def render(self) -> Group:
+        """The board: how far all is, and a table with a row a pair and method, a column a seed."""
         seeds = list(dict.fromkeys(task.cell.seed for task in self.tasks if task.cell.seed is not None))
         counts = {state: sum(task.state == state for task in self.tasks) for state in ("done", "running", "failed")}
         summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
         title = f"{len(self.tasks)} cells: {summary or 'none started'}; {self.left_words()}"
-        table = Table("pair", "method", title=Text(title), title_justify="left", box=None, pad_edge=False)
+        table = Table("pair", "method", box=None, pad_edge=False)
         for seed in seeds:
             table.add_column(f"seed {seed}")
         rows: dict[tuple[str, str], dict[int | None, Task]] = {}
@@ -135,7 +135,8 @@ class Board:
             teacher = by_seed.get(None)
             shown = [teacher, *[None] * (len(seeds) - 1)] if teacher else [by_seed.get(seed) for seed in seeds]
             table.add_row(pair, method, *(_cell_text(task) for task in shown[: len(seeds)]))
-        return table
+        # Not as the table's title, which would be wrapped at the width of the table.
+        return Group(Text(title), table)
 
     def _rest(self, task: Task) -> float | None:
         now = time.monotonic()
