@@ -29,6 +29,17 @@ def test_short_forms_are_spelled_out(comparison_file: Path) -> None:
     assert (comparison.jobs, comparison.seeds, comparison.reference) == (3, [4, 7], "student")
 
 
+def test_overrides_of_the_command_line_add_up(comparison_file: Path) -> None:
+    file = _changed(comparison_file, overrides={"training": {"steps": 5, "clip_norm": 1.0}, "inherit": True})
+    options = ["--overrides.training.steps=7", "--overrides.training.optimization.learning_rate", "0.5"]
+    assert load_comparison(file, options).overrides == {
+        "training.steps": 7,
+        "training.clip_norm": 1.0,
+        "inherit": True,
+        "training.optimization.learning_rate": 0.5,
+    }
+
+
 def test_null_is_the_lone_student_and_shipped_recipes_keep_their_names(comparison_file: Path) -> None:
     file = _changed(comparison_file, pairs={"a": "digits/retinanet"}, methods={"student": None})
     comparison = load_comparison(file)

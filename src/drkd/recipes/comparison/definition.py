@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ _ALONE = (None, "train")
 # As in recipes. Inside they are called otherwise: jsonargparse would build what has a class_path.
 _ARM_KEYS = {"class_path": "method", "init_args": "arguments", "overrides": "overrides"}
 _PAIR_KEYS = {"recipe": "recipe", "overrides": "overrides"}
+_OVERRIDE = "--overrides."
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 # What the comparison itself decides for every cell.
 _DECIDED = {
@@ -74,7 +76,7 @@ class Comparison:
         output: Folder of the cells, their runs and the report.
         seeds: Every method runs once with each; differences are paired by them.
         split: Split that every cell and the teacher are scored on, once, at the end.
-        overrides: Keys of the recipe to change in all cells, nested or dotted.
+        overrides: Keys of the recipe to change in all cells, nested or dotted; ``--overrides.training.steps=3``.
         jobs: Cells at a time; each is a process with its share of the threads.
         reference: Method that the others are compared with.
     """
@@ -110,9 +112,37 @@ class ComparisonFile(ActionConfigFile):
         cfg[dest][-1] = str(chain[-1][0])
 
 
+class _ComparisonParser(ArgumentParser):
+    """Adds up options such as ``--overrides.training.steps=3``; jsonargparse would keep the last of a group only."""
+
+    def parse_args(
+        self,
+        args: Sequence[str] | None = None,
+        namespace: Namespace | None = None,
+        env: bool | None = None,
+        defaults: bool = True,
+        **settings: Any,
+    ) -> Namespace:
+        """Parse, then put the overrides of the command line over those of the file."""
+        given = list(sys.argv[1:] if args is None else args)
+        rest: list[str] = []
+        stated: dict[str, Any] = {}
+        while given:
+            word = given.pop(0)
+            if not word.startswith(_OVERRIDE):
+                rest.append(word)
+                continue
+            key, equals, value = word.removeprefix(_OVERRIDE).partition("=")
+            stated[key] = yaml.safe_load(value if equals else given.pop(0) if given else "null")
+        config = super().parse_args(rest, namespace, env, defaults, **settings)
+        if stated:
+            config["overrides"] = {**flatten(config["overrides"]), **stated}
+        return config
+
+
 def comparison_parser(description: str = "", **settings: Any) -> ArgumentParser:
     """Build the parser of a comparison: every field is both a YAML key and a command-line option."""
-    parser = ArgumentParser(description=description, **settings)
+    parser = _ComparisonParser(description=description, **settings)
     parser.add_argument(
         "--config",
         action=ComparisonFile,
