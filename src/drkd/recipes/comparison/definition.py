@@ -115,7 +115,7 @@ class ComparisonFile(ActionConfigFile):
 class _ComparisonParser(ArgumentParser):
     """Adds up options such as ``--overrides.training.steps=3``; jsonargparse would keep the last of a group only."""
 
-    def parse_args(
+    def parse_args(  # type: ignore[override]  # jsonargparse departs from argparse too
         self,
         args: Sequence[str] | None = None,
         namespace: Namespace | None = None,
