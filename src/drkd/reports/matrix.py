@@ -86,8 +86,8 @@ def draw_cost(costs: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
             axes.set_title(pair)
             axes.set_xlabel("seconds per training step")
             axes.set_ylabel("AP x 100")
-            axes.set_xlim(left=0)
-            axes.margins(x=0.25, y=0.2)
+            axes.set_xlim(0, 1.35 * max((seconds for seconds, _ in by_method.values()), default=1.0))
+            axes.margins(y=0.2)
         if not costs:
             panels[0].set_axis_off()
             panels[0].text(0.5, 0.5, "no step was timed", ha="center", va="center")
