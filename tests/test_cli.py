@@ -20,6 +20,7 @@ from drkd.cli import main
 from drkd.cli_errors import explain
 from drkd.contracts import DrkdError
 from drkd.recipes import run_folder
+from drkd.recipes.builtin import builtin_recipe
 
 VERBS = [" ".join(key) for key in cli._VERBS]
 
@@ -72,7 +73,10 @@ def test_help_of_every_verb_has_examples(verb: str, capsys: pytest.CaptureFixtur
     "example",
     [example for key, verb in cli._VERBS.items() if key[0] not in ("train", "distill") for example in verb.examples],
 )
-def test_examples_are_accepted(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_are_accepted(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What examples of `drkd compare` name.
+    shutil.copy(builtin_recipe("compare/digits"), tmp_path / "comparison.yaml")
+    monkeypatch.chdir(tmp_path)
     words = example.split()
     key = next(key for key in cli._VERBS if tuple(words[: len(key)]) == key)
     verb = cli._VERBS[key]
@@ -276,6 +280,24 @@ def test_missing_checkpoint(tiny_coco: Path, tmp_path: Path, capsys: pytest.Capt
 def test_split_that_is_not_there(tiny_coco: Path, tiny_detector: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = _fails(capsys, "evaluate", tiny_detector, "--data", tiny_coco, "--split=tune", "--workers=0")
     assert "no split 'tune'" in message
+
+
+def test_a_comparison_with_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "must be given" in _fails(capsys, "compare")
+    assert "There is no recipe file nowhere.yaml" in _fails(capsys, "compare", "--config=nowhere.yaml")
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: compare/digits\nrefernce: hint\n")
+    message = _fails(capsys, "compare", "--config", file)
+    assert "mine.yaml: there is no such key as 'refernce'; did you mean 'reference'?" in message
+    message = _fails(capsys, "compare", "--config=compare/digits", "--reference=hnit", "--dry-run")
+    assert "digits.yaml: reference: there is no method 'hnit'; did you mean 'hint'?" in message
+    assert "--only retinanet/hnit: no cell" in _fails(
+        capsys, "compare", "--config=compare/digits", "--dry-run", "--only", "retinanet/hnit"
+    )
+    wrong = _fails(capsys, "compare", "--config=compare/digits", "--dry-run", "--overrides.training.stpes=3")
+    assert "pairs.retinanet with methods.student" in wrong and "did you mean 'training.steps'" in wrong
+    # And the other way round: a comparison is no recipe.
+    assert "digits.yaml: this is a comparison" in _fails(capsys, "train", "--config=compare/digits")
 
 
 def test_full_disk(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

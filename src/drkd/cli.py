@@ -103,7 +103,7 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> Any:
         return parser.parse_args(spelled)
     except (argparse.ArgumentError, TypeError, KeyError) as error:
         recipe = any(action.dest == "config" for action in parser._actions) and "--config" not in " ".join(spelled)
-        hint = "Give a recipe with --config, or see" if recipe else "See"
+        hint = "Name a file with --config, or see" if recipe else "See"
         raise DrkdError(f"{readable(error, parser)} {hint} {parser.prog} --help.") from error
 
 
@@ -128,6 +128,7 @@ def _overview(arguments: list[str], console: Console) -> int:
     console.print("  drkd data check path/to/coco                   is my data all right?")
     console.print("  drkd init path/to/coco --teacher teacher.pt    write a recipe for my data and teacher")
     console.print("  drkd distill --config recipe.yaml              train; the run folder then holds student.pt")
+    console.print("  drkd compare --config comparison.yaml          which method is best, by how much, how surely")
     console.print(
         "\n`drkd VERB --help` explains a verb with examples. DRKD_TRACEBACK=1 shows where an error comes from."
     )
@@ -170,6 +171,18 @@ _VERBS: Mapping[tuple[str, ...], _Verb] = {
             "distill --config recipe.yaml --resume",
         ),
         *verbs.recipe_verb("distill"),
+    ),
+    ("compare",): _Verb(
+        "Measure which method is best for your detector and data: methods x pairs x seeds from one file.",
+        (
+            "compare --config compare/digits --dry-run",
+            "compare --config comparison.yaml --jobs 2",
+            "compare --config comparison.yaml --only retinanet/drkd '*/student'",
+            "compare --config comparison.yaml --seeds=[0,1,2,3,4]",
+            "compare --config comparison.yaml --rerun",
+        ),
+        verbs.compare_parser,
+        verbs.run_compare,
     ),
     ("evaluate",): _Verb(
         "Print the twelve COCO numbers of a detector on a data set.",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -10,6 +11,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from drkd.recipes.comparison.cell import Cell
+    from drkd.recipes.comparison.run import Failure
     from drkd.recipes.training import RunResult
 
 
@@ -58,6 +61,28 @@ def print_metrics(metrics: Mapping[str, Any], cost: Mapping[str, Any] | None, co
         console.print("AP by class: " + ", ".join(f"{name} {_score(value)}" for name, value in per_class))
     if cost is not None:
         _print_cost(cost, console)
+
+
+def print_cells(cells: Sequence[tuple[Cell, str, list[str]]], console: Console) -> None:
+    """Print the cells of a comparison, their state and their files, and what changed since they were measured."""
+    width = max(len(cell.name) for cell, _, _ in cells)
+    for cell, state, changes in cells:
+        shown = "; ".join(changes[:2]) + ("; ..." if len(changes) > 2 else "")
+        console.print(f"{cell.name:<{width}}  {state:<7}  {cell.file}{f' ({shown})' if shown else ''}")
+    states = [state for _, state, _ in cells]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "missing", "changed") if state in states)
+    console.print(f"{len(cells)} cells: {counts}.")
+
+
+def print_failures(failures: Sequence[Failure]) -> None:
+    """Print on standard error which cells failed, and the last lines of their logs."""
+    for failure in failures:
+        print(f"\n{failure.name} failed; the end of {failure.log}:", file=sys.stderr)
+        for line in failure.lines:
+            print(f"  {line}", file=sys.stderr)
+    if failures:
+        names = ", ".join(failure.name for failure in failures)
+        print(f"\ndrkd: {len(failures)} cells failed ({names}). The same command tries them again.", file=sys.stderr)
 
 
 def _print_cost(cost: Mapping[str, Any], console: Console) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from drkd.cli_errors import WRONG
+from drkd.cli_errors import FAILED, INTERRUPTED, WRONG
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -186,6 +186,59 @@ def run_demo(config: Any, parser: ArgumentParser, console: Console) -> int:
     console.print((folder / "table.md").read_text(encoding="utf-8"))
     console.print(f"Open {page}")
     return 0
+
+
+def compare_parser(description: str, **settings: Any) -> ArgumentParser:
+    """Options of ``drkd compare``."""
+    from drkd.recipes.comparison.definition import comparison_parser
+
+    parser = comparison_parser(description, **settings)
+    parser.add_argument(
+        "--only",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="PAIR[/METHOD[/SEED]]",
+        help="Measure these cells only; * stands for anything, as in '*/hint'.",
+    )
+    parser.add_argument(
+        "--rerun",
+        type=Literal["no", "changed", "all"],
+        nargs="?",
+        const="changed",
+        default="no",
+        help="Measure again what was measured with other settings; 'all': every selected cell.",
+    )
+    _flag(parser, "dry_run", "List the cells and whether they are measured; run nothing.")
+    return parser
+
+
+def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
+    """Measure what is missing, write the report and print its table; say what failed."""
+    from drkd.cli_output import print_cells, print_failures
+    from drkd.recipes.comparison.definition import instantiate, source_of
+    from drkd.recipes.comparison.run import compare, list_cells
+    from drkd.reports import write_comparison_report
+
+    source = source_of(config)
+    comparison = instantiate(parser, config)
+    if config.dry_run:
+        print_cells(list_cells(comparison, source=source, only=config.only), console)
+        return 0
+    try:
+        compared = compare(comparison, source=source, only=config.only, rerun=config.rerun)
+    except KeyboardInterrupt:
+        print(
+            "drkd: interrupted; what was running is stopped, what was finished is kept. The same command goes on.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    if compared.measured:
+        page = write_comparison_report(compared.output)
+        console.print((compared.output / "table.md").read_text(encoding="utf-8"))
+        console.print(f"{compared.measured} of {compared.cells} cells are measured. Open {page}")
+    print_failures(compared.failures)
+    return FAILED if compared.failures else 0
 
 
 def report_parser(description: str, **settings: Any) -> ArgumentParser:

@@ -8,7 +8,7 @@ import pytest
 
 from drkd.contracts import DrkdError
 from drkd.recipes import builtin
-from drkd.recipes.builtin import builtin_folder, builtin_recipe, list_builtin
+from drkd.recipes.builtin import builtin_folder, builtin_recipe, list_builtin, list_comparisons
 
 
 def test_every_listed_recipe_exists() -> None:
@@ -18,10 +18,13 @@ def test_every_listed_recipe_exists() -> None:
 
 def test_names_are_paths_below_the_folder_without_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "coco").mkdir()
-    for name in ("demo.yaml", "coco/retinanet.yaml", "README.md"):
+    (tmp_path / "compare").mkdir()
+    for name in ("demo.yaml", "coco/retinanet.yaml", "compare/all.yaml", "README.md"):
         (tmp_path / name).write_text("{}")
     monkeypatch.setattr(builtin, "_IN_WHEEL", tmp_path)
     assert list_builtin() == ["coco/retinanet", "demo"]
+    assert list_comparisons() == ["compare/all"]
+    assert builtin_recipe("compare/all") == tmp_path / "compare/all.yaml"
     assert builtin_recipe("coco/retinanet") == builtin_recipe("coco/retinanet.yaml") == tmp_path / "coco/retinanet.yaml"
 
 

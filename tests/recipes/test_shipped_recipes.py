@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from drkd.contracts import DrkdError
-from drkd.recipes.builtin import builtin_recipe, list_builtin
+from drkd.recipes.builtin import builtin_recipe, list_builtin, list_comparisons
+from drkd.recipes.comparison.cell import make_cells
+from drkd.recipes.comparison.definition import load_comparison
 from drkd.recipes.recipe import load_recipe
 from drkd.recipes.recipe_file import find_recipe, recipe_chain
 from drkd.recipes.training import distill, train
@@ -54,6 +56,21 @@ def test_one_step(name: str, tiny_coco: Path, tiny_detector: Path, tmp_path: Pat
     recipe = load_recipe([name], _arguments(name, tiny_coco, tiny_detector, tmp_path / "run"))
     result = (train if recipe.teacher is None else distill)(recipe)
     assert (result.folder / "student.pt").is_file()
+
+
+@pytest.mark.parametrize("name", list_comparisons())
+def test_every_arm_of_a_comparison_takes_one_step(
+    name: str, tiny_coco: Path, tiny_detector: Path, tmp_path: Path
+) -> None:
+    comparison = load_comparison(name, [f"--output={tmp_path}"])
+    cells = make_cells(comparison, source=name)
+    first = [cell for cell in cells if cell.seed == comparison.seeds[0]]
+    assert len(cells) == len(first) * len(comparison.seeds) + sum(cell.seed is None for cell in cells)
+    for cell in first:
+        small = _arguments(comparison.pairs[cell.pair].recipe, tiny_coco, tiny_detector, cell.run_folder)
+        result = (train if cell.verb == "train" else distill)(load_recipe([], [*cell.arguments, *small]))
+        assert (result.folder / "student.pt").is_file(), cell.name
+        assert (result.folder / "training.json").is_file(), cell.name
 
 
 @pytest.mark.parametrize("name", [name for name in RUNNABLE if name.startswith("coco/")])

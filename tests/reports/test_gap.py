@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from drkd.reports.gap import compare_paired, share_recovered, summarise
+from drkd.reports.gap import best_rival, compare_paired, share_recovered, summarise
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,17 @@ def test_only_common_seeds_are_paired():
     assert math.isnan(difference.low)
     assert not difference.is_clear
     assert compare_paired({}, {}).count == 0
+
+
+def test_a_mean_over_nothing_known_is_not_known():
+    spread = summarise([0.1, math.nan])
+    assert math.isnan(spread.mean) and math.isnan(spread.std) and spread.count == 2
+
+
+def test_best_rival_is_neither_the_reference_nor_oneself():
+    scores = {"student": {0: 0.9}, "a": {0: 0.5, 1: 0.7}, "b": {0: 0.65}, "c": {0: math.nan}}
+    # Means: a 0.6, b 0.65.
+    assert best_rival(scores, "a", reference="student") == "b"
+    assert best_rival(scores, "b", reference="student") == "a"
+    assert best_rival(scores, "c", reference="student") == "b"
+    assert best_rival({"student": {0: 0.9}, "a": {0: 0.5}}, "a", reference="student") is None

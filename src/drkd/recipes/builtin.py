@@ -10,6 +10,7 @@ from drkd.contracts import DrkdError
 # runs from, that copy does not exist and the folder itself is read.
 _IN_WHEEL = Path(__file__).parent / "files"
 _IN_CHECKOUT = Path(__file__).parents[3] / "recipes"
+_COMPARISONS = "compare/"
 
 
 def builtin_folder() -> Path:
@@ -28,17 +29,26 @@ def builtin_folder() -> Path:
 
 def list_builtin() -> list[str]:
     """Names of the shipped recipes, sorted: paths below the folder without ``.yaml``, as in ``coco/retinanet``."""
+    return [name for name in _list_files() if not name.startswith(_COMPARISONS)]
+
+
+def list_comparisons() -> list[str]:
+    """Names of the shipped comparisons of `drkd compare`, sorted, as in ``compare/digits``."""
+    return [name for name in _list_files() if name.startswith(_COMPARISONS)]
+
+
+def _list_files() -> list[str]:
     folder = builtin_folder()
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def builtin_recipe(name: str) -> Path:
-    """Path of the shipped recipe of this name, with or without ``.yaml``.
+    """Path of the shipped recipe or comparison of this name, with or without ``.yaml``.
 
     Raises:
         DrkdError: If there is none; the message lists those there are.
     """
-    known = list_builtin()
+    known = _list_files()
     stem = name.removesuffix(".yaml")
     if stem not in known:
         raise DrkdError(f"drkd ships no recipe called {name!r}. It ships: {', '.join(known) or 'none'}.")

@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from drkd.contracts import DrkdError
-from drkd.recipes.builtin import builtin_recipe, list_builtin
+from drkd.recipes.builtin import builtin_recipe, list_builtin, list_comparisons
 from drkd.recipes.recipe_error import readable
 
 _BASE = "base"
@@ -26,6 +26,8 @@ class RecipeFile(ActionConfigFile):
     def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
         """Apply one ``--config`` (called by jsonargparse)."""
         for path, content in recipe_chain(value):
+            if "pairs" in content:
+                raise DrkdError(f"{path}: this is a comparison, not a recipe; run it with drkd compare.")
             try:
                 ActionConfigFile.apply_config(parser, cfg, dest, yaml.safe_dump(content))
             except DrkdError:
@@ -54,7 +56,8 @@ def find_recipe(name: str | Path, *, beside: Path | None = None) -> Path:
         return builtin_recipe(str(name))
     except DrkdError:
         raise DrkdError(
-            f"There is no recipe file {path}, and drkd ships none of that name. It ships: {', '.join(list_builtin())}."
+            f"There is no recipe file {path}, and drkd ships none of that name. It ships: "
+            f"{', '.join([*list_builtin(), *list_comparisons()])}."
         ) from None
 
 

@@ -21,6 +21,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from drkd.contracts import DrkdError
 
+_WRITTEN = (
+    *("run.json", "recipe.yaml", "metrics.csv", "evaluation.json", "cost.json", "training.json", "progress.json"),
+    "student.pt",
+)
 _PACKAGES = ("drkd", "torch", "torchvision", "timm", "lightning", "faster-coco-eval", "numpy")
 
 
@@ -71,6 +75,7 @@ class RunFolder:
     def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
         self.path = path
         self._run: dict[str, Any] = {}
+        self._clock = time.monotonic()
         # Of several processes only the first looks and writes: the others come when the folder is taken already.
         self.writes: bool = getattr(rank_zero_only, "rank", 0) == 0
         if not self.writes:
@@ -84,7 +89,7 @@ class RunFolder:
                 "another folder (--output)."
             )
         if taken and overwrite and not resume:
-            for name in ("run.json", "recipe.yaml", "metrics.csv", "evaluation.json", "cost.json", "student.pt"):
+            for name in _WRITTEN:
                 (path / name).unlink(missing_ok=True)
             for name in ("checkpoints", "logs"):
                 shutil.rmtree(path / name, ignore_errors=True)
@@ -124,6 +129,7 @@ class RunFolder:
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "status": "running",
         }
+        self._clock = time.monotonic()
         write_json(self.path / "run.json", self._run)
 
     def finish(self, status: str, **extra: Any) -> None:
@@ -131,7 +137,14 @@ class RunFolder:
         if not self.writes:
             return
         self._run.update(status=status, finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **extra)
+        self._run["seconds"] = round(time.monotonic() - self._clock, 1)
         write_json(self.path / "run.json", self._run)
+        (self.path / "progress.json").unlink(missing_ok=True)
+
+    def note_progress(self, progress: Mapping[str, int]) -> None:
+        """Say how far the run is, for whoever waits for it; gone when the run has ended."""
+        if self.writes:
+            write_json(self.path / "progress.json", progress)
 
     def next_log(self) -> Path:
         """Folder for this session's raw logs; a resumed run gets one of its own."""

@@ -19,6 +19,7 @@ from drkd.engine.callbacks import FiniteLossGuard, LineProgress, StudentAverage
 from drkd.engine.distiller import Distiller
 from drkd.engine.module import DistillationModule
 from drkd.engine.quiet import quiet_lightning
+from drkd.engine.training_cost import TrainingCost
 from drkd.evaluation import CocoEvaluator
 from drkd.recipes.evaluation import evaluate_detector
 from drkd.recipes.inheritance import inherit_neck_and_head
@@ -118,7 +119,8 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
     folder.start(resolved=recipe.resolved, seed=recipe.seed, kind=kind)
     average = StudentAverage(recipe.training.ema) if recipe.training.ema else None
     last, best = _checkpoints(recipe, folder)
-    callbacks = [*_callbacks(recipe), *([average] if average else []), *([best] if best else []), last]
+    cost = TrainingCost(folder.note_progress)
+    callbacks = [cost, *_callbacks(recipe), *([average] if average else []), *([best] if best else []), last]
     with quiet_lightning():
         trainer = _trainer(recipe, folder, callbacks)
     try:
@@ -132,6 +134,8 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
         folder.merge_metrics()
         if trainer.interrupted:
             raise KeyboardInterrupt
+        if folder.writes and cost.measured:
+            write_json(folder.path / "training.json", cost.measured)
         # On all processes: it is collective.
         trainer.save_checkpoint(folder.last_checkpoint, weights_only=False)
         _restore(recipe, module, best, average)

@@ -63,9 +63,9 @@ def share_recovered(*, teacher: float, baseline: float, distilled: float) -> flo
 
 
 def summarise(values: Sequence[float]) -> Spread:
-    """Return mean and sample standard deviation."""
-    if not values:
-        return Spread(math.nan, math.nan, 0)
+    """Return mean and sample standard deviation; NaN where a value is NaN."""
+    if not values or any(math.isnan(value) for value in values):
+        return Spread(math.nan, math.nan, len(values))
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
 
 
@@ -82,6 +82,23 @@ def compare_paired(baseline: Mapping[int, float], distilled: Mapping[int, float]
         return PairedDifference(spread.mean, math.nan, math.nan, spread.count)
     half = _student_t(spread.count - 1) * spread.std / math.sqrt(spread.count)
     return PairedDifference(spread.mean, spread.mean - half, spread.mean + half, spread.count)
+
+
+def best_rival(scores: Mapping[str, Mapping[int, float]], method: str, *, reference: str) -> str | None:
+    """Name the method of the best mean among those that are neither the reference nor this one; None if there is none.
+
+    Args:
+        scores: Value by seed, by method.
+        method: The method that is compared.
+        reference: The method that stands for no distillation.
+    """
+    means = {
+        name: summarise(list(values.values())).mean
+        for name, values in scores.items()
+        if name not in (method, reference)
+    }
+    known = {name: mean for name, mean in means.items() if not math.isnan(mean)}
+    return max(known, key=lambda name: known[name]) if known else None
 
 
 def _student_t(freedom: int) -> float:

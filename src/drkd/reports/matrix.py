@@ -1,4 +1,4 @@
-"""The figure of a run matrix: every seed a dot, every method's mean a line, the teacher a level."""
+"""Figures of a run matrix: every seed's scores, differences with their intervals, scores against cost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from drkd.reports.figures import DISTILLED, SERIES, STUDENT, TEACHER, drawing_style, new_figure, size_label
-from drkd.reports.gap import summarise
+from drkd.reports.gap import PairedDifference, summarise
 from drkd.reports.tables import group_scores
 
 if TYPE_CHECKING:
@@ -32,6 +32,65 @@ def draw_matrix(cells: Sequence[Mapping[str, Any]], *, metrics: Sequence[str] = 
         for axes, (detector, metric) in zip(panels, wanted, strict=False):
             _draw_panel(axes, {method: list(found[metric].values()) for method, found in scores[detector].items()})
             axes.set_title(f"{detector}: {size_label(metric, None)}")
+        return figure
+
+
+def draw_differences(
+    differences: Mapping[str, Mapping[str, Mapping[str, PairedDifference]]], *, reference: str
+) -> Figure:
+    """Draw paired differences with their intervals, one panel a pair and metric.
+
+    Args:
+        differences: By pair, metric and method, in [0, 1].
+        reference: The method that stands at zero.
+    """
+    wanted = [(pair, metric) for pair, by_metric in differences.items() for metric in by_metric]
+    rows = max((len(differences[pair][metric]) for pair, metric in wanted), default=1)
+    with drawing_style():
+        figure = new_figure(0.6 + 3.4 * max(1, len(wanted)), 1.3 + 0.36 * rows)
+        panels = figure.subplots(1, max(1, len(wanted)), squeeze=False)[0]
+        for axes, (pair, metric) in zip(panels, wanted, strict=False):
+            by_method = differences[pair][metric]
+            for row, difference in enumerate(by_method.values()):
+                colour = DISTILLED if difference.is_clear else TEACHER
+                if not math.isnan(difference.low):
+                    ends = [100 * difference.low, 100 * difference.high]
+                    axes.plot(ends, [row, row], color=colour, linewidth=2.4, solid_capstyle="butt")
+                axes.plot([100 * difference.mean], [row], "o", color=colour, markersize=6)
+            axes.axvline(0, color=STUDENT, linewidth=1.4)
+            axes.set_yticks(range(len(by_method)), list(by_method))
+            axes.set_ylim(len(by_method) - 0.4, -0.6)
+            axes.set_title(f"{pair}: Δ {size_label(metric, None)}")
+            axes.set_xlabel(f"to {reference}, x 100; blue: beyond chance")
+        if not wanted:
+            panels[0].set_axis_off()
+            panels[0].text(0.5, 0.5, f"nothing to compare with {reference} yet", ha="center", va="center")
+        return figure
+
+
+def draw_cost(costs: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
+    """Draw AP against the time of a training step, one panel a pair.
+
+    Args:
+        costs: By pair and method: seconds per step, and AP in [0, 1].
+    """
+    with drawing_style():
+        figure = new_figure(0.6 + 3.6 * max(1, len(costs)), 3.1)
+        panels = figure.subplots(1, max(1, len(costs)), squeeze=False)[0]
+        for axes, (pair, by_method) in zip(panels, costs.items(), strict=False):
+            spare = (colour for colour in SERIES[2:] * 3)
+            for method, (seconds, score) in by_method.items():
+                colour = _COLOURS.get(method) or next(spare)
+                axes.plot([seconds], [100 * score], "o", color=colour, markersize=8)
+                axes.annotate(method, (seconds, 100 * score), xytext=(6, 5), textcoords="offset points")
+            axes.set_title(pair)
+            axes.set_xlabel("seconds per training step")
+            axes.set_ylabel("AP x 100")
+            axes.set_xlim(0, 1.35 * max((seconds for seconds, _ in by_method.values()), default=1.0))
+            axes.margins(y=0.2)
+        if not costs:
+            panels[0].set_axis_off()
+            panels[0].text(0.5, 0.5, "no step was timed", ha="center", va="center")
         return figure
 
 

@@ -20,7 +20,7 @@ from drkd.reports.tables import Model, Table, compare_classes, compare_matrix, c
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PAGE = "report.html"
+PAGE = "report.html"
 _FIGURES = "figures"
 
 
@@ -86,15 +86,15 @@ def write_demo_report(folder: Path) -> Path:
         "distillation": draw_kd_report(distilled.curves),
         "losses": draw_losses(distilled.curves),
     }
-    images = _save_figures(figures, folder)
+    images = save_figures(figures, folder)
     sections = [
         Section("Result", "", table, images["headline"], "Bars of AP and AP_S for each model beside one image"),
         *_demo_sections(images),
         Section("Every class", "AP of every class.", compare_classes({m.name: m.evaluation for m in models})),
     ]
     write_atomically(folder / "table.md", table.markdown().encode())
-    return _write_page(
-        folder / _PAGE,
+    return write_page(
+        folder / PAGE,
         title="A student taught by DRKD",
         lead="The same student, budget and seed twice: alone, and taught by a frozen teacher through dual relation "
         "knowledge distillation. It costs the same at inference; only its weights differ.",
@@ -119,7 +119,7 @@ def write_run_report(folder: Path) -> Path:
     distils = any(name.startswith(("kd/", "ratio/")) for name in run.curves)
     if distils:
         figures["distillation"] = draw_kd_report(run.curves)
-    images = _save_figures(figures, folder)
+    images = save_figures(figures, folder)
     sections = []
     if run.evaluation:
         sections.append(Section("Result", "COCO's twelve numbers, x 100.", describe_evaluation(run.evaluation)))
@@ -130,8 +130,8 @@ def write_run_report(folder: Path) -> Path:
     if run.evaluation:
         sections.append(Section("Every class", "AP of every class.", compare_classes({"AP": run.evaluation})))
     status = str(run.facts.get("status", "unknown"))
-    return _write_page(
-        folder / _PAGE,
+    return write_page(
+        folder / PAGE,
         title=f"Run {folder.name}",
         lead=f"Status: {status}.",
         sections=sections,
@@ -155,7 +155,7 @@ def write_matrix_report(results: Sequence[Mapping[str, Any]], out: Path) -> Path
     if not results:
         raise DrkdError(f"The run matrix for {out} holds no cells, so there is nothing to report.")
     table = compare_matrix(results)
-    images = _save_figures({"matrix": draw_matrix(results)}, out)
+    images = save_figures({"matrix": draw_matrix(results)}, out)
     write_atomically(out / "table.md", table.markdown().encode())
     section = Section(
         "Result",
@@ -165,7 +165,7 @@ def write_matrix_report(results: Sequence[Mapping[str, Any]], out: Path) -> Path
         "Scores of every seed by detector and method",
     )
     lead = "Every method ran with the same seeds and the same budget."
-    return _write_page(out / _PAGE, title="Run matrix", lead=lead, sections=[section], runs={})
+    return write_page(out / PAGE, title="Run matrix", lead=lead, sections=[section], runs={})
 
 
 def _demo_sections(images: Mapping[str, bytes]) -> list[Section]:
@@ -236,14 +236,24 @@ def _read_cost_if_there(folder: Path) -> dict[str, Any]:
     return read_cost(path) if path.exists() else {}
 
 
-def _save_figures(figures: Mapping[str, Figure], folder: Path) -> dict[str, bytes]:
+def save_figures(figures: Mapping[str, Figure], folder: Path) -> dict[str, bytes]:
+    """Write the figures as ``figures/<name>.png``; return them."""
     images = {name: render_png(figure) for name, figure in figures.items()}
     for name, image in images.items():
         write_atomically(folder / _FIGURES / f"{name}.png", image)
     return images
 
 
-def _write_page(path: Path, *, title: str, lead: str, sections: Sequence[Section], runs: Mapping[str, Run]) -> Path:
+def write_page(path: Path, *, title: str, lead: str, sections: Sequence[Section], runs: Mapping[str, Run]) -> Path:
+    """Write one HTML file with everything inside.
+
+    Args:
+        path: The file.
+        title: Heading.
+        lead: The first sentence.
+        sections: In this order.
+        runs: By name, runs whose facts and recipes close the page.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     # Everything that comes from a run is escaped: names of classes and folders are not ours.

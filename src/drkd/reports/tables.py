@@ -13,7 +13,7 @@ from drkd.contracts import DrkdError
 from drkd.reports.files import Evaluation
 from drkd.reports.gap import PairedDifference, Spread, compare_paired, share_recovered, summarise
 
-_HEADINGS = {"ap": "AP", "ap50": "AP50", "ap_small": "AP_S", "ap_medium": "AP_M", "ap_large": "AP_L"}
+HEADINGS = {"ap": "AP", "ap50": "AP50", "ap_small": "AP_S", "ap_medium": "AP_M", "ap_large": "AP_L"}
 _BASELINE = "student"
 _TEACHER = "teacher"
 _NOTHING = "-"
@@ -111,14 +111,14 @@ def compare_models(teacher: Model, student: Model, distilled: Model) -> Table:
     rows = [
         (
             model.name,
-            *(format_score(model.evaluation.metrics[metric]) for metric in _HEADINGS),
+            *(format_score(model.evaluation.metrics[metric]) for metric in HEADINGS),
             *_format_cost(model.cost),
             format_share(share) if model is distilled else "",
         )
         for model in models
     ]
     latency = "Latency" if any(_device(model) not in ("", "cpu") for model in models) else "CPU latency"
-    columns = ("Model", *_HEADINGS.values(), "Parameters", "FLOPs", latency, "Gap recovered")
+    columns = ("Model", *HEADINGS.values(), "Parameters", "FLOPs", latency, "Gap recovered")
     notes = [student.evaluation.thresholds, "Gap recovered: (student + DRKD - student) / (teacher - student), in AP."]
     if math.isnan(share):
         notes.append("The teacher is not better than the lone student here, so there is no gap to recover.")
@@ -155,16 +155,16 @@ def compare_matrix(cells: Sequence[Mapping[str, Any]], *, metrics: Sequence[str]
     scores = group_scores(cells, metrics=metrics)
     columns = ["Detector", "Method", "Seeds"]
     for metric in metrics:
-        columns += [_HEADINGS.get(metric, metric), f"Δ {_HEADINGS.get(metric, metric)} (95 %)"]
+        columns += [HEADINGS.get(metric, metric), f"Δ {HEADINGS.get(metric, metric)} (95 %)"]
     rows = []
     for detector, methods in scores.items():
         for method, by_metric in methods.items():
             row = [detector, method, str(len(by_metric[metrics[0]]))]
             for metric in metrics:
-                row.append(_format_spread(summarise(list(by_metric[metric].values()))))
+                row.append(format_spread(summarise(list(by_metric[metric].values()))))
                 compared = method not in (_BASELINE, _TEACHER) and _BASELINE in methods
                 paired = compare_paired(methods[_BASELINE][metric], by_metric[metric]) if compared else None
-                row.append(_format_difference(paired) if paired else "")
+                row.append(format_difference(paired) if paired else "")
             rows.append((*row, _format_matrix_share(methods, method, metrics[0])))
     sides = {tuple(cell["thresholds_px"]) for cell in cells if "thresholds_px" in cell} or {(32.0, 96.0)}
     if len(sides) > 1:
@@ -172,7 +172,7 @@ def compare_matrix(cells: Sequence[Mapping[str, Any]], *, metrics: Sequence[str]
     notes = (
         "Mean ± sample standard deviation over seeds, x 100. Δ: distilled minus lone student, paired by seed, "
         "with Student's 95 % interval of the mean. Gap recovered: of the teacher's lead over the lone student, "
-        f"in {_HEADINGS.get(metrics[0], metrics[0])}.",
+        f"in {HEADINGS.get(metrics[0], metrics[0])}.",
         Evaluation({}, {}, sides.pop()).thresholds,
     )
     return Table((*columns, "Gap recovered"), tuple(rows), notes, words=2)
@@ -246,13 +246,15 @@ def _describe_cost(costs: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _format_spread(spread: Spread) -> str:
+def format_spread(spread: Spread) -> str:
+    """Write mean and spread of scores, x 100; of one value the mean alone."""
     if math.isnan(spread.std):
         return format_score(spread.mean)
     return f"{100 * spread.mean:.1f} ± {100 * spread.std:.1f}"
 
 
-def _format_difference(difference: PairedDifference) -> str:
+def format_difference(difference: PairedDifference) -> str:
+    """Write a difference of scores, x 100, with its interval where there is one."""
     if math.isnan(difference.mean):
         return _NOTHING
     if math.isnan(difference.low):

@@ -1,0 +1,296 @@
+"""One cell of a comparison: its command, where its files are, whether it is measured, and what is kept of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from drkd.contracts import DrkdError
+from drkd.recipes.comparison.definition import TEACHER, Arm, Comparison, Pair, flatten
+from drkd.recipes.recipe import load_recipe
+from drkd.recipes.recipe_file import recipe_chain
+from drkd.recipes.run_folder import write_json
+
+State = Literal["done", "missing", "changed"]
+
+# Where a run writes and how it starts says nothing about what it measures.
+_NO_SETTINGS = ("output", "resume", "overwrite")
+# What a teacher's scores depend on.
+_TEACHERS_SETTINGS = (
+    *("teacher", "data.root", "data.min_size", "data.max_size", "data.size_divisor", "data.pad_to", "data.val_limit"),
+    *("data.class_names", "evaluation.split", "evaluation.area_scale"),
+)
+_KEPT = ("steps", "epochs", "commit", "versions", "machine", "started", "finished")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on a pair with a seed, or a pair's teacher.
+
+    Args:
+        pair: Name of the pair.
+        method: Name of the method, or "teacher".
+        seed: Of everything random; None for a teacher.
+        verb: "train", "distill" or "teacher".
+        arguments: Command-line arguments after the verb, without those of the run folder.
+        settings: The resolved recipe as nested plain values.
+        stated: Dotted keys that the recipe files, the comparison and its overrides state; the rest are defaults.
+        output: The comparison's folder.
+    """
+
+    pair: str
+    method: str
+    seed: int | None
+    verb: str
+    arguments: tuple[str, ...]
+    settings: Mapping[str, Any]
+    stated: frozenset[str]
+    output: Path
+
+    @property
+    def name(self) -> str:
+        """As ``--only`` and messages name it."""
+        return f"{self.pair}/{self.method}" + ("" if self.seed is None else f"/{self.seed}")
+
+    @property
+    def file(self) -> Path:
+        """The results, one file a cell."""
+        if self.seed is None:
+            return self.output / "cells" / self.pair / f"{TEACHER}.json"
+        return self.output / "cells" / self.pair / self.method / f"seed{self.seed}.json"
+
+    @property
+    def run_folder(self) -> Path:
+        """The run folder."""
+        leaf = TEACHER if self.seed is None else f"{self.method}-seed{self.seed}"
+        return self.output / "runs" / self.pair / leaf
+
+    @property
+    def log(self) -> Path:
+        """What the cell's process printed."""
+        return self.run_folder.with_name(f"{self.run_folder.name}.log")
+
+    def command(self, how: Literal["overwrite", "resume"] = "overwrite") -> tuple[str, ...]:
+        """The command line, without the interpreter."""
+        program = ("python", "-m", "drkd.recipes.comparison.teacher") if self.seed is None else ("drkd", self.verb)
+        return (*program, *self.arguments, f"--output={self.run_folder}", f"--{how}=true")
+
+
+def make_cells(comparison: Comparison, *, source: str) -> list[Cell]:
+    """List the cells: teachers first, then seed by seed, so that a broken-off comparison has compared something.
+
+    Args:
+        comparison: What to compare.
+        source: The comparison's file, for messages.
+
+    Raises:
+        DrkdError: If a recipe cannot be used with a method, naming file, pair and method.
+    """
+    teachers: list[Cell] = []
+    arms: list[Cell] = []
+    for pair_name, pair in comparison.pairs.items():
+        for name, arm in comparison.methods.items():
+            try:
+                cell = _make_cell(comparison, (pair_name, pair), (name, arm))
+            except DrkdError as error:
+                raise DrkdError(f"{source}: pairs.{pair_name} with methods.{name}: {error}") from error
+            arms.append(cell)
+        teacher = _make_teacher(comparison, pair_name, pair)
+        teachers += [teacher] if teacher is not None else []
+    seeded = [_with_seed(cell, seed) for seed in comparison.seeds for cell in arms]
+    return [*teachers, *seeded]
+
+
+def look_up(cell: Cell) -> tuple[State, list[str]]:
+    """Say whether the cell is measured, and which settings differ from those that it was measured with.
+
+    Raises:
+        DrkdError: If its file is damaged.
+    """
+    if not cell.file.exists():
+        return "missing", []
+    recorded = read_object(cell.file).get("recipe")
+    if not isinstance(recorded, Mapping):
+        raise DrkdError(f"{cell.file}: field recipe should be an object. Remove the file, and the cell is measured.")
+    changes = differences(recorded, cell.settings, stated=cell.stated)
+    return ("changed" if changes else "done"), changes
+
+
+def differences(recorded: Mapping[str, Any], now: Mapping[str, Any], *, stated: Iterable[str]) -> list[str]:
+    """Say which settings are not what they were, as words: "training.steps was 400, is 200".
+
+    A key that was not recorded is an option that drkd has got since; it counts only where it is stated.
+
+    Args:
+        recorded: Settings then.
+        now: Settings now.
+        stated: Dotted keys that somebody states now.
+    """
+    then, present, said = _leaves(recorded), _leaves(now), {_plain_key(key) for key in stated}
+    words = [
+        f"{key} was {then[key]!r}, is {present[key]!r}" if key in present else f"{key} was {then[key]!r}, is gone"
+        for key in then
+        if key not in present or then[key] != present[key]
+    ]
+    return words + [f"{key} is new: {present[key]!r}" for key in present if key not in then and key in said]
+
+
+def is_finished(cell: Cell) -> bool:
+    """Whether the run folder holds a finished run of these settings that was not collected (its parent was killed)."""
+    return _recorded_status(cell) == "finished" and (cell.run_folder / "evaluation.json").exists()
+
+
+def can_resume(cell: Cell) -> bool:
+    """Whether the run folder holds an unfinished run of these settings with a checkpoint."""
+    status = _recorded_status(cell)
+    return status is not None and status != "finished" and (cell.run_folder / "checkpoints" / "last.ckpt").exists()
+
+
+def collect(cell: Cell) -> dict[str, Any]:
+    """Write the cell's file, whole or not at all, from what its run left; return its content.
+
+    Raises:
+        DrkdError: If the run folder lacks a file.
+    """
+    run = read_object(cell.run_folder / "run.json")
+    evaluation = read_object(cell.run_folder / "evaluation.json")
+    training = cell.run_folder / "training.json"
+    metrics = cell.run_folder / "metrics.csv"
+    content = {
+        "pair": cell.pair,
+        "method": cell.method,
+        "seed": cell.seed,
+        "metrics": {name: value for name, value in evaluation.items() if isinstance(value, float | None)},
+        "thresholds_px": evaluation["thresholds_px"],
+        "per_class": evaluation["per_class"],
+        "training": read_object(training) if training.exists() else {},
+        "distillation": summarise_terms(metrics) if metrics.exists() else {},
+        "command": list(cell.command()),
+        "recipe": cell.settings,
+        "seconds": run.get("seconds"),
+        "earlier_sessions": len(run.get("sessions", [])),
+        **{name: run.get(name) for name in _KEPT},
+    }
+    write_json(cell.file, content)
+    return content
+
+
+def summarise_terms(metrics: Path) -> dict[str, dict[str, float]]:
+    """Median gradient ratio, and first and last value (means of a tenth of the run), of each distillation term.
+
+    Args:
+        metrics: ``metrics.csv`` of a run.
+    """
+    columns: dict[str, list[float]] = {}
+    with metrics.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name.startswith(("ratio/", "bare/")):
+                    columns.setdefault(name, []).append(float(value))
+    found: dict[str, dict[str, float]] = {}
+    for name, values in columns.items():
+        kind, _, term = name.partition("/")
+        if kind == "ratio":
+            found.setdefault(term, {})["median_gradient_ratio"] = sorted(values)[len(values) // 2]
+        else:
+            part = max(1, len(values) // 10)
+            found.setdefault(term, {}).update(first=sum(values[:part]) / part, last=sum(values[-part:]) / part)
+    return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        DrkdError: If it is missing or damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DrkdError(f"{path}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise DrkdError(f"{path}: no valid JSON ({error}). Remove the file, and the cell is measured again.") from error
+    if not isinstance(content, dict):
+        raise DrkdError(f"{path}: expected an object, got {type(content).__name__}.")
+    return content
+
+
+def _make_cell(comparison: Comparison, pair: tuple[str, Pair], arm: tuple[str, Arm]) -> Cell:
+    overrides = {
+        **flatten(comparison.overrides),
+        **flatten(pair[1].overrides),
+        **flatten(arm[1].overrides),
+        "evaluation.split": comparison.split,
+        # Not the recipe's own method with other arguments: what the comparison says is what runs.
+        "method": None,
+    }
+    options = [_option(key, value) for key, value in overrides.items()]
+    method: dict[str, Any] = {}
+    if arm[1].method is not None:
+        method = {"class_path": arm[1].method, "init_args": arm[1].arguments}
+        options.append(_option("method", method))
+    arguments = (f"--config={pair[1].recipe}", *options)
+    recipe = load_recipe([], [*arguments, f"--output={comparison.output}"])
+    if method and recipe.teacher is None:
+        raise DrkdError(f"the recipe {pair[1].recipe} names no teacher, and the method needs one.")
+    settings = yaml.safe_load(recipe.resolved)
+    kept = {key: value for key, value in settings.items() if key not in _NO_SETTINGS}
+    stated = {key for _, content in recipe_chain(pair[1].recipe) for key in _leaves(content)}
+    stated |= {*_leaves(overrides), *(f"method.{key}" for key in _leaves(method))}
+    verb = "distill" if method else "train"
+    return Cell(pair[0], arm[0], 0, verb, arguments, kept, frozenset(stated), comparison.output)
+
+
+def _make_teacher(comparison: Comparison, name: str, pair: Pair) -> Cell | None:
+    cell = _make_cell(comparison, (name, pair), (TEACHER, Arm()))
+    if cell.settings.get("teacher") is None:
+        return None
+    leaves = _leaves(cell.settings, plain=False)
+    kept = {key: value for key, value in leaves.items() if key.startswith(_TEACHERS_SETTINGS)}
+    return Cell(name, TEACHER, None, "teacher", cell.arguments, kept, cell.stated, comparison.output)
+
+
+def _with_seed(cell: Cell, seed: int) -> Cell:
+    settings = {**cell.settings, "seed": seed}
+    arguments = (*cell.arguments, f"--seed={seed}")
+    return Cell(cell.pair, cell.method, seed, cell.verb, arguments, settings, cell.stated, cell.output)
+
+
+def _recorded_status(cell: Cell) -> str | None:
+    """How the run in the cell's folder ended, if it is a run of the cell's settings."""
+    recipe, run = cell.run_folder / "recipe.yaml", cell.run_folder / "run.json"
+    try:
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        status = json.loads(run.read_text(encoding="utf-8")).get("status")
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):
+        return None
+    if cell.seed is None or not isinstance(settings, Mapping):
+        return None
+    kept = {key: value for key, value in settings.items() if key not in _NO_SETTINGS}
+    return None if differences(kept, cell.settings, stated=cell.stated) else status
+
+
+def _option(key: str, value: Any) -> str:
+    return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def _leaves(content: Mapping[str, Any], prefix: str = "", *, plain: bool = True) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            found.update(_leaves(value, f"{prefix}{key}.", plain=plain))
+        else:
+            name = f"{prefix}{key}"
+            found[_plain_key(name) if plain else name] = value
+    return found
+
+
+def _plain_key(key: str) -> str:
+    """Without init_args: ``student.width`` and ``student.init_args.width`` are one key."""
+    return key.replace(".init_args", "")

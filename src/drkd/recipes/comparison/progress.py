@@ -1,0 +1,189 @@
+"""How far a comparison is: every cell's state, scores as they come in, and the time that is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Literal
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from drkd.contracts import DrkdError
+from drkd.recipes.comparison.cell import Cell, read_object
+from drkd.recipes.comparison.definition import TEACHER
+
+
+@dataclass
+class Task:
+    """A cell on its way.
+
+    Args:
+        cell: The cell.
+        state: Where it stands.
+        content: The cell's file, once it is done.
+        began: `time.monotonic` when its process started.
+        step: Optimizer steps taken, as far as they were noted.
+        steps: Of how many; 0 while that is not known.
+        epoch: Passes over the data completed.
+        earlier: Whether it was done before this session.
+    """
+
+    cell: Cell
+    state: Literal["queued", "running", "done", "failed"] = "queued"
+    content: dict[str, Any] = field(default_factory=dict)
+    began: float = 0.0
+    step: int = 0
+    steps: int = 0
+    epoch: int = 0
+    earlier: bool = False
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the finished cell took."""
+        value = self.content.get("seconds")
+        return float(value) if isinstance(value, int | float) else None
+
+    def look(self) -> None:
+        """Read how far the running cell is; its file may not be there yet."""
+        try:
+            noted = read_object(self.cell.run_folder / "progress.json")
+            self.step, self.steps, self.epoch = (int(noted[name]) for name in ("step", "steps", "epoch"))
+        except (DrkdError, KeyError, TypeError, ValueError):
+            return
+
+    def words(self) -> str:
+        """The state in a few words: scores, or how far it is."""
+        if self.state == "done":
+            metrics = self.content["metrics"]
+            return f"AP {_score(metrics.get('ap'))}, AP_S {_score(metrics.get('ap_small'))}"
+        if self.state != "running":
+            return self.state
+        if not self.steps:
+            return "starting" if self.cell.method != TEACHER else "evaluating"
+        return "evaluating" if self.step >= self.steps else f"step {self.step}/{self.steps}, epoch {self.epoch + 1}"
+
+
+class Board:
+    """Shows the tasks: a table that is redrawn on a terminal, a line an event elsewhere.
+
+    Args:
+        tasks: All of them.
+        console: Where to show them.
+        jobs: Cells at a time, for the time that is left.
+    """
+
+    def __init__(self, tasks: Sequence[Task], console: Console, *, jobs: int) -> None:
+        self.tasks = tasks
+        self.console = console
+        self.jobs = jobs
+
+    @contextmanager
+    def shown(self) -> Iterator[Callable[[], None]]:
+        """Show the board inside this block; yields what redraws it."""
+        if not self.console.is_terminal:
+            yield lambda: None
+            return
+        with Live(self.render(), console=self.console, refresh_per_second=4, transient=False) as live:
+            yield lambda: live.update(self.render())
+
+    def say(self, task: Task) -> None:
+        """Say that a task has started or ended, where nothing is redrawn."""
+        if self.console.is_terminal:
+            return
+        ended = [other for other in self.tasks if other.state in ("done", "failed")]
+        words = task.words() if task.state != "running" else "started"
+        took = f", {_duration(task.seconds)}" if task.state == "done" and task.seconds is not None else ""
+        left = f"; {self.left_words()}" if task.state in ("done", "failed") else ""
+        self.console.print(f"[{len(ended)}/{len(self.tasks)}] {task.cell.name}: {words}{took}{left}")
+
+    def seconds_left(self) -> float | None:
+        """Estimate from finished cells of the same pair and method, else of whatever is most alike; None if none is."""
+        open_tasks = [task for task in self.tasks if task.state in ("queued", "running")]
+        rest = [self._rest(task) for task in open_tasks]
+        known = [value for value in rest if value is not None]
+        if len(known) < len(rest):
+            return None
+        return max(sum(known) / self.jobs, max(known, default=0.0))
+
+    def left_words(self) -> str:
+        """The estimate in words."""
+        left = self.seconds_left()
+        if left is None:
+            return "time left not known yet"
+        return f"about {_duration(left)} left" if left else "nothing left"
+
+    def render(self) -> Group:
+        """The board: how far all is, and a table with a row a pair and method, a column a seed."""
+        seeds = list(dict.fromkeys(task.cell.seed for task in self.tasks if task.cell.seed is not None))
+        counts = {state: sum(task.state == state for task in self.tasks) for state in ("done", "running", "failed")}
+        summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        title = f"{len(self.tasks)} cells: {summary or 'none started'}; {self.left_words()}"
+        table = Table("pair", "method", box=None, pad_edge=False)
+        for seed in seeds:
+            table.add_column(f"seed {seed}")
+        rows: dict[tuple[str, str], dict[int | None, Task]] = {}
+        for task in self.tasks:
+            rows.setdefault((task.cell.pair, task.cell.method), {})[task.cell.seed] = task
+        order = list(dict.fromkeys(pair for pair, _ in rows))
+        for (pair, method), by_seed in sorted(rows.items(), key=lambda item: order.index(item[0][0])):
+            teacher = by_seed.get(None)
+            shown = [teacher, *[None] * (len(seeds) - 1)] if teacher else [by_seed.get(seed) for seed in seeds]
+            table.add_row(pair, method, *(_cell_text(task) for task in shown[: len(seeds)]))
+        # Not as the table's title, which would be wrapped at the width of the table.
+        return Group(Text(title), table)
+
+    def _rest(self, task: Task) -> float | None:
+        now = time.monotonic()
+        whole = self._expected(task.cell)
+        if task.state == "running" and task.step and task.steps:
+            elapsed = now - task.began
+            by_steps = elapsed * (task.steps / task.step)
+            # What is measured of this very cell counts more the further it is; evaluation comes on top of it.
+            share = task.step / task.steps
+            whole = by_steps if whole is None else share * by_steps + (1 - share) * whole
+        if whole is None:
+            return None
+        return max(0.0, whole - (now - task.began)) if task.state == "running" else whole
+
+    def _expected(self, cell: Cell) -> float | None:
+        done = [(task.cell, task.seconds) for task in self.tasks if task.seconds is not None]
+        if cell.method == TEACHER:
+            values = [seconds for other, seconds in done if other.method == TEACHER]
+            return fmean(values) if values else 0.0
+        alike: tuple[Callable[[Cell], bool], ...] = (
+            lambda other: (other.pair, other.method) == (cell.pair, cell.method),
+            lambda other: other.pair == cell.pair and other.method != TEACHER,
+            lambda other: other.method == cell.method,
+            lambda other: other.method != TEACHER,
+        )
+        for fits in alike:
+            values = [seconds for other, seconds in done if seconds is not None and fits(other)]
+            if values:
+                return fmean(values)
+        return None
+
+
+def _cell_text(task: Task | None) -> Text:
+    if task is None:
+        return Text("")
+    styles = {"done": "green", "running": "yellow", "failed": "bold red", "queued": "dim"}
+    words = task.words()
+    if task.state == "done":
+        words = words.replace("AP_S ", "").replace("AP ", "").replace(", ", " / ")
+    return Text(words, style=styles[task.state])
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

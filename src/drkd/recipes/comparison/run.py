@@ -1,0 +1,244 @@
+"""Run a comparison: what is missing, several cells at a time, each in a process that does not outlive this one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from drkd.contracts import DrkdError
+from drkd.recipes.comparison.cell import Cell, State, can_resume, collect, is_finished, look_up, make_cells, read_object
+from drkd.recipes.comparison.definition import Comparison
+from drkd.recipes.comparison.leash import let_go, start_leashed
+from drkd.recipes.comparison.lock import locked_folder
+from drkd.recipes.comparison.progress import Board, Task
+from drkd.recipes.run_folder import write_json
+
+Rerun = Literal["no", "changed", "all"]
+
+_SHOWN_LINES = 12
+_INTERVAL = 0.25  # seconds between looks at the processes
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that could not be measured.
+
+    Args:
+        name: PAIR/METHOD/SEED.
+        log: What its process printed.
+        lines: The last of it.
+    """
+
+    name: str
+    log: Path
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What came of a comparison.
+
+    Args:
+        output: Its folder.
+        measured: Cells that have results now.
+        cells: All cells of the comparison.
+        failures: Those that failed in this session.
+    """
+
+    output: Path
+    measured: int
+    cells: int
+    failures: tuple[Failure, ...]
+
+
+def compare(
+    comparison: Comparison,
+    *,
+    source: str,
+    only: Sequence[str] = (),
+    rerun: Rerun = "no",
+    console: Console | None = None,
+) -> Compared:
+    """Measure the cells that are missing; a killed or interrupted comparison goes on where it stopped.
+
+    Args:
+        comparison: What to compare.
+        source: The comparison's file, for messages.
+        only: Patterns of PAIR, PAIR/METHOD or PAIR/METHOD/SEED; of several, one must fit. None selects all.
+        rerun: Measure again those selected cells whose settings changed, or all selected ones.
+        console: Where to show progress; standard error by default.
+
+    Returns:
+        The folder, in which ``drkd.reports`` finds everything, and what failed.
+
+    Raises:
+        DrkdError: If a recipe or a method cannot be used, or settings of a measured cell changed.
+    """
+    cells = make_cells(comparison, source=source)
+    selected = select_cells(cells, only, source=source)
+    with locked_folder(comparison.output) as lock:
+        again = _find_outdated(cells, selected, rerun)
+        for cell in again:
+            cell.file.unlink(missing_ok=True)
+            shutil.rmtree(cell.run_folder, ignore_errors=True)
+        _describe(comparison)
+        missing = [cell for cell in selected if not cell.file.exists()]
+        tasks = [_task(cell) for cell in selected]
+        board = Board(tasks, console or Console(stderr=True, highlight=False), jobs=comparison.jobs)
+        board.console.print(
+            f"{len(selected)} cells, {len(missing)} to measure, {comparison.jobs} at a time, "
+            f"{_threads(comparison.jobs)} threads each",
+            markup=False,
+        )
+        failures = _work(tasks, board, jobs=comparison.jobs, lock=lock)
+    measured = sum(cell.file.exists() for cell in cells)
+    return Compared(comparison.output, measured, len(cells), tuple(failures))
+
+
+def list_cells(comparison: Comparison, *, source: str, only: Sequence[str] = ()) -> list[tuple[Cell, State, list[str]]]:
+    """List the selected cells with their state and with the settings that changed; measures nothing.
+
+    Raises:
+        DrkdError: If a recipe or a method cannot be used.
+    """
+    selected = select_cells(make_cells(comparison, source=source), only, source=source)
+    return [(cell, *look_up(cell)) for cell in selected]
+
+
+def select_cells(cells: Sequence[Cell], only: Sequence[str], *, source: str) -> list[Cell]:
+    """Return the cells that fit a pattern.
+
+    Raises:
+        DrkdError: If a pattern fits nothing.
+    """
+    for pattern in only:
+        if not any(_fits(cell, pattern) for cell in cells):
+            pairs = ", ".join(dict.fromkeys(cell.pair for cell in cells))
+            methods = ", ".join(dict.fromkeys(cell.method for cell in cells))
+            raise DrkdError(
+                f"--only {pattern}: no cell of {source} is called so. Expected PAIR, PAIR/METHOD or PAIR/METHOD/SEED, "
+                f"where * stands for anything. Pairs: {pairs}. Methods: {methods}."
+            )
+    return [cell for cell in cells if not only or any(_fits(cell, pattern) for pattern in only)]
+
+
+def _fits(cell: Cell, pattern: str) -> bool:
+    wanted = pattern.strip("/").split("/")
+    parts = cell.name.split("/")
+    return len(wanted) <= len(parts) and all(map(fnmatchcase, parts, wanted))
+
+
+def _find_outdated(cells: Sequence[Cell], selected: Sequence[Cell], rerun: Rerun) -> list[Cell]:
+    """Cells to measure again; refuses those that would mix settings in one table."""
+    changed = {cell.name: changes for cell in cells for state, changes in [look_up(cell)] if state == "changed"}
+    again = [cell for cell in selected if rerun == "all" or (rerun == "changed" and cell.name in changed)]
+    left = [cell for cell in cells if cell.name in changed and cell not in again]
+    if left:
+        first = left[0]
+        more = f" and {len(left) - 1} other cells" if len(left) > 1 else ""
+        changes = changed[first.name]
+        words = "; ".join(changes[:3]) + (f"; {len(changes) - 3} more" if len(changes) > 3 else "")
+        raise DrkdError(
+            f"{first.file}{more} were measured with other settings ({words}). Measure such cells again with --rerun, "
+            "take the change back, or choose another folder with --output."
+        )
+    return again
+
+
+def _describe(comparison: Comparison) -> None:
+    """Write what the report has to know of the comparison: order, reference, seeds."""
+    content = {
+        "pairs": list(comparison.pairs),
+        "methods": list(comparison.methods),
+        "seeds": comparison.seeds,
+        "split": comparison.split,
+        "reference": comparison.reference,
+        "jobs": comparison.jobs,
+    }
+    write_json(comparison.output / "comparison.json", content)
+
+
+def _task(cell: Cell) -> Task:
+    if not cell.file.exists():
+        return Task(cell)
+    return Task(cell, "done", read_object(cell.file), earlier=True)
+
+
+def _work(tasks: Sequence[Task], board: Board, *, jobs: int, lock: int | None) -> list[Failure]:
+    """Run the queued tasks; stop the running ones when this is interrupted."""
+    queue = deque(task for task in tasks if task.state == "queued")
+    running: dict[int, tuple[Task, subprocess.Popen[bytes]]] = {}
+    failures: list[Failure] = []
+    environment = {**os.environ, "OMP_NUM_THREADS": str(_threads(jobs))}
+    try:
+        with board.shown() as redraw:
+            while queue or running:
+                while queue and len(running) < jobs:
+                    task = queue.popleft()
+                    if is_finished(task.cell):
+                        _end(task, 0, board, failures)
+                        continue
+                    process = _start(task, environment, lock=lock)
+                    running[process.pid] = task, process
+                    board.say(task)
+                time.sleep(_INTERVAL if running else 0)
+                for pid, (task, process) in list(running.items()):
+                    task.look()
+                    if process.poll() is not None:
+                        del running[pid]
+                        let_go([process])
+                        _end(task, process.returncode, board, failures)
+                redraw()
+    finally:
+        let_go([process for _, process in running.values()])
+    return failures
+
+
+def _start(task: Task, environment: dict[str, str], *, lock: int | None) -> subprocess.Popen[bytes]:
+    task.state, task.began = "running", time.monotonic()
+    return start_leashed(_program(task.cell), log=task.cell.log, environment=environment, lock=lock)
+
+
+def _program(cell: Cell) -> list[str]:
+    """The cell's command as this interpreter runs it; goes on from a checkpoint where there is one."""
+    program, *arguments = cell.command("resume" if can_resume(cell) else "overwrite")
+    return [sys.executable, *(["-m", "drkd"] if program == "drkd" else []), *arguments]
+
+
+def _end(task: Task, code: int, board: Board, failures: list[Failure]) -> None:
+    reason = f"its process ended with code {code}" + (" (killed: out of memory?)" if code == 137 else "")
+    if code == 0:
+        try:
+            task.content = collect(task.cell)
+            task.state = "done"
+        except DrkdError as error:
+            code, reason = 1, str(error)
+    if code:
+        task.state = "failed"
+        failures.append(Failure(task.cell.name, task.cell.log, (*_last_lines(task.cell.log), f"({reason})")))
+    board.say(task)
+
+
+def _last_lines(log: Path) -> list[str]:
+    try:
+        return log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-_SHOWN_LINES:]
+    except OSError:
+        return []
+
+
+def _threads(jobs: int) -> int:
+    """Threads of each cell: an equal share of what OMP_NUM_THREADS or the machine gives."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, (int(given) if given.isdigit() and int(given) else cores) // jobs)

@@ -1,0 +1,187 @@
+"""What the cells of a comparison say together: means, spreads and paired differences, one row a pair and method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drkd.contracts import DrkdError
+from drkd.reports.files import read_json
+from drkd.reports.gap import PairedDifference, Spread, best_rival, compare_paired, share_recovered, summarise
+from drkd.reports.tables import HEADINGS, group_scores
+
+METRICS = tuple(HEADINGS)
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a pair.
+
+    Args:
+        pair: Name of the pair.
+        method: Name of the method, or "teacher".
+        seeds: Seeds that are measured.
+        scores: Mean and spread by metric, in [0, 1].
+        to_reference: Paired difference to the reference by metric; empty for the reference and the teacher.
+        rival: The best other method that is not the reference, by mean AP; None where there is none.
+        to_rival: Paired difference to the rival by metric.
+        share: Share of the teacher's lead over the reference that is recovered, in AP; NaN where there is none.
+        seconds_per_step: Mean over seeds of the median step, s; NaN if not measured.
+        peak_memory: Largest over seeds, bytes; NaN if not measured.
+        extra_parameters: Trainable parameters of the method while training; NaN if not measured.
+        terms: By distillation term, means over seeds of ``median_gradient_ratio``, ``first`` and ``last``.
+        values: Scores by metric and seed.
+    """
+
+    pair: str
+    method: str
+    seeds: tuple[int, ...]
+    scores: Mapping[str, Spread]
+    to_reference: Mapping[str, PairedDifference]
+    rival: str | None
+    to_rival: Mapping[str, PairedDifference]
+    share: float
+    seconds_per_step: float
+    peak_memory: float
+    extra_parameters: float
+    terms: Mapping[str, Mapping[str, float]]
+    values: Mapping[str, Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `drkd compare` left in its folder.
+
+    Args:
+        pairs: Names, in order.
+        methods: Names, in order.
+        seeds: As asked for; a cell may be missing.
+        reference: The method that the others are compared with.
+        split: The split of all scores.
+        cells: Content of the cells' files, in order, with the pair as ``detector`` too.
+    """
+
+    pairs: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    reference: str
+    split: str
+    cells: tuple[Mapping[str, Any], ...]
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """Read ``comparison.json`` and those of its cells that are measured.
+
+    Raises:
+        DrkdError: If there is none, or a file is damaged.
+    """
+    about = read_json(folder / "comparison.json", kind=dict)
+    missing = [name for name in ("pairs", "methods", "seeds", "reference", "split") if name not in about]
+    if missing:
+        raise DrkdError(f"{folder / 'comparison.json'}: field {missing[0]} is missing.")
+    cells = [_read_cell(path) for path in _cell_files(folder, about) if path.exists()]
+    if not cells:
+        raise DrkdError(f"{folder} holds no measured cell, so there is nothing to report.")
+    return Comparison(
+        pairs=tuple(about["pairs"]),
+        methods=tuple(about["methods"]),
+        seeds=tuple(about["seeds"]),
+        reference=about["reference"],
+        split=about["split"],
+        cells=tuple(cells),
+    )
+
+
+def summarise_comparison(comparison: Comparison) -> list[Row]:
+    """Return the rows, pair by pair, the teacher first."""
+    grouped = group_scores(comparison.cells, metrics=METRICS)
+    rows = []
+    for pair, methods in grouped.items():
+        for method in methods:
+            found = [cell for cell in comparison.cells if (cell["detector"], cell["method"]) == (pair, method)]
+            rows.append(_make_row(pair, method, methods, found, comparison.reference))
+    return rows
+
+
+def _make_row(
+    pair: str,
+    method: str,
+    methods: Mapping[str, Mapping[str, Mapping[int, float]]],
+    cells: Sequence[Mapping[str, Any]],
+    reference: str,
+) -> Row:
+    own = methods[method]
+    arms = {name: scores["ap"] for name, scores in methods.items() if name != TEACHER}
+    compared = method not in (reference, TEACHER)
+    has_reference = compared and reference in methods
+    rival = best_rival(arms, method, reference=reference) if compared else None
+    return Row(
+        pair=pair,
+        method=method,
+        seeds=() if method == TEACHER else tuple(sorted(own["ap"])),
+        scores={metric: summarise(list(own[metric].values())) for metric in METRICS},
+        to_reference={m: compare_paired(methods[reference][m], own[m]) for m in METRICS} if has_reference else {},
+        rival=rival,
+        to_rival={m: compare_paired(methods[rival][m], own[m]) for m in METRICS} if rival else {},
+        share=_share(methods, method, reference) if has_reference else math.nan,
+        seconds_per_step=summarise(_training(cells, "seconds_per_step")).mean,
+        peak_memory=max(_training(cells, "peak_memory_bytes"), default=math.nan),
+        extra_parameters=max(_training(cells, "trainable_parameters", "method"), default=math.nan),
+        terms=_mean_terms(cells),
+        values=own,
+    )
+
+
+def _share(methods: Mapping[str, Mapping[str, Mapping[int, float]]], method: str, reference: str) -> float:
+    """Over the seeds that method and reference both have, so that it agrees with the paired difference."""
+    common = methods[method]["ap"].keys() & methods[reference]["ap"].keys()
+    if TEACHER not in methods or not common:
+        return math.nan
+    ours, theirs = ([methods[name]["ap"][seed] for seed in sorted(common)] for name in (method, reference))
+    teacher = summarise(list(methods[TEACHER]["ap"].values())).mean
+    return share_recovered(teacher=teacher, baseline=summarise(theirs).mean, distilled=summarise(ours).mean)
+
+
+def _training(cells: Sequence[Mapping[str, Any]], *keys: str) -> list[float]:
+    """Values of ``training`` that are numbers."""
+    values = []
+    for cell in cells:
+        value: Any = cell.get("training") or {}
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if isinstance(value, int | float):
+            values.append(float(value))
+    return values
+
+
+def _mean_terms(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    collected: dict[str, dict[str, list[float]]] = {}
+    for cell in cells:
+        for term, values in (cell.get("distillation") or {}).items():
+            for name, value in values.items():
+                collected.setdefault(term, {}).setdefault(name, []).append(float(value))
+    # A term of several levels is also there as their sum; the single levels would drown it.
+    shown = {term: values for term, values in collected.items() if term.rpartition("/")[0] not in collected}
+    return {term: {name: summarise(list_).mean for name, list_ in values.items()} for term, values in shown.items()}
+
+
+def _cell_files(folder: Path, about: Mapping[str, Any]) -> Iterator[Path]:
+    for pair in about["pairs"]:
+        yield folder / "cells" / pair / f"{TEACHER}.json"
+        for method in about["methods"]:
+            yield from (folder / "cells" / pair / method / f"seed{seed}.json" for seed in about["seeds"])
+
+
+def _read_cell(path: Path) -> dict[str, Any]:
+    cell: dict[str, Any] = read_json(path, kind=dict)
+    for name in ("pair", "method", "metrics"):
+        if name not in cell:
+            raise DrkdError(f"{path}: field {name} is missing. Remove the file, and the cell is measured again.")
+    for metric in METRICS:
+        if metric not in cell["metrics"]:
+            raise DrkdError(f"{path}: field metrics.{metric} is missing. Remove the file to measure the cell again.")
+    return {**cell, "detector": cell["pair"]}

@@ -1,0 +1,145 @@
+"""The tables of a comparison: scores, cost of training, distillation terms; and its answer in words."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from drkd.reports.comparison_rows import TEACHER, Comparison, Row
+from drkd.reports.files import Evaluation
+from drkd.reports.gap import PairedDifference
+from drkd.reports.tables import Table, format_count, format_difference, format_share, format_spread
+
+
+def tabulate_quality(rows: Sequence[Row], comparison: Comparison) -> Table:
+    """Return the table of scores."""
+    reference = comparison.reference
+    columns = ["Pair", "Method", "Seeds", "AP", f"Δ AP to {reference} (95 %)", "Δ AP to best rival (95 %)"]
+    columns += ["Gap recovered", "AP50", "AP_S", f"Δ AP_S to {reference} (95 %)", "AP_M", "AP_L"]
+    lines = []
+    for row in rows:
+        rival = f"{format_difference(row.to_rival['ap'])} ({row.rival})" if row.rival and row.to_rival else ""
+        lines.append(
+            (
+                *(row.pair, row.method, "" if row.method == TEACHER else str(len(row.seeds))),
+                format_spread(row.scores["ap"]),
+                format_difference(row.to_reference["ap"]) if row.to_reference else "",
+                rival,
+                format_share(row.share) if row.to_reference else "",
+                format_spread(row.scores["ap50"]),
+                format_spread(row.scores["ap_small"]),
+                format_difference(row.to_reference["ap_small"]) if row.to_reference else "",
+                format_spread(row.scores["ap_medium"]),
+                format_spread(row.scores["ap_large"]),
+            )
+        )
+    return Table(tuple(columns), tuple(lines), tuple(_notes(rows, comparison)), words=2)
+
+
+def tabulate_cost(rows: Sequence[Row], comparison: Comparison) -> Table:
+    """Return the table of what training costs."""
+    lines = []
+    for row in rows:
+        if row.method == TEACHER:
+            continue
+        base = next((r for r in rows if (r.pair, r.method) == (row.pair, comparison.reference)), None)
+        ratio = row.seconds_per_step / base.seconds_per_step if base and base.seconds_per_step else math.nan
+        lines.append(
+            (
+                *(row.pair, row.method, _number(row.seconds_per_step, "{:.3g} s")),
+                _number(ratio, "{:.2f}"),
+                _number(row.peak_memory / 2**20, "{:,.0f} MiB"),
+                "-" if math.isnan(row.extra_parameters) else format_count(row.extra_parameters),
+            )
+        )
+    columns = ("Pair", "Method", "Step", f"x {comparison.reference}", "Peak memory", "Extra parameters")
+    kinds = {str(cell["training"].get("peak_memory_kind")) for cell in comparison.cells if cell.get("training")}
+    machines = _distinct(comparison.cells, "machine")
+    notes = [
+        "Step: median seconds of forward, backward and update once training is warm, mean over seeds; loading data, "
+        f"measuring gradient ratios and validation left out. Peak memory: {' or '.join(sorted(kinds)) or 'unknown'}, "
+        "largest over seeds, the teacher included. Extra parameters: trained with the student and thrown away after "
+        "training; the student that comes out costs the same whatever the method."
+    ]
+    if len(machines) > 1:
+        notes.append(f"Measured on {len(machines)} kinds of machine or thread counts: times are not comparable.")
+    return Table(columns, tuple(lines), tuple(notes), words=2)
+
+
+def tabulate_terms(rows: Sequence[Row]) -> Table:
+    """Return the table of distillation terms."""
+    lines = []
+    for row in rows:
+        for term, values in row.terms.items():
+            first, last = values.get("first", math.nan), values.get("last", math.nan)
+            fall = f"{100 * (last / first - 1):+.0f} %" if first and not math.isnan(first + last) else "-"
+            ratio = _number(values.get("median_gradient_ratio", math.nan), "{:.2f}")
+            lines.append((row.pair, row.method, term, ratio, _number(first, "{:.3g}"), _number(last, "{:.3g}"), fall))
+    notes = (
+        "Gradient ratio: norm of the term's gradient at the student's features over the task's, median over the "
+        "measurements of a run. First and last: the unweighted term, means of the first and last tenth of a run. All "
+        "are means over seeds.",
+    )
+    columns = ("Pair", "Method", "Term", "Gradient ratio", "First", "Last", "Change")
+    return Table(columns, tuple(lines), notes, words=3)
+
+
+def judge(rows: Sequence[Row], pair: str, reference: str) -> str:
+    """Say in a sentence which method is best on a pair, and how sure that is; nothing where none can be compared."""
+    known = [row for row in rows if row.pair == pair and row.to_reference and row.to_reference["ap"].count]
+    known = [row for row in known if not math.isnan(row.to_reference["ap"].mean)]
+    if not known:
+        return ""
+    best = max(known, key=lambda row: row.scores["ap"].mean)
+    gain = best.to_reference["ap"]
+    words = f"{pair}: "
+    if gain.mean <= 0:
+        words += f"no method is better than {reference}; the best of {len(known)}, {best.method}, has an AP of "
+    else:
+        words += f"of {len(known)} method(s), {best.method} has the highest mean AP, "
+    words += f"{format_spread(best.scores['ap'])}: {format_difference(gain)} to {reference}, {_certainty(gain)}"
+    if best.rival and best.to_rival["ap"].count:
+        rival = best.to_rival["ap"]
+        words += f"; {format_difference(rival)} to the next, {best.rival}, {_certainty(rival)}"
+    return f"{words}."
+
+
+def _certainty(difference: PairedDifference) -> str:
+    if difference.count < 2:
+        return "from one seed, which says nothing about chance"
+    return "beyond chance" if difference.is_clear else f"not beyond chance with {difference.count} seeds"
+
+
+def _notes(rows: Sequence[Row], comparison: Comparison) -> Iterator[str]:
+    cells = comparison.cells
+    yield (
+        f"Mean ± sample standard deviation over seeds, x 100, on the split '{comparison.split}'. Δ: mean of the "
+        "differences paired by seed, with Student's 95 % interval. Best rival: the best mean AP among the other "
+        f"methods, {comparison.reference} aside; it is picked by the scores that it is compared by. Gap recovered: of "
+        f"the teacher's lead over {comparison.reference}, in AP."
+    )
+    single = [f"{row.pair}/{row.method}" for row in rows if len(row.seeds) == 1]
+    if single:
+        yield f"One seed only, so no spread and no interval: {', '.join(single)}."
+    wanted = len(comparison.seeds)
+    short = [f"{row.pair}/{row.method} ({len(row.seeds)})" for row in rows if 0 < len(row.seeds) < wanted]
+    if short:
+        yield f"Not all {wanted} seeds are measured of {', '.join(short)}."
+    sides = {tuple(cell["thresholds_px"]) for cell in cells if "thresholds_px" in cell} or {(32.0, 96.0)}
+    if len(sides) == 1:
+        yield Evaluation({}, {}, sides.pop()).thresholds
+    else:
+        yield f"The pairs split object sizes differently: {', '.join(map(str, sorted(sides)))} px."
+    commits = _distinct(cells, "commit")
+    if len(commits) > 1:
+        yield f"Measured with {len(commits)} states of drkd's code: {', '.join(sorted(commits))}."
+
+
+def _distinct(cells: Sequence[Mapping[str, Any]], field: str) -> set[str]:
+    return {json.dumps(cell[field], sort_keys=True).strip('"') for cell in cells if cell.get(field)}
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else form.format(value)

@@ -1,0 +1,127 @@
+"""Cells: their commands and settings, what counts as a change, and what is kept of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from fake_cell import write_run
+
+from drkd.contracts import DrkdError
+from drkd.recipes import run_folder
+from drkd.recipes.comparison.cell import Cell, collect, differences, look_up, make_cells, summarise_terms
+from drkd.recipes.comparison.definition import load_comparison
+
+
+def _cells(file: Path, *overrides: str) -> dict[str, Cell]:
+    return {cell.name: cell for cell in make_cells(load_comparison(file, overrides), source=str(file))}
+
+
+def _measure(cell: Cell, tmp_path: Path) -> None:
+    recipe = tmp_path / "settings.json"
+    recipe.write_text(json.dumps(dict(cell.settings)))
+    write_run(cell.run_folder, recipe, 0)
+    collect(cell)
+
+
+def test_teachers_come_first_and_seeds_are_the_outer_loop(comparison_file: Path) -> None:
+    arms = [f"tiny/{method}/{seed}" for seed in (0, 1) for method in ("student", "hint", "drkd")]
+    assert list(_cells(comparison_file)) == ["tiny/teacher", *arms]
+
+
+def test_a_cell_runs_what_the_comparison_says(comparison_file: Path) -> None:
+    cells = _cells(comparison_file, "--overrides.training.clip_norm=3")
+    assert cells["tiny/student/1"].command()[:2] == ("drkd", "train")
+    assert {"--seed=1", "--evaluation.split=val", "--overwrite=true"} <= set(cells["tiny/student/1"].command())
+    drkd = cells["tiny/drkd/1"].settings
+    # Nothing of the recipe's own DRKD (warmup_steps: 77) is left.
+    assert drkd["method"]["init_args"]["warmup_steps"] != 77
+    assert (drkd["method"]["init_args"]["nodes"], drkd["training"]["calibration_steps"]) == (4, 2)
+    assert drkd["training"]["clip_norm"] == 3.0
+    assert drkd["seed"] == 1
+    assert cells["tiny/student/0"].settings["method"] is None
+
+
+def test_a_method_that_does_not_fit_is_named(comparison_file: Path) -> None:
+    content = yaml.safe_load(comparison_file.read_text())
+    content["methods"]["hint"] = {"class_path": "drkd.methods.FeatureHint", "init_args": {"wieght": 1}}
+    comparison_file.write_text(yaml.safe_dump(content))
+    with pytest.raises(DrkdError, match=r"comparison\.yaml: pairs\.tiny with methods\.hint: .*wieght"):
+        _cells(comparison_file)
+    content["methods"]["hint"] = "drkd.methods.NoSuch"
+    comparison_file.write_text(yaml.safe_dump(content))
+    with pytest.raises(DrkdError, match=r"methods\.hint: .*NoSuch"):
+        _cells(comparison_file)
+
+
+def test_a_pair_without_teacher_has_no_teachers_cell(comparison_file: Path) -> None:
+    none = "--overrides.teacher=null"
+    content = yaml.safe_load(comparison_file.read_text())
+    comparison_file.write_text(yaml.safe_dump({**content, "methods": {"student": None}}))
+    assert list(_cells(comparison_file, none)) == ["tiny/student/0", "tiny/student/1"]
+    comparison_file.write_text(yaml.safe_dump(content))
+    with pytest.raises(DrkdError, match="names no teacher"):
+        _cells(comparison_file, none)
+
+
+def test_a_changed_setting_is_found_wherever_it_was_changed(comparison_file: Path, tmp_path: Path) -> None:
+    for cell in _cells(comparison_file).values():
+        _measure(cell, tmp_path)
+    assert {look_up(cell)[0] for cell in _cells(comparison_file).values()} == {"done"}
+    # In the comparison:
+    cells = _cells(comparison_file, "--overrides.training.steps=3")
+    assert look_up(cells["tiny/hint/0"]) == ("changed", ["training.steps was 2, is 3"])
+    assert look_up(cells["tiny/teacher"])[0] == "done"
+    # In the recipe that it names:
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    recipe["data"]["max_size"] = 128
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    cells = _cells(comparison_file)
+    for name in ("tiny/hint/0", "tiny/teacher"):
+        assert look_up(cells[name]) == ("changed", ["data.max_size was 96, is 128"])
+
+
+def test_an_option_that_drkd_got_since_counts_only_where_it_is_stated() -> None:
+    then, now = {"training": {"steps": 2}}, {"training": {"steps": 2, "new": 1}}
+    assert differences(then, now, stated=["training.steps"]) == []
+    assert differences(then, now, stated=["training.new"]) == ["training.new is new: 1"]
+    assert differences(now, then, stated=[]) == ["training.new was 1, is gone"]
+    student = {"student": {"class_path": "a.B", "init_args": {"width": 1}}}
+    assert differences({"student": {"class_path": "a.B"}}, student, stated=["student.width"]) == [
+        "student.width is new: 1"
+    ]
+
+
+def test_a_damaged_file_is_named(comparison_file: Path) -> None:
+    cell = _cells(comparison_file)["tiny/hint/0"]
+    cell.file.parent.mkdir(parents=True)
+    cell.file.write_text('{"pair": "ti')
+    with pytest.raises(DrkdError, match=r"seed0\.json: no valid JSON .*Remove the file"):
+        look_up(cell)
+
+
+def test_a_cells_file_is_whole_or_not_there(
+    comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = _cells(comparison_file)["tiny/hint/0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(DrkdError, match="cannot be written"):
+            _measure(cell, tmp_path)
+    assert not cell.file.exists()
+    _measure(cell, tmp_path)
+    content = json.loads(cell.file.read_text())
+    assert content["metrics"]["ap"] == 0.25
+    assert content["recipe"]["training"]["steps"] == 2
+    assert (content["seconds"], content["commit"], content["seed"]) == (3.0, "abc", 0)
+
+
+def test_terms_are_summarised_by_median_and_by_tenths(tmp_path: Path) -> None:
+    rows = [f"{step},{1 + step % 3},{20 - step}" for step in range(20)]
+    (tmp_path / "metrics.csv").write_text("\n".join(["step,ratio/hint,bare/hint", *rows, "20,,"]) + "\n")
+    # Ratios 1, 2, 3, 1, 2, ...: 7, 7 and 6 of them, so the 11th of 20 is 2. First two: 20, 19; last two: 2, 1.
+    assert summarise_terms(tmp_path / "metrics.csv") == {
+        "hint": {"median_gradient_ratio": 2.0, "first": 19.5, "last": 1.5}
+    }

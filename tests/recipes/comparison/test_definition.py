@@ -1,0 +1,119 @@
+"""What a comparison file says, and what is refused in one readable sentence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from drkd.contracts import DrkdError
+from drkd.recipes.comparison.cell import make_cells
+from drkd.recipes.comparison.definition import Arm, Pair, flatten, load_comparison
+
+
+def _changed(file: Path, **changes: object) -> Path:
+    content = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
+    return file
+
+
+def test_short_forms_are_spelled_out(comparison_file: Path) -> None:
+    comparison = load_comparison(comparison_file, ["--jobs=3", "--seeds=[4, 7]"])
+    assert comparison.pairs == {"tiny": Pair(str(comparison_file.parent / "recipe.yaml"))}
+    assert list(comparison.methods) == ["student", "hint", "drkd"]
+    assert comparison.methods["student"] == Arm()
+    assert comparison.methods["hint"] == Arm("drkd.methods.FeatureHint")
+    assert comparison.methods["drkd"].arguments == {"nodes": 4, "states": 8}
+    assert (comparison.jobs, comparison.seeds, comparison.reference) == (3, [4, 7], "student")
+
+
+def test_overrides_of_the_command_line_add_up(comparison_file: Path) -> None:
+    file = _changed(comparison_file, overrides={"training": {"steps": 5, "clip_norm": 1.0}, "inherit": True})
+    options = ["--overrides.training.steps=7", "--overrides.training.optimization.learning_rate", "0.5"]
+    assert load_comparison(file, options).overrides == {
+        "training.steps": 7,
+        "training.clip_norm": 1.0,
+        "inherit": True,
+        "training.optimization.learning_rate": 0.5,
+    }
+
+
+def test_null_is_the_lone_student_and_shipped_recipes_keep_their_names(comparison_file: Path) -> None:
+    file = _changed(comparison_file, pairs={"a": "digits/retinanet"}, methods={"student": None})
+    comparison = load_comparison(file)
+    assert comparison.pairs["a"].recipe == "digits/retinanet"
+    assert comparison.methods == {"student": Arm()}
+
+
+def test_a_comparison_may_have_a_base(comparison_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    more = tmp_path / "deep" / "more.yaml"
+    more.write_text("base: ../comparison.yaml\nmethods: {student: train, paper: drkd.methods.PaperDRKD}\nseeds: [3]\n")
+    comparison = load_comparison(more)
+    assert list(comparison.methods) == ["student", "hint", "drkd", "paper"]
+    assert Path(comparison.pairs["tiny"].recipe).samefile(tmp_path / "recipe.yaml")
+    assert comparison.seeds == [3]
+
+
+def test_nested_and_dotted_keys_are_one_and_classes_stay_whole() -> None:
+    builder = {"class_path": "a.B", "init_args": {"c": 1}}
+    assert flatten({"training": {"steps": 3}, "data.root": "x", "student": builder}) == {
+        "training.steps": 3,
+        "data.root": "x",
+        "student": builder,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"sedes": [1]}, "there is no such key as 'sedes'; did you mean 'seeds'?"),
+        ({"pairs": {"a": {"recpie": "recipe.yaml"}}}, "pairs.a: there is no such key as 'recpie'; did you mean"),
+        ({"pairs": {"a": "nowhere.yaml"}}, "pairs.a.recipe: There is no recipe file"),
+        ({"pairs": {"a": 3}}, "pairs.a: expected the name of a recipe"),
+        ({"pairs": {}}, "pairs: expected names"),
+        ({"methods": {"student": {"clas_path": "x"}}}, "methods.student: there is no such key as 'clas_path'"),
+        ({"methods": {"student": {"init_args": {"a": 1}}}}, "methods.student.init_args: given without a class_path"),
+        ({"methods": {"student": {"overrides": 3}}}, "methods.student.overrides: expected keys with values"),
+        ({"methods": {"teacher": None}}, "methods.teacher: expected a name"),
+        ({"methods": {"a/b": None}, "reference": "a/b"}, "methods.a/b: expected a name"),
+        ({"reference": "studnet"}, "reference: there is no method 'studnet'; did you mean 'student'?"),
+        ({"seeds": [1, 1]}, "seeds: expected different numbers"),
+        ({"seeds": "x"}, "seeds: expected list"),
+        ({"jobs": 0}, "jobs: expected at least 1"),
+        ({"overrides": {"seed": 3}}, "overrides.seed: the comparison decides this by seeds"),
+        ({"overrides": {"evaluation": {"split": "x"}}}, "overrides.evaluation.split: the comparison decides this by"),
+        ({"overrides": {"method": {"warmup_steps": 3}}}, "overrides.method.warmup_steps: say this in the init_args"),
+        ({"student": {"class_path": "x"}}, "this is a recipe, not a comparison"),
+    ],
+)
+def test_mistakes_name_file_and_field(changes: dict[str, object], expected: str, comparison_file: Path) -> None:
+    with pytest.raises(DrkdError) as error:
+        load_comparison(_changed(comparison_file, **changes))
+    message = str(error.value)
+    assert expected in message
+    assert "comparison.yaml" in message
+    assert "\n" not in message
+    assert len(message) < 900
+
+
+def test_a_missing_file_lists_what_ships(tmp_path: Path) -> None:
+    with pytest.raises(DrkdError, match="compare/digits"):
+        load_comparison(tmp_path / "nowhere.yaml")
+
+
+def test_the_example_of_the_documentation_is_a_comparison(comparison_file: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "compare.md").read_text(encoding="utf-8")
+    (block,) = (block for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL) if "pairs:" in block)
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    recipe["training"] |= {"steps": None, "epochs": 12}
+    (tmp_path / "birds.yaml").write_text(yaml.safe_dump(recipe))
+    comparison_file.write_text(block)
+    comparison = load_comparison(comparison_file)
+    cells = {cell.name: cell for cell in make_cells(comparison, source="docs")}
+    assert len(cells) == 2 + 2 * 4 * 3
+    assert cells["wide/drkd/0"].settings["student"]["init_args"]["width"] == 0.5
+    assert cells["birds/short/0"].settings["training"]["epochs"] == 6
+    assert cells["birds/hint/2"].settings["method"]["init_args"]["weight"] == 0.5

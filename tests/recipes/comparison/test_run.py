@@ -1,0 +1,255 @@
+"""The run of a comparison: kills, interrupts, failures and changes lose nothing and mix nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import fake_cell
+import pytest
+from rich.console import Console
+
+from drkd.cli import main
+from drkd.contracts import DrkdError
+from drkd.recipes.comparison import run
+from drkd.recipes.comparison.definition import Comparison, load_comparison
+from drkd.recipes.comparison.lock import locked_folder
+
+NAMES = ["tiny/teacher.json", *(f"tiny/{m}/seed{s}.json" for m in ("student", "hint", "drkd") for s in (0, 1))]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_program", fake_cell.fake_program)
+
+
+def _compare(file: Path, *, overrides: tuple[str, ...] = (), **options: object) -> run.Compared:
+    comparison: Comparison = load_comparison(file, overrides)
+    console = Console(file=StringIO())
+    return run.compare(comparison, source=str(file), console=console, **options)  # type: ignore[arg-type]
+
+
+def _files(tmp_path: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file below cells/ with its content and when it was written."""
+    cells = tmp_path / "out" / "cells"
+    return {
+        path.relative_to(cells).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in cells.rglob("*")
+        if path.is_file()
+    }
+
+
+def _wait(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A zombie has ended, and waits for whoever adopted it.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def _drive(file: Path, seconds: float) -> subprocess.Popen[bytes]:
+    command = [sys.executable, fake_cell.__file__, "drive", str(seconds), "compare", "--config", str(file), "--jobs=2"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_finished_cells_are_kept_and_only_missing_ones_run(fake: None, comparison_file: Path, tmp_path: Path) -> None:
+    first = _compare(comparison_file, only=["*/hint", "tiny/student/1"])
+    assert (first.measured, first.cells, first.failures) == (3, 7, ())
+    before = _files(tmp_path)
+    assert sorted(before) == ["tiny/hint/seed0.json", "tiny/hint/seed1.json", "tiny/student/seed1.json"]
+    assert _compare(comparison_file).measured == 7
+    after = _files(tmp_path)
+    assert sorted(after) == sorted(NAMES)
+    assert {name: after[name] for name in before} == before
+    content = json.loads(after["tiny/drkd/seed1.json"][0])
+    assert (content["pair"], content["method"], content["seed"]) == ("tiny", "drkd", 1)
+    assert content["metrics"]["ap"] == 0.26
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on(comparison_file: Path, tmp_path: Path) -> None:
+    driver = _drive(comparison_file, 1.0)
+    _wait(lambda: len(_files(tmp_path)) >= 2)
+    driver.kill()
+    driver.communicate()
+    before = _files(tmp_path)
+    assert 2 <= len(before) < 7
+    assert set(before) <= set(NAMES)
+    pids = [int(path.read_text()) for path in (tmp_path / "out" / "runs").rglob("pid")]
+    _wait(lambda: not any(_lives(pid) for pid in pids), 15)
+    again = _drive(comparison_file, 0.0)
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert b"7 of 7 cells are measured" in output
+    after = _files(tmp_path)
+    assert sorted(after) == sorted(NAMES)
+    assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.slow
+def test_an_interrupt_stops_the_children(comparison_file: Path, tmp_path: Path) -> None:
+    driver = _drive(comparison_file, 60.0)
+    runs = tmp_path / "out" / "runs"
+    _wait(lambda: len(list(runs.rglob("pid"))) == 2)
+    pids = [int(path.read_text()) for path in runs.rglob("pid")]
+    driver.send_signal(signal.SIGINT)
+    _, errors = driver.communicate(timeout=30)
+    assert driver.returncode == 130
+    assert b"The same command goes on" in errors and b"Traceback" not in errors
+    assert not any(_lives(pid) for pid in pids)
+    assert _files(tmp_path) == {}
+
+
+def test_a_run_that_nobody_collected_is_collected(
+    fake: None, comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _compare(comparison_file)
+    before = _files(tmp_path)
+    # As if the parent had been killed between the end of the run and the writing of the cell.
+    (tmp_path / "out" / "cells" / "tiny" / "hint" / "seed1.json").unlink()
+    monkeypatch.setattr(run, "_program", lambda _: pytest.fail("it was run again"))
+    _compare(comparison_file)
+    assert {name: content for name, (content, _) in _files(tmp_path).items()} == {
+        name: content for name, (content, _) in before.items()
+    }
+
+
+def test_a_failing_cell_does_not_stop_the_others(
+    comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def program(cell: run.Cell) -> list[str]:
+        if cell.name == "tiny/hint/0":
+            return [sys.executable, "-c", "print('all was well'); raise SystemExit('drkd: until it was not')"]
+        return fake_cell.fake_program(cell)
+
+    monkeypatch.setattr(run, "_program", program)
+    assert main(["compare", "--config", str(comparison_file)]) == 1
+    captured = capsys.readouterr()
+    assert "tiny/hint/0 failed" in captured.err
+    assert "  all was well\n  drkd: until it was not\n  (its process ended with code 1)" in captured.err
+    assert "6 of 7 cells are measured" in captured.out
+    assert sorted(_files(tmp_path)) == sorted(set(NAMES) - {"tiny/hint/seed0.json"})
+    monkeypatch.setattr(run, "_program", fake_cell.fake_program)
+    assert main(["compare", "--config", str(comparison_file)]) == 0
+
+
+def test_a_cell_that_leaves_nothing_has_failed(
+    comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_program", lambda _: [sys.executable, "-c", ""])
+    result = _compare(comparison_file, only=["tiny/hint/0"])
+    assert [failure.name for failure in result.failures] == ["tiny/hint/0"]
+    assert "run.json: cannot be read" in result.failures[0].lines[-1]
+    assert _files(tmp_path) == {}
+
+
+def test_changed_settings_are_refused_until_rerun(fake: None, comparison_file: Path, tmp_path: Path) -> None:
+    _compare(comparison_file)
+    before = _files(tmp_path)
+    change = ("--overrides.training.steps=3",)
+    with pytest.raises(DrkdError) as error:
+        _compare(comparison_file, overrides=change)
+    message = str(error.value)
+    assert "seed0.json and 5 other cells" in message and "training.steps was 2, is 3" in message
+    assert "--rerun" in message and "--output" in message
+    # Measuring some again would mix settings in one table.
+    with pytest.raises(DrkdError, match="other settings"):
+        _compare(comparison_file, overrides=change, only=["*/hint"], rerun="changed")
+    assert _files(tmp_path) == before
+    _compare(comparison_file, overrides=change, rerun="changed")
+    after = _files(tmp_path)
+    assert sorted(name for name in NAMES if after[name] == before[name]) == ["tiny/teacher.json"]
+    assert json.loads(after["tiny/hint/seed0.json"][0])["recipe"]["training"]["steps"] == 3
+
+
+def test_rerun_all_measures_the_selected_cells_again(fake: None, comparison_file: Path, tmp_path: Path) -> None:
+    _compare(comparison_file)
+    before = _files(tmp_path)
+    _compare(comparison_file, only=["tiny/hint"], rerun="all")
+    after = _files(tmp_path)
+    changed = sorted(name for name in NAMES if after[name][1] != before[name][1])
+    assert changed == ["tiny/hint/seed0.json", "tiny/hint/seed1.json"]
+
+
+def test_a_pattern_that_fits_nothing_is_refused(fake: None, comparison_file: Path) -> None:
+    with pytest.raises(DrkdError, match=r"--only tiny/hnit: no cell .*Methods: teacher, student, hint, drkd"):
+        _compare(comparison_file, only=["tiny/hnit"])
+
+
+def test_two_comparisons_do_not_share_a_folder(tmp_path: Path) -> None:
+    with (
+        locked_folder(tmp_path),
+        pytest.raises(DrkdError, match="another drkd compare"),
+        locked_folder(tmp_path, patience=0),
+    ):
+        pass
+    with locked_folder(tmp_path):
+        pass
+
+
+def test_threads_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert [run._threads(jobs) for jobs in (1, 3, 16)] == [8, 2, 1]
+
+
+def test_dry_run_lists_and_runs_nothing(
+    fake: None, comparison_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _compare(comparison_file, only=["tiny/hint"])
+    assert main(["compare", "--config", str(comparison_file), "--dry-run", "--only", "tiny/hint", "*/drkd"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:4]] == [
+        ["tiny/hint/0", "done"],
+        ["tiny/drkd/0", "missing"],
+        ["tiny/hint/1", "done"],
+        ["tiny/drkd/1", "missing"],
+    ]
+    assert lines[4] == "4 cells: 2 done, 2 missing."
+    assert main(["compare", "--config", str(comparison_file), "--dry-run", "--overrides.training.steps=9"]) == 0
+    assert "(training.steps was 2, is 9)" in capsys.readouterr().out
+    assert len(_files(tmp_path)) == 2
+
+
+@pytest.mark.slow
+def test_a_small_comparison_from_one_command(comparison_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "drkd", "compare", "--config", str(comparison_file)]
+    # Seed 0 would be the weights of the teacher, with nothing left to teach.
+    only = ["--only", "tiny/teacher", "*/*/1"]
+    done = subprocess.run([*command, *only], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "out"
+    assert sorted(_files(tmp_path)) == sorted(name for name in NAMES if "seed0" not in name)
+    drkd = json.loads((out / "cells/tiny/drkd/seed1.json").read_text())
+    assert drkd["command"][:2] == ["drkd", "distill"]
+    assert drkd["recipe"]["training"]["steps"] == 2 and drkd["steps"] == 2
+    training = drkd["training"]
+    assert training["seconds_per_step"] > 0 and training["peak_memory_bytes"] > 2**20
+    assert training["trainable_parameters"]["method"] > 0
+    assert set(drkd["distillation"]) >= {"pixel_relation", "instance"}
+    assert drkd["distillation"]["pixel_relation"]["median_gradient_ratio"] > 0
+    assert {"versions", "machine", "commit", "seconds"} <= set(drkd)
+    student = json.loads((out / "cells/tiny/student/seed1.json").read_text())
+    assert student["training"]["trainable_parameters"]["method"] == 0
+    assert student["distillation"] == {}
+    # The teacher is the checkpoint as it is, scored as a student is.
+    teacher = json.loads((out / "cells/tiny/teacher.json").read_text())
+    assert set(teacher["metrics"]) == set(student["metrics"])
+    assert "One seed only" in (out / "table.md").read_text()
+    assert json.loads((out / "table.json").read_text())["reference"] == "student"
+    assert (out / "report.html").stat().st_size > 20_000
+    assert not list((out / "runs").rglob("progress.json"))

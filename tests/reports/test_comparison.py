@@ -1,0 +1,182 @@
+"""The report of a comparison: statistics by hand, and honest words about what is not known."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drkd.contracts import DrkdError
+from drkd.reports import write_comparison_report
+from drkd.reports.comparison_rows import read_comparison, summarise_comparison
+from drkd.reports.comparison_tables import judge, tabulate_cost, tabulate_quality
+
+# AP x 100 by method and seed.
+SCORES = {
+    "student": (40.0, 41.0, 42.0),
+    "drkd": (50.0, 51.2, 52.4),
+    "hint": (46.0, 50.2, 46.8),
+    "paper": (39.0, 41.0, 43.0),
+}
+
+
+def write_cells(folder, *, scores=SCORES, pair="net", teacher=60.0, **changes):
+    methods = list(scores)
+    about = {"pairs": [pair], "methods": methods, "seeds": [0, 1, 2], "split": "val", "reference": "student", "jobs": 1}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.json").write_text(json.dumps({**about, **changes}))
+    cells = [("teacher", None, teacher)] if teacher else []
+    cells += [(method, seed, value) for method in methods for seed, value in enumerate(scores[method])]
+    for method, seed, value in cells:
+        metrics = dict.fromkeys(("ap", "ap50", "ap75", "ap_small", "ap_medium"), value / 100) | {"ap_large": None}
+        slow = {"student": 0.1, "teacher": None}.get(method, 0.12)
+        extra = {"drkd": 1500, "student": 0}.get(method, 10)
+        training = {
+            "seconds_per_step": slow,
+            "peak_memory_bytes": (512 + (seed or 0)) * 2**20,
+            "peak_memory_kind": "resident",
+            "trainable_parameters": {"student": 9, "method": extra},
+        }
+        cell = {
+            "pair": pair,
+            "method": method,
+            "seed": seed,
+            "metrics": metrics,
+            "thresholds_px": [16.0, 48.0],
+            "training": {} if method == "teacher" else training,
+            "distillation": {}
+            if method in ("student", "teacher")
+            else {"t": {"median_gradient_ratio": 0.5, "first": 4.0, "last": 1.0 + (seed or 0)}, "t/p3": {"first": 1.0}},
+            "recipe": {"student": {"class_path": "<b>Net</b>"}},
+            "command": ["drkd", "distill", f"--seed={seed}"],
+            "commit": "0123abc",
+            "machine": {"cpu": "c"},
+            "seconds": 9.0,
+        }
+        leaf = "teacher.json" if seed is None else f"{method}/seed{seed}.json"
+        path = folder / "cells" / pair / leaf
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(cell))
+    return folder
+
+
+def rows_of(folder):
+    comparison = read_comparison(folder)
+    return {row.method: row for row in summarise_comparison(comparison)}, comparison
+
+
+def test_statistics_agree_with_those_by_hand(tmp_path):
+    rows, _ = rows_of(write_cells(tmp_path))
+    drkd = rows["drkd"]
+    assert (drkd.scores["ap"].mean, drkd.scores["ap"].std) == pytest.approx((0.512, 0.012))
+    # Differences 10.0, 10.2, 10.4: mean 10.2; t(2) = 4.3027, half width 4.3027 * 0.2 / sqrt(3).
+    difference, half = drkd.to_reference["ap"], 4.3027 * 0.002 / math.sqrt(3)
+    assert (difference.mean, difference.low, difference.high) == pytest.approx((0.102, 0.102 - half, 0.102 + half))
+    # The best other one is hint (mean 47.67); differences 4.0, 1.0, 5.6: mean 3.533, sample deviation 2.3352.
+    assert drkd.rival == "hint"
+    half = 4.3027 * 0.0233524 / math.sqrt(3)
+    rival = drkd.to_rival["ap"]
+    assert (rival.mean, rival.low, rival.high) == pytest.approx(
+        (0.106 / 3, 0.106 / 3 - half, 0.106 / 3 + half), rel=1e-4
+    )
+    assert rows["hint"].rival == "drkd"
+    # (51.2 - 41) / (60 - 41)
+    assert drkd.share == pytest.approx(10.2 / 19)
+    assert rows["paper"].share == pytest.approx(0.0)
+    assert rows["student"].rival is None and not rows["student"].to_reference
+    assert math.isnan(rows["student"].share)
+    assert rows["drkd"].terms == {"t": {"median_gradient_ratio": 0.5, "first": 4.0, "last": 2.0}}
+    assert (drkd.seconds_per_step, drkd.peak_memory, drkd.extra_parameters) == (0.12, 514 * 2**20, 1500)
+
+
+def test_tables_show_them(tmp_path):
+    rows, comparison = rows_of(write_cells(tmp_path))
+    table = tabulate_quality(list(rows.values()), comparison)
+    shown = {row[1]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert [row[1] for row in table.rows] == ["teacher", "student", "drkd", "hint", "paper"]
+    assert shown["drkd"]["AP"] == "51.2 ± 1.2"
+    assert shown["drkd"]["Δ AP to student (95 %)"] == "+10.2 [+9.7, +10.7]"
+    assert shown["drkd"]["Δ AP to best rival (95 %)"] == "+3.5 [-2.3, +9.3] (hint)"
+    assert shown["drkd"]["Gap recovered"] == "54 %"
+    assert shown["drkd"]["AP_L"] == "-"
+    assert shown["student"]["Δ AP to student (95 %)"] == ""
+    assert shown["teacher"]["AP"] == "60.0" and shown["teacher"]["Seeds"] == ""
+    assert "16² px" in " ".join(table.notes)
+    cost = {row[1]: row[2:] for row in tabulate_cost(list(rows.values()), comparison).rows}
+    assert cost["drkd"] == ("0.12 s", "1.20", "514 MiB", "1.50 k")
+    assert cost["student"] == ("0.1 s", "1.00", "514 MiB", "0")
+    answer = judge(list(rows.values()), "net", "student")
+    assert "drkd has the highest mean AP, 51.2 ± 1.2: +10.2 [+9.7, +10.7] to student, beyond chance" in answer
+    assert "+3.5 [-2.3, +9.3] to the next, hint, not beyond chance with 3 seeds." in answer
+
+
+def test_one_seed_has_no_interval_and_says_so(tmp_path):
+    rows, comparison = rows_of(write_cells(tmp_path, scores={"student": (40.0,), "drkd": (45.0,)}))
+    table = tabulate_quality(list(rows.values()), comparison)
+    drkd = dict(zip(table.columns, table.rows[-1], strict=True))
+    assert (drkd["AP"], drkd["Δ AP to student (95 %)"], drkd["Δ AP to best rival (95 %)"]) == ("45.0", "+5.0", "")
+    notes = " ".join(table.notes)
+    assert "One seed only, so no spread and no interval: net/student, net/drkd." in notes
+    assert "Not all 3 seeds are measured of net/student (1), net/drkd (1)." in notes
+    assert "from one seed, which says nothing about chance" in judge(list(rows.values()), "net", "student")
+
+
+def test_a_method_that_hurts_is_not_called_best(tmp_path):
+    rows, _ = rows_of(write_cells(tmp_path, scores={"student": (40.0, 41.0), "drkd": (38.0, 39.0)}))
+    assert judge(list(rows.values()), "net", "student").startswith("net: no method is better than student; the best")
+
+
+def test_only_common_seeds_count(tmp_path):
+    rows, _ = rows_of(write_cells(tmp_path, scores={"student": (40.0, 41.0), "drkd": (42.0, 44.0, 99.0)}))
+    assert rows["drkd"].to_reference["ap"].mean == pytest.approx(0.025)
+    assert rows["drkd"].share == pytest.approx((43.0 - 40.5) / (60.0 - 40.5))
+
+
+def test_the_report_is_complete_and_escaped(tmp_path):
+    page = write_comparison_report(write_cells(tmp_path / "out"))
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 3
+    for words in (
+        "51.2 ± 1.2",
+        "beyond chance",
+        "&lt;b&gt;Net&lt;/b&gt;",
+        "0123abc",
+        "drkd distill --seed=0",
+        "1.50 k",
+    ):
+        assert words in text
+    assert "<b>Net" not in text
+    markdown = (tmp_path / "out" / "table.md").read_text()
+    assert "## Cost of training" in markdown and "| net | drkd | t | 0.50 | 4 | 2 | -50 % |" in markdown
+    content = json.loads((tmp_path / "out" / "table.json").read_text())
+    drkd = next(row for row in content["rows"] if row["method"] == "drkd")
+    assert drkd["to_reference"]["ap"]["mean"] == pytest.approx(0.102)
+    assert drkd["values"]["ap"] == {"0": 0.5, "1": 0.512, "2": 0.524}
+    assert drkd["scores"]["ap_large"]["mean"] is None
+    for name in ("scores", "differences", "cost"):
+        with Image.open(tmp_path / "out" / "figures" / f"{name}.png") as image:
+            assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_a_report_of_a_half_measured_comparison(tmp_path):
+    write_cells(tmp_path, scores={"drkd": (45.0,)}, methods=["student", "drkd"])
+    assert "Nothing to compare with student yet." in write_comparison_report(tmp_path).read_text()
+
+
+def test_what_is_missing_or_damaged_is_named(tmp_path):
+    with pytest.raises(DrkdError, match=r"comparison\.json is missing"):
+        write_comparison_report(tmp_path)
+    write_cells(tmp_path, scores={"student": (40.0,)})
+    cell = tmp_path / "cells/net/student/seed0.json"
+    content = json.loads(cell.read_text())
+    del content["metrics"]["ap_small"]
+    cell.write_text(json.dumps(content))
+    with pytest.raises(DrkdError, match=r"seed0\.json: field metrics\.ap_small is missing"):
+        write_comparison_report(tmp_path)
+    (tmp_path / "cells/net/teacher.json").unlink()
+    cell.unlink()
+    with pytest.raises(DrkdError, match="no measured cell"):
+        write_comparison_report(tmp_path)
