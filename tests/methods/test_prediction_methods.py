@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from drkd.contracts import (
 )
 from drkd.engine import Distiller
 from drkd.losses import bin_divergence
-from drkd.methods import LD, CrossKD, DeFeat, FeatureHint, LogitKD
+from drkd.methods import DRKD, LD, Combination, CrossKD, DeFeat, FeatureHint, LogitKD
 
 CLASSES = ("cat", "dog", "cup")
 BOXES = [[[4.0, 5.0, 40.0, 44.0], [30.0, 20.0, 62.0, 60.0], [10.0, 30.0, 22.0, 41.0]], [[2.0, 3.0, 50.0, 38.0]]]
@@ -473,3 +474,16 @@ def test_methods_without_needs_of_the_teachers_ask_for_the_same():
     kd = FeatureHint(student.spec, teacher.spec)
     assert kd.teacher_needs is None
     assert Distiller(student, teacher, kd)(batch_of())["kd/hint"].isfinite()
+
+
+@pytest.mark.parametrize(("family", "member"), [("retinanet", CrossKD), ("fcos", CrossKD), ("faster_rcnn", LogitKD)])
+def test_a_combination_asks_each_side_for_what_its_members_need_of_it(family, member):
+    student, teacher = pair(family)
+    methods = {"relations": partial(DRKD, nodes=4, states=8, embed_channels=8), "response": member}
+    distiller = Distiller(student, teacher, partial(Combination, methods=methods), calibration_steps=1)
+    kd = distiller.method
+    assert kd.needs > {"features"} and kd.teacher_needs > {"features"} and kd.needs != kd.teacher_needs
+    losses = distiller.train()(batch_of())
+    families = {name.partition("/")[2].partition(".")[0] for name in losses if name.startswith("kd/")}
+    assert families == {"relations", "response"}
+    assert all(loss.isfinite() for loss in losses.values())
