@@ -97,7 +97,8 @@ def write_demo_report(folder: Path) -> Path:
         folder / PAGE,
         title="A student taught by DRKD",
         lead="The same student, budget and seed twice: alone, and taught by a frozen teacher through dual relation "
-        "knowledge distillation. It costs the same at inference; only its weights differ.",
+        "knowledge distillation. Both times it starts from the teacher's neck and head, its small backbone being its "
+        "own. It costs the same at inference; only its weights differ.",
         sections=sections,
         runs={"student": student, "student + DRKD": distilled},
     )
