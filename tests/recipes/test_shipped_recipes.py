@@ -38,7 +38,7 @@ def _arguments(name: str, tiny_coco: Path, tiny_detector: Path, output: Path) ->
         small += ["--data.min_size=64", "--data.max_size=96", "--student.fpn_channels=32"]
         if "mobilenet" not in name:
             small += ["--student.backbone=resnet18", "--student.width=0.25"]
-    if name == "digits/retinanet":
+    if name in ("demo", "digits/faster_rcnn", "digits/retinanet"):
         # The tiny teacher's head is another one's.
         small += ["--inherit=false"]
     if "paper" in name or "teacher_" in name:
