@@ -6,7 +6,7 @@ import difflib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ TEACHER = "teacher"
 _ALONE = (None, "train")
 # As in recipes. Inside they are called otherwise: jsonargparse would build what has a class_path.
 _ARM_KEYS = {"class_path": "method", "init_args": "arguments", "overrides": "overrides"}
+_HIDDEN = "hidden class_path"
 _PAIR_KEYS = {"recipe": "recipe", "overrides": "overrides"}
 _OVERRIDE = "--overrides."
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -160,6 +161,15 @@ def instantiate(parser: ArgumentParser, config: Namespace) -> Comparison:
     """
     built = parser.instantiate(config)
     comparison = Comparison(**{item.name: built[item.name] for item in fields(Comparison)})
+    comparison = replace(
+        comparison,
+        overrides=_show_classes(comparison.overrides),
+        pairs={name: replace(pair, overrides=_show_classes(pair.overrides)) for name, pair in comparison.pairs.items()},
+        methods={
+            name: replace(arm, arguments=_show_classes(arm.arguments), overrides=_show_classes(arm.overrides))
+            for name, arm in comparison.methods.items()
+        },
+    )
     _check(comparison, source=source_of(config))
     return comparison
 
@@ -203,6 +213,22 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _hide_classes(value: Any) -> Any:
+    """Keep jsonargparse from building a class that stands inside of arguments, such as a member of a combination."""
+    return _rename_keys(value, {"class_path": _HIDDEN})
+
+
+def _show_classes(value: Any) -> Any:
+    return _rename_keys(value, {_HIDDEN: "class_path"})
+
+
+def _rename_keys(value: Any, names: Mapping[str, str]) -> Any:
+    """Rename keys at every depth of what a YAML file says."""
+    if isinstance(value, Mapping):
+        return {names.get(key, key): _rename_keys(entry, names) for key, entry in value.items()}
+    return [_rename_keys(entry, names) for entry in value] if isinstance(value, list) else value
+
+
 def _merge(into: dict[str, Any], content: Mapping[str, Any]) -> None:
     for key, value in content.items():
         if isinstance(value, Mapping) and isinstance(into.get(key), dict) and "recipe" not in value:
@@ -223,6 +249,8 @@ def _spell_out(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
         if key not in known:
             raise DrkdError(f"{path}: there is no such key as '{key}'{nearest(str(key), known)}")
     spelled = dict(content)
+    if "overrides" in content:
+        spelled["overrides"] = _hide_classes(content["overrides"])
     for key in ("pairs", "methods"):
         if key in content:
             entries = content[key]
@@ -267,7 +295,7 @@ def _check_entry(entry: Any, keys: Mapping[str, str], path: Path, place: str, *,
             raise DrkdError(f"{path}: {place}.{key}: expected keys with values, got {entry[key]!r}.")
         if key == "class_path" and not isinstance(entry[key], str | None):
             raise DrkdError(f"{path}: {place}.{key}: expected an import path, got {entry[key]!r}.")
-    return {keys[key]: value for key, value in entry.items()}
+    return {keys[key]: _hide_classes(value) for key, value in entry.items()}
 
 
 def _check(comparison: Comparison, *, source: str) -> None:
