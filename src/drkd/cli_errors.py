@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import re
 
-FAILED, WRONG, INTERRUPTED = 1, 2, 130
-"""Exit codes: a fault of the machine, something the user can put right, Ctrl-C."""
+FAILED, WRONG, NOT_APPLICABLE, INTERRUPTED = 1, 2, 3, 130
+"""Exit codes: a fault of the machine, what the user can put right, a method that does not fit the pair, Ctrl-C."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -19,9 +19,11 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     """
     import torch
 
-    from drkd.contracts import DrkdError
+    from drkd.contracts import DrkdError, NotApplicableError
 
     message = str(error).strip()
+    if isinstance(error, NotApplicableError):
+        return NOT_APPLICABLE, message
     if isinstance(error, DrkdError):
         full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
         return FAILED if full else WRONG, _from_worker(message)

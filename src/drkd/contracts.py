@@ -31,6 +31,10 @@ class DrkdError(ValueError):
     """Something that the user can put right. The message is one readable paragraph; the command line prints it bare."""
 
 
+class NotApplicableError(DrkdError):
+    """A method cannot work with a pair of detectors by its nature: no setting of the method would put that right."""
+
+
 @dataclass(frozen=True)
 class ImageRecord:
     """One annotated image of a data set, as a format reader returns it.

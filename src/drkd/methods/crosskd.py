@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, DrkdError, KDMethod, Want
+from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, DrkdError, KDMethod, NotApplicableError, Want
 from drkd.losses import align_scale, decode_distances, decode_offsets, overlap_distance, quality_focal_distance
 from drkd.losses.distance import at_least_float32, full_precision
 from drkd.methods.prediction_pairs import ON_FEATURES, TeacherClasses, require_layouts, require_same_grid
@@ -65,7 +65,7 @@ class CrossKD(KDMethod):
         if self.after < 1 or beta < 0:
             raise ValueError(f"Expected after >= 1 and beta >= 0, got {self.after} and {beta}")
         if not ours.head_channels or ours.head_channels != theirs.head_channels:
-            raise DrkdError(
+            raise NotApplicableError(
                 "CrossKD passes the student's head features through the teacher's head and expects heads of the same "
                 f"width, got {ours.head_channels} channels (student) and {theirs.head_channels} (teacher; 0 is a head "
                 f"of another build than torchvision's). Build the student with fpn_channels: {theirs.head_channels}, "

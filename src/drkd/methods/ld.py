@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, DrkdError, KDMethod, Want
+from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, NotApplicableError, Want
 from drkd.losses import bin_divergence, valuable_region
 from drkd.losses.distance import at_least_float32, full_precision
 from drkd.methods.prediction_pairs import ON_FEATURES, TeacherClasses, require_layouts, require_same_grid
@@ -66,7 +66,7 @@ class LD(KDMethod):
             raise ValueError(f"Expected temperatures above 0, got {temperature} and {class_temperature}")
         bins = [0 if spec.predictions is None else spec.predictions.box_bins for spec in (student, teacher)]
         if not bins[0] or bins[0] != bins[1]:
-            raise DrkdError(
+            raise NotApplicableError(
                 "LD distils distributions over the bins of a box's sides and expects detectors whose heads predict as "
                 f"many bins (GFL and its kin), got {bins[0]} bins from the student ({student.family or 'unknown'}) and "
                 f"{bins[1]} from the teacher ({teacher.family or 'unknown'}); heads that predict each side as one "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from drkd.contracts import DetectorSpec, DrkdError, PredictionKind, PredictionLayout
+from drkd.contracts import DetectorSpec, NotApplicableError, PredictionKind, PredictionLayout
 
 _NAMED = 5
 _WORDS = {
@@ -25,12 +25,12 @@ def require_layouts(
     """The layouts of both, which must be of one of these kinds, and of the same.
 
     Raises:
-        DrkdError: If they are not.
+        NotApplicableError: If they are not.
     """
     ours, theirs = student.predictions, teacher.predictions
     if ours is None or theirs is None or ours.kind != theirs.kind or ours.kind not in kinds:
         expected = " or ".join(_WORDS[kind] for kind in kinds)
-        raise DrkdError(
+        raise NotApplicableError(
             f"{method} compares predictions and expects a student and a teacher that both predict {expected}. "
             f"Got a student ({_family(student)}) with {_describe(ours)} and a teacher ({_family(teacher)}) with "
             f"{_describe(theirs)}. Choose detectors of one kind, or {ON_FEATURES}."
@@ -42,11 +42,11 @@ def require_same_grid(student: DetectorSpec, teacher: DetectorSpec, *, method: s
     """Both must predict at the same strides, for the same anchors.
 
     Raises:
-        DrkdError: If they do not.
+        NotApplicableError: If they do not.
     """
     strides = [[level.stride for level in spec.levels] for spec in (student, teacher)]
     if len(strides[0]) != len(strides[1]) or any(abs(math.log2(a / b)) > 0.01 for a, b in zip(*strides, strict=True)):
-        raise DrkdError(
+        raise NotApplicableError(
             f"{method} compares predictions place by place and expects pyramids of the same strides, got "
             f"{_numbers(strides[0])} px (student) and {_numbers(strides[1])} px (teacher). "
             f"Build the student with the teacher's stages and extra levels, or use {ON_FEATURES}."
@@ -54,7 +54,7 @@ def require_same_grid(student: DetectorSpec, teacher: DetectorSpec, *, method: s
     anchors = [spec.predictions.anchors if spec.predictions is not None else () for spec in (student, teacher)]
     for level, ours, theirs in zip(student.levels, *anchors, strict=True):
         if len(ours) != len(theirs):
-            raise DrkdError(
+            raise NotApplicableError(
                 f"{method} compares predictions anchor by anchor and expects as many anchors a cell, got {len(ours)} "
                 f"(student) and {len(theirs)} (teacher) on level {level.name}. Give both the same anchor_sizes and "
                 f"anchor_ratios, or use {ON_FEATURES}."
@@ -62,7 +62,7 @@ def require_same_grid(student: DetectorSpec, teacher: DetectorSpec, *, method: s
         if any(
             abs(a - b) > 0.01 * a for one, two in zip(ours, theirs, strict=True) for a, b in zip(one, two, strict=True)
         ):
-            raise DrkdError(
+            raise NotApplicableError(
                 f"{method} compares boxes as they are coded from anchors and expects equal anchors, got sides of "
                 f"{_sides(ours)} px (student) and {_sides(theirs)} px (teacher) on level {level.name}. Give both the "
                 f"same anchor_sizes and anchor_ratios, or use {ON_FEATURES}."
@@ -80,7 +80,7 @@ class TeacherClasses(nn.Module):
         method: For the message.
 
     Raises:
-        DrkdError: If the teacher lacks a class of the student's, or either head has no output for one.
+        NotApplicableError: If the teacher lacks a class of the student's, or either head has no output for one.
     """
 
     _order: Tensor
@@ -95,7 +95,7 @@ class TeacherClasses(nn.Module):
         ]
         missing += [name for name in student.class_names if name not in teacher.class_names]
         if missing:
-            raise DrkdError(
+            raise NotApplicableError(
                 f"{method} compares class scores and expects a teacher that predicts each of the student's "
                 f"{student.num_classes} classes, got none for {', '.join(missing[:_NAMED])}"
                 f"{', ...' if len(missing) > _NAMED else ''} (the teacher's: {', '.join(teacher.class_names[:_NAMED])}"

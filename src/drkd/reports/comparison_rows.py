@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from drkd.reports.tables import HEADINGS, group_scores
 
 METRICS = tuple(HEADINGS)
 TEACHER = "teacher"
+_REASON = "not_applicable"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Comparison:
         reference: The method that the others are compared with.
         split: The split of all scores.
         cells: Content of the cells' files, in order, with the pair as ``detector`` too.
+        inapplicable: By pair and method, why the method cannot work with the pair.
     """
 
     pairs: tuple[str, ...]
@@ -71,6 +73,7 @@ class Comparison:
     reference: str
     split: str
     cells: tuple[Mapping[str, Any], ...]
+    inapplicable: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 def read_comparison(folder: Path) -> Comparison:
@@ -83,7 +86,8 @@ def read_comparison(folder: Path) -> Comparison:
     missing = [name for name in ("pairs", "methods", "seeds", "reference", "split") if name not in about]
     if missing:
         raise DrkdError(f"{folder / 'comparison.json'}: field {missing[0]} is missing.")
-    cells = [_read_cell(path) for path in _cell_files(folder, about) if path.exists()]
+    found = [_read_cell(path) for path in _cell_files(folder, about) if path.exists()]
+    cells = [cell for cell in found if _REASON not in cell]
     if not cells:
         raise DrkdError(f"{folder} holds no measured cell, so there is nothing to report.")
     return Comparison(
@@ -93,6 +97,7 @@ def read_comparison(folder: Path) -> Comparison:
         reference=about["reference"],
         split=about["split"],
         cells=tuple(cells),
+        inapplicable={(cell["pair"], cell["method"]): cell[_REASON] for cell in found if _REASON in cell},
     )
 
 
@@ -178,6 +183,8 @@ def _cell_files(folder: Path, about: Mapping[str, Any]) -> Iterator[Path]:
 
 def _read_cell(path: Path) -> dict[str, Any]:
     cell: dict[str, Any] = read_json(path, kind=dict)
+    if _REASON in cell:
+        return cell
     for name in ("pair", "method", "metrics"):
         if name not in cell:
             raise DrkdError(f"{path}: field {name} is missing. Remove the file, and the cell is measured again.")

@@ -120,6 +120,8 @@ def _notes(rows: Sequence[Row], comparison: Comparison) -> Iterator[str]:
         f"methods, {comparison.reference} aside; it is picked by the scores that it is compared by. Gap recovered: of "
         f"the teacher's lead over {comparison.reference}, in AP."
     )
+    for (pair, method), reason in comparison.inapplicable.items():
+        yield f"{pair}/{method} is not applicable: {reason}"
     single = [f"{row.pair}/{row.method}" for row in rows if len(row.seeds) == 1]
     if single:
         yield f"One seed only, so no spread and no interval: {', '.join(single)}."

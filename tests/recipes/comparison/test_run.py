@@ -14,6 +14,7 @@ from pathlib import Path
 
 import fake_cell
 import pytest
+import yaml
 from rich.console import Console
 
 from drkd.cli import main
@@ -146,6 +147,28 @@ def test_a_failing_cell_does_not_stop_the_others(
     assert sorted(_files(tmp_path)) == sorted(set(NAMES) - {"tiny/hint/seed0.json"})
     monkeypatch.setattr(run, "_program", fake_cell.fake_program)
     assert main(["compare", "--config", str(comparison_file)]) == 0
+
+
+def test_a_method_that_cannot_work_with_a_pair_is_a_finished_cell_with_the_reason(
+    comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = run._program
+
+    def program(cell: run.Cell) -> list[str]:
+        return real(cell) if cell.method == "hint" else fake_cell.fake_program(cell)
+
+    content = yaml.safe_load(comparison_file.read_text())
+    content["methods"]["hint"] = "drkd.methods.LD"  # the tiny detectors' heads have no bins
+    comparison_file.write_text(yaml.safe_dump(content, sort_keys=False))
+    monkeypatch.setattr(run, "_program", program)
+    assert main(["compare", "--config", str(comparison_file), "--seeds=[0]"]) == 0
+    shown = capsys.readouterr()
+    assert "tiny/hint/0: not applicable" in shown.err
+    assert "tiny/hint is not applicable: LD distils distributions over the bins" in shown.out
+    kept = json.loads((tmp_path / "out/cells/tiny/hint/seed0.json").read_text())
+    assert kept["not_applicable"].startswith("LD distils") and "metrics" not in kept
+    monkeypatch.setattr(run, "_program", lambda _: pytest.fail("it was tried again"))
+    assert main(["compare", "--config", str(comparison_file), "--seeds=[0]"]) == 0
 
 
 def test_a_cell_that_leaves_nothing_has_failed(

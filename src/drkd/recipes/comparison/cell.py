@@ -26,6 +26,8 @@ _TEACHERS_SETTINGS = (
     *("teacher", "data.root", "data.min_size", "data.max_size", "data.size_divisor", "data.pad_to", "data.val_limit"),
     *("data.class_names", "evaluation.split", "evaluation.area_scale"),
 )
+NOT_APPLICABLE = "not_applicable"
+"""Field of a cell's file that says why its method cannot work with its pair; there are no scores then."""
 _KEPT = ("steps", "epochs", "commit", "versions", "machine", "started", "finished")
 
 
@@ -177,6 +179,19 @@ def collect(cell: Cell) -> dict[str, Any]:
         "earlier_sessions": len(run.get("sessions", [])),
         **{name: run.get(name) for name in _KEPT},
     }
+    write_json(cell.file, content)
+    return content
+
+
+def collect_reason(cell: Cell, reason: str) -> dict[str, Any]:
+    """Write the cell's file for a method that cannot work with its pair; return its content.
+
+    Args:
+        cell: The cell.
+        reason: One paragraph.
+    """
+    content = {"pair": cell.pair, "method": cell.method, "seed": cell.seed, NOT_APPLICABLE: reason}
+    content |= {"command": list(cell.command()), "recipe": cell.settings}
     write_json(cell.file, content)
     return content
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from drkd.contracts import DrkdError
-from drkd.recipes.comparison.cell import Cell, read_object
+from drkd.recipes.comparison.cell import NOT_APPLICABLE, Cell, read_object
 from drkd.recipes.comparison.definition import TEACHER
 
 
@@ -59,6 +59,8 @@ class Task:
 
     def words(self) -> str:
         """The state in a few words: scores, or how far it is."""
+        if NOT_APPLICABLE in self.content:
+            return "not applicable"
         if self.state == "done":
             metrics = self.content["metrics"]
             return f"AP {_score(metrics.get('ap'))}, AP_S {_score(metrics.get('ap_small'))}"

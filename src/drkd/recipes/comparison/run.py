@@ -17,7 +17,17 @@ from typing import Literal
 from rich.console import Console
 
 from drkd.contracts import DrkdError
-from drkd.recipes.comparison.cell import Cell, State, can_resume, collect, is_finished, look_up, make_cells, read_object
+from drkd.recipes.comparison.cell import (
+    Cell,
+    State,
+    can_resume,
+    collect,
+    collect_reason,
+    is_finished,
+    look_up,
+    make_cells,
+    read_object,
+)
 from drkd.recipes.comparison.definition import Comparison
 from drkd.recipes.comparison.leash import let_go, start_leashed
 from drkd.recipes.comparison.lock import locked_folder
@@ -27,6 +37,7 @@ from drkd.recipes.run_folder import write_json
 Rerun = Literal["no", "changed", "all"]
 
 _SHOWN_LINES = 12
+_INAPPLICABLE = 3  # exit code of drkd for a method that cannot work with a pair, see drkd.cli_errors
 _INTERVAL = 0.25  # seconds between looks at the processes
 
 
@@ -224,6 +235,12 @@ def _end(task: Task, code: int, board: Board, failures: list[Failure]) -> None:
             task.state = "done"
         except DrkdError as error:
             code, reason = 1, str(error)
+    elif code == _INAPPLICABLE:
+        # The program prints this one paragraph last; what it lacks is not a setting that a second try could have.
+        last = _last_lines(task.cell.log)[-1:]
+        task.content = collect_reason(task.cell, last[0].removeprefix("drkd: ") if last else reason)
+        task.state = "done"
+        code = 0
     if code:
         task.state = "failed"
         failures.append(Failure(task.cell.name, task.cell.log, (*_last_lines(task.cell.log), f"({reason})")))
