@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,15 @@ from PIL import Image
 from drkd.contracts import DrkdError
 from drkd.data import digits as module
 from drkd.data.dataset import find_splits, load_split
-from drkd.data.digits import DigitsConfig, assign_photos, assign_scans, build_digits, default_cache, is_intact
+from drkd.data.digits import (
+    EMBEDDED,
+    DigitsConfig,
+    assign_photos,
+    assign_scans,
+    build_digits,
+    default_cache,
+    is_intact,
+)
 from drkd.data.glyphs import INK, draw_digit, load_scans
 
 _SMALL = DigitsConfig(train=30, tune=9, val=10)
@@ -68,8 +77,18 @@ def test_no_scan_serves_two_splits(built: Path) -> None:
         assert set(labels[dealt[split]].tolist()) == set(range(10))
 
 
-def test_no_photograph_serves_two_splits_and_each_has_colour_and_grey(built: Path) -> None:
-    photos = assign_photos()
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = dataclasses.replace(EMBEDDED["digits2"], train=30, tune=9, val=14)
+    return build_digits(tmp_path_factory.mktemp("second"), config=config)
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_no_photograph_serves_two_splits_and_each_has_colour_and_grey(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    photos = assign_photos(second=EMBEDDED[name].second)
+    built = request.getfixturevalue({"digits": "built", "digits2": "second"}[name])
     names = [name for part in photos.values() for name in part]
     assert len(names) == len(set(names))
     for left in photos["train"]:  # two views of one scene count as one
@@ -77,6 +96,20 @@ def test_no_photograph_serves_two_splits_and_each_has_colour_and_grey(built: Pat
     for split, document in _annotations(built):
         assert {image["background"] for image in document["images"]} == set(photos[split])
         assert {image["grey"] for image in document["images"]} == {True, False}
+
+
+def test_the_second_set_reports_on_other_photographs_scans_and_sizes(built: Path, second: Path) -> None:
+    first, other = (dict(_annotations(root))["val"] for root in (built, second))
+    backgrounds = [{image["background"] for image in document["images"]} for document in (first, other)]
+    assert not backgrounds[0] & backgrounds[1]
+    scans = [{entry["scan"] for entry in document["annotations"]} for document in (first, other)]
+    assert scans[0] != scans[1]
+    longest = max(max(entry["bbox"][2:]) for entry in other["annotations"])
+    assert longest <= 49 < max(max(entry["bbox"][2:]) for entry in first["annotations"])
+
+
+def test_the_first_set_keeps_its_place_in_the_cache() -> None:
+    assert module._fingerprint(DigitsConfig()) == "0f2a6e796561"
 
 
 def test_boxes_are_tight_and_inside_and_of_the_wanted_sizes(built: Path) -> None:

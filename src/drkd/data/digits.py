@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,6 +51,13 @@ _PHOTOS: dict[str, tuple[str, ...]] = {
         "skimage/gravel.png",
     ),
 }
+# The second set: what was photographed for training is now reported on, and the other way round.
+_SECOND_TUNE = ("skimage/astronaut.png", "skimage/brick.png", "skimage/clock_motion.png")
+_SECOND_PHOTOS: dict[str, tuple[str, ...]] = {
+    "train": (*_PHOTOS["tune"], *_PHOTOS["val"]),
+    "tune": _SECOND_TUNE,
+    "val": tuple(name for name in _PHOTOS["train"] if name not in _SECOND_TUNE),
+}
 _FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
 # Shares of the scans of every digit.
 _SCAN_SHARES = (0.6, 0.15, 0.25)
@@ -69,6 +77,7 @@ class DigitsConfig:
         max_size: Upper limit, px; sizes are log-uniform between the two.
         max_digits: Most digits an image; 1 to this many, uniformly.
         empty: Share of the images that have none.
+        second: Deal the photographs the other way round: train on those that are otherwise reported on.
     """
 
     seed: int = 0
@@ -80,6 +89,7 @@ class DigitsConfig:
     max_size: float = 64.0
     max_digits: int = 8
     empty: float = 0.02
+    second: bool = False
 
     def __post_init__(self) -> None:
         if min(self.train, self.tune, self.val, self.max_digits, self.long_side) <= 0:
@@ -89,6 +99,14 @@ class DigitsConfig:
                 f"expected 4 <= min_size <= max_size <= 0.7 * long_side = {0.7 * self.long_side}, "
                 f"got {self.min_size} and {self.max_size}"
             )
+
+
+EMBEDDED = {
+    "digits": DigitsConfig(),
+    "digits2": DigitsConfig(seed=1, min_size=8.0, max_size=48.0, max_digits=10, second=True),
+}
+"""What ``data.root`` may name. ``digits2`` confirms what was chosen on ``digits``: another deal of the scans, other
+photographs in each split, smaller and more digits an image."""
 
 
 def build_digits(cache_dir: Path | None = None, *, config: DigitsConfig = DigitsConfig()) -> Path:
@@ -159,14 +177,18 @@ def assign_scans(labels: npt.NDArray[np.int64], *, seed: int) -> dict[str, npt.N
     return {split: np.sort(np.concatenate(parts)) for split, parts in dealt.items()}
 
 
-def assign_photos() -> dict[str, tuple[str, ...]]:
-    """Which photographs each split cuts its backgrounds from; no photograph serves two splits."""
-    return dict(_PHOTOS)
+def assign_photos(*, second: bool = False) -> dict[str, tuple[str, ...]]:
+    """Which photographs each split cuts its backgrounds from; no photograph serves two splits.
+
+    Args:
+        second: Of the second set, see `DigitsConfig`.
+    """
+    return dict(_SECOND_PHOTOS if second else _PHOTOS)
 
 
-def _load_photos(split: str) -> list[Photo]:
+def _load_photos(names: Sequence[str]) -> list[Photo]:
     photos = []
-    for name in _PHOTOS[split]:
+    for name in names:
         package, file = name.split("/")
         spec = find_spec(package)
         if spec is None or spec.origin is None:
@@ -189,8 +211,9 @@ def _build(root: Path, config: DigitsConfig) -> None:
     scans, labels = load_scans()
     pools = assign_scans(labels, seed=config.seed)
     (root / "annotations").mkdir()
+    photographs = assign_photos(second=config.second)
     for number, split in enumerate(_SPLITS):
-        photos = _load_photos(split)
+        photos = _load_photos(photographs[split])
         (root / split).mkdir()
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
@@ -266,8 +289,14 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def _fingerprint(config: DigitsConfig) -> str:
-    text = json.dumps({"version": _VERSION, **asdict(config)}, sort_keys=True)
+    text = json.dumps({"version": _VERSION, **_plain(config)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _plain(config: DigitsConfig) -> dict[str, Any]:
+    """As version 1 wrote it before there was a second set, so that what is built already stays good."""
+    content = asdict(config)
+    return content if config.second else {key: value for key, value in content.items() if key != "second"}
 
 
 def _manifest(root: Path, config: DigitsConfig) -> dict[str, Any]:
@@ -280,7 +309,7 @@ def _manifest(root: Path, config: DigitsConfig) -> dict[str, Any]:
         for image in sorted((root / split).iterdir()):
             tree.update(f"{image.name} {hashlib.sha256(image.read_bytes()).hexdigest()}\n".encode())
         checksums[split] = tree.hexdigest()
-    return {"name": "digits", "version": _VERSION, "config": asdict(config), "sha256": checksums}
+    return {"name": "digits", "version": _VERSION, "config": _plain(config), "sha256": checksums}
 
 
 def _publish(aside: Path, target: Path, config: DigitsConfig) -> None:

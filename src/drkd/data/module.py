@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from drkd.contracts import DetectionBatch, DrkdError, Size
 from drkd.data.dataset import DetectionDataset, find_splits, load_split
-from drkd.data.digits import build_digits
+from drkd.data.digits import EMBEDDED, build_digits
 from drkd.data.sampler import EvaluationBatchSampler, TrainBatchSampler, aspect_group
 from drkd.data.split import DatasetSplit
 from drkd.data.transforms import collate, eval_transforms, train_transforms
@@ -58,7 +58,7 @@ class DetectionDataModule(LightningDataModule):
     """Batches of a COCO-format folder, or of the embedded data set.
 
     Args:
-        root: The data set's folder, or ``digits`` for the embedded one, which is built on first use.
+        root: The data set's folder, or ``digits`` or ``digits2`` for the embedded ones, built on first use.
         train_split: Name of the split to train on.
         val_split: Name of the split to evaluate on.
         batch_size: Images a batch and process.
@@ -129,13 +129,13 @@ class DetectionDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Build the embedded data set where it is the one asked for (called by Lightning in one process)."""
-        if self._root == "digits":
-            build_digits()
+        if self._root in EMBEDDED:
+            build_digits(config=EMBEDDED[self._root])
 
     @property
     def root(self) -> Path:
         """The data set's folder; builds the embedded one on first use."""
-        return build_digits() if self._root == "digits" else Path(self._root)
+        return build_digits(config=EMBEDDED[self._root]) if self._root in EMBEDDED else Path(self._root)
 
     @property
     def class_names(self) -> tuple[str, ...]:

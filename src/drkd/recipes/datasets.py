@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from drkd.data.check import DataReport, check_data
-from drkd.data.digits import build_digits
+from drkd.data.digits import EMBEDDED, build_digits
 
 __all__ = ["DataReport", "build_embedded", "check_dataset"]
 
@@ -23,11 +23,12 @@ def check_dataset(path: Path, *, picture: Path = Path("drkd-samples.png")) -> Da
     return check_data(path, picture=picture)
 
 
-def build_embedded(*, output: Path | None = None) -> Path:
+def build_embedded(*, output: Path | None = None, second: bool = False) -> Path:
     """Build the embedded data set of handwritten digits on photographs, or find it built already.
 
     Args:
         output: Folder to build it in; by default the cache, where ``data.root: digits`` looks for it.
+        second: Build ``digits2``: another deal of scans and photographs, smaller and more digits an image.
 
     Returns:
         The data set's folder, in COCO format.
@@ -35,4 +36,4 @@ def build_embedded(*, output: Path | None = None) -> Path:
     Raises:
         DrkdError: If scikit-learn or scikit-image is missing, or the folder cannot be written to.
     """
-    return build_digits(output)
+    return build_digits(output, config=EMBEDDED["digits2" if second else "digits"])
