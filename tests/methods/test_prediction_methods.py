@@ -487,3 +487,44 @@ def test_a_combination_asks_each_side_for_what_its_members_need_of_it(family, me
     families = {name.partition("/")[2].partition(".")[0] for name in losses if name.startswith("kd/")}
     assert families == {"relations", "response"}
     assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_drkd_hears_the_response_where_predictions_are_alike(family):
+    student, teacher = pair(family)
+    kd = DRKD(student.spec, teacher.spec)
+    alone = LogitKD(student.spec, teacher.spec)
+    assert (kd.needs, kd.teacher_needs) == (alone.needs, alone.teacher_needs | {"features"})
+    batch = batch_of()
+    torch.manual_seed(5)  # two-stage students sample
+    ours, theirs = outputs(kd, student, teacher, batch)
+    terms, expected = kd(ours, theirs, batch), alone(ours, theirs, batch)
+    assert {name for name in terms if name.startswith("response")} == {f"response_{name}" for name in expected}
+    for name, term in expected.items():
+        assert torch.equal(terms[f"response_{name}"], term)
+    assert {"response_classification", "response_box"} <= set(kd.weights) & set(kd.minimum_boxes)
+
+
+def test_drkd_goes_without_the_response_where_predictions_differ():
+    student, teacher = detector("retinanet", seed=0), detector("faster_rcnn", seed=1)
+    kd = DRKD(student.spec, teacher.spec)
+    assert not any(name.startswith("response") for name in kd.weights)
+    assert kd.needs == {"features"}
+    with pytest.raises(DrkdError, match="LogitKD compares predictions"):
+        DRKD(student.spec, teacher.spec, response_weight=1.0)
+    off = DRKD(student.spec, detector("retinanet", seed=1).spec, response_weight=0.0)
+    assert set(off.weights) == {"pixel_relation", "instance_relation", "instance"}
+
+
+def test_drkd_gives_the_objects_their_share_of_the_pixel_term():
+    student, teacher = pair("retinanet")
+    plain, shared = (DRKD(student.spec, teacher.spec, object_share=share) for share in (0.0, 0.5))
+    shared.load_state_dict(plain.state_dict())
+    terms = [run(kd, student, teacher, batch_of())[0] for kd in (plain, shared)]
+    without = [run(kd, student, teacher, batch_of(NONE))[0] for kd in (plain, shared)]
+    for level in ("pixel_relation/p3", "pixel_relation/p4"):
+        assert terms[0][level].item() != pytest.approx(terms[1][level].item(), rel=1e-3)
+        torch.testing.assert_close(without[0][level], without[1][level])
+    for options in ({"object_share": 1.0}, {"object_share": 0.5, "pixel_distance": "frobenius"}):
+        with pytest.raises(ValueError, match="object_share"):
+            DRKD(student.spec, teacher.spec, **options)

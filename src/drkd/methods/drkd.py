@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
+from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, NotApplicableError, Want
 from drkd.losses import (
     AdapterInit,
     Distance,
@@ -29,9 +29,13 @@ from drkd.losses import (
     standardise,
 )
 from drkd.losses.instances import count_boxes
+from drkd.losses.object_weights import object_weights
 from drkd.methods.levels import LevelPair, maps_by_name, match_levels, spec_of_maps
+from drkd.methods.logit_kd import LogitKD
 
-PIXEL, RELATION, INSTANCE = "pixel_relation", "instance_relation", "instance"
+PIXEL, RELATION, INSTANCE, RESPONSE = "pixel_relation", "instance_relation", "instance", "response"
+
+_FEATURES = frozenset[Want]({"features"})
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,9 @@ class DRKD(KDMethod):
     """DRKD (Ni, Yang, Wen, Zhang; IJCAI 2023; arXiv:2302.05637), every choice an argument; these defaults are ours.
 
     Terms, one a level each: ``pixel_relation`` (`PixelRelationLoss`), ``instance_relation`` (`InstanceRelationLoss`),
-    ``instance`` (`InstanceFeatureLoss`). A term of weight 0 is neither built nor computed. `PaperDRKD` and
-    `ReleasedDRKD` have the paper's and the released code's choices as defaults.
+    ``instance`` (`InstanceFeatureLoss`); and, not in the paper, what the teacher predicts for the instances:
+    ``response_classification`` and ``response_box`` (`LogitKD`). A term of weight 0 is neither built nor computed.
+    `PaperDRKD` and `ReleasedDRKD` have the paper's and the released code's choices as defaults.
 
     Departures of these defaults from the paper, all for one reason (features of unlike size and norms of unlike scale
     left the distillation silently off): maps are standardised first, distances are means, weights are ratios of
@@ -78,6 +83,8 @@ class DRKD(KDMethod):
         pixel_weight: Of ``pixel_relation``.
         relation_weight: Of ``instance_relation``.
         instance_weight: Of ``instance``.
+        response_weight: Of the two response terms. None is 1 where student and teacher predict alike (see `LogitKD`),
+            and no such term where they do not, or where there are only feature maps (`for_features`).
         balanced: Whether weights are ratios of gradient norms, see `KDMethod`; otherwise plain multipliers.
         warmup_steps: Steps over which all weights rise from 0.
         levels: Student levels to use; None is all that find a partner.
@@ -94,6 +101,8 @@ class DRKD(KDMethod):
         norm: After the graph's reprojection: group, batch (released) or none.
         graph_gain: Initial weight of that norm: how loud the relations are beside the map itself (released: 1).
         activation_before_update: ReLU in the graph as released; False is the paper's linear update.
+        object_share: Share of ``pixel_relation`` that belongs to the objects, a small one counting as much as a large
+            one, see `object_weights`; in [0, 1), 0 leaves all positions alike. Needs the distance ``mse``.
         pixel_distance: See `tensor_distance` (paper, released: frobenius).
         roi_size: Cells a side of a pooled instance (released: 3).
         roi_aligned: Exact RoIAlign; False is the released, unshifted one.
@@ -108,7 +117,7 @@ class DRKD(KDMethod):
         instance_distance: ``mse``, ``relative``, ``standardised``, ``norm`` (paper), ``frobenius`` (released).
 
     Raises:
-        DrkdError: If the pyramids do not match.
+        DrkdError: If the pyramids do not match, or a response is asked for where the predictions do not.
         ValueError: If an argument is out of range.
     """
 
@@ -120,6 +129,7 @@ class DRKD(KDMethod):
         pixel_weight: float = 1.0,
         relation_weight: float = 0.1,
         instance_weight: float = 0.5,
+        response_weight: float | None = None,
         balanced: bool = True,
         warmup_steps: int = 0,
         levels: Sequence[str] | None = None,
@@ -135,6 +145,7 @@ class DRKD(KDMethod):
         norm: GraphNorm = "group",
         graph_gain: float = 0.3,
         activation_before_update: bool = True,
+        object_share: float = 0.0,
         pixel_distance: Distance = "mse",
         roi_size: int = 3,
         roi_aligned: bool = True,
@@ -150,11 +161,24 @@ class DRKD(KDMethod):
     ) -> None:
         super().__init__()
         weights = {PIXEL: pixel_weight, RELATION: relation_weight, INSTANCE: instance_weight}
-        if min(weights.values()) < 0 or max(weights.values()) == 0:
-            raise ValueError(f"Expected weights of at least 0, one of them above 0, got {weights}")
+        if min(*weights.values(), response_weight or 0) < 0 or max(weights.values()) == 0:
+            raise ValueError(
+                f"Expected weights of at least 0, one of the relations' above 0, got {weights} and {response_weight}"
+            )
+        if not 0 <= object_share < 1 or (object_share and pixel_distance != "mse"):
+            raise ValueError(
+                "Expected an object_share in [0, 1), and 0 with another pixel_distance than mse, got "
+                f"{object_share} with {pixel_distance}"
+            )
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         minimum = {RELATION: 2 if instance_target == "matrix" else 1, INSTANCE: 1}
         self.minimum_boxes = {name: count for name, count in minimum.items() if name in self.weights}
+        self.response = _make_response(student, teacher, weight=response_weight, balanced=balanced)
+        if self.response is not None:
+            self.needs, self.teacher_needs = self.response.needs | _FEATURES, self.response.teacher_needs | _FEATURES
+            self.weights |= {f"{RESPONSE}_{name}": weight for name, weight in self.response.weights.items()}
+            self.minimum_boxes |= {f"{RESPONSE}_{name}": 1 for name in self.response.weights}
+        self.object_share = object_share
         self.balanced = balanced
         self.warmup_steps = warmup_steps
         self.normalise_features = normalise_features
@@ -241,12 +265,16 @@ class DRKD(KDMethod):
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The unweighted terms, named ``<term>/<student level>``."""
-        return self.from_features(
+        terms = self.from_features(
             maps_by_name(student.features),
             maps_by_name(teacher.features),
             batch.boxes,
             image_size=batch.image_size,
         )
+        if self.response is not None:
+            responses = self.response(student, teacher, batch)
+            terms |= {f"{RESPONSE}_{name}": term for name, term in responses.items()}
+        return terms
 
     def from_features(
         self,
@@ -256,11 +284,18 @@ class DRKD(KDMethod):
         *,
         image_size: tuple[int, int],
     ) -> dict[str, Tensor]:
-        """The unweighted terms of feature maps by level name and one (N, 4) tensor of xyxy px boxes an image."""
+        """The unweighted terms of feature maps by level name and one (N, 4) tensor of xyxy px boxes an image.
+
+        Maps have no responses: those terms are left out.
+        """
         ours, theirs = self._prepare(student_features, teacher_features)
         terms: dict[str, Tensor] = {}
         for pair, loss in zip(self.pixel_pairs, self.pixel_losses, strict=True):
-            terms[f"{PIXEL}/{pair.name}"] = loss(ours[pair.student.name], theirs[pair.teacher.name])
+            maps = ours[pair.student.name], theirs[pair.teacher.name]
+            weights = None
+            if self.object_share:
+                weights = object_weights(boxes, maps[1], image_size=image_size, share=self.object_share)
+            terms[f"{PIXEL}/{pair.name}"] = loss(*maps, weights=weights)
         if not self.instance_pairs:
             return terms
         layout = InstanceLayout.build(count_boxes(boxes), ours[self.instance_pairs[0].student.name].device)
@@ -347,6 +382,20 @@ class DRKD(KDMethod):
             for feature in (ours[pair.student.name], theirs[pair.teacher.name])
         )
         return student, teacher
+
+
+def _make_response(
+    student: DetectorSpec, teacher: DetectorSpec, *, weight: float | None, balanced: bool
+) -> LogitKD | None:
+    if weight == 0:
+        return None
+    loudness = 1.0 if weight is None else weight
+    try:
+        return LogitKD(student, teacher, class_weight=loudness, box_weight=loudness, balanced=balanced)
+    except NotApplicableError:
+        if weight is None:
+            return None
+        raise
 
 
 def _key(level: str) -> str:
