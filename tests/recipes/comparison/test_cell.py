@@ -45,14 +45,15 @@ def test_a_cell_runs_what_the_comparison_says(comparison_file: Path) -> None:
 
 
 def test_a_sum_of_methods_reaches_its_cell(comparison_file: Path) -> None:
-    members = {"relations": {"class_path": "drkd.methods.DRKD", "init_args": {"nodes": 4}}}
+    members = {"relations": {"class_path": "drkd.methods.DRKD", "init_args": {"nodes": 4, "relation_filter": "off"}}}
     content = yaml.safe_load(comparison_file.read_text())
     content["methods"]["sum"] = {"class_path": "drkd.methods.Combination", "init_args": {"methods": members}}
     comparison_file.write_text(yaml.safe_dump(content, sort_keys=False))
     comparison = load_comparison(comparison_file)
     assert comparison.methods["sum"].arguments == {"methods": members}
     cells = [cell for cell in make_cells(comparison, source="x") if cell.method == "sum"]
-    assert cells[0].settings["method"]["init_args"]["methods"]["relations"]["init_args"]["nodes"] == 4
+    member = cells[0].settings["method"]["init_args"]["methods"]["relations"]["init_args"]
+    assert (member["nodes"], member["relation_filter"]) == (4, "off")
 
 
 def test_a_method_that_does_not_fit_is_named(comparison_file: Path) -> None:

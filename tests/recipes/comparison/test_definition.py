@@ -40,6 +40,12 @@ def test_overrides_of_the_command_line_add_up(comparison_file: Path) -> None:
     }
 
 
+def test_a_class_in_the_overrides_of_the_file_survives_one_on_the_command_line(comparison_file: Path) -> None:
+    builder = {"class_path": "drkd.adapters.RetinaNetBuilder", "init_args": {"norm": "off", "width": 0.5}}
+    file = _changed(comparison_file, overrides={"teacher": builder})
+    assert load_comparison(file, ["--overrides.inherit=true"]).overrides == {"teacher": builder, "inherit": True}
+
+
 def test_null_is_the_lone_student_and_shipped_recipes_keep_their_names(comparison_file: Path) -> None:
     file = _changed(comparison_file, pairs={"a": "digits/retinanet"}, methods={"student": None})
     comparison = load_comparison(file)

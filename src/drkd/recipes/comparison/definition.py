@@ -24,7 +24,7 @@ TEACHER = "teacher"
 _ALONE = (None, "train")
 # As in recipes. Inside they are called otherwise: jsonargparse would build what has a class_path.
 _ARM_KEYS = {"class_path": "method", "init_args": "arguments", "overrides": "overrides"}
-_HIDDEN = "hidden class_path"
+_SHIELD = "shielded_"
 _PAIR_KEYS = {"recipe": "recipe", "overrides": "overrides"}
 _OVERRIDE = "--overrides."
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -163,10 +163,10 @@ def instantiate(parser: ArgumentParser, config: Namespace) -> Comparison:
     comparison = Comparison(**{item.name: built[item.name] for item in fields(Comparison)})
     comparison = replace(
         comparison,
-        overrides=_show_classes(comparison.overrides),
-        pairs={name: replace(pair, overrides=_show_classes(pair.overrides)) for name, pair in comparison.pairs.items()},
+        overrides=_unshield(comparison.overrides),
+        pairs={name: replace(pair, overrides=_unshield(pair.overrides)) for name, pair in comparison.pairs.items()},
         methods={
-            name: replace(arm, arguments=_show_classes(arm.arguments), overrides=_show_classes(arm.overrides))
+            name: replace(arm, arguments=_unshield(arm.arguments), overrides=_unshield(arm.overrides))
             for name, arm in comparison.methods.items()
         },
     )
@@ -206,27 +206,32 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value and "class_path" not in value:
+        if isinstance(value, Mapping) and value and not {"class_path", _SHIELD} & value.keys():
             found.update(flatten(value, f"{name}."))
         else:
             found[name] = value
     return found
 
 
-def _hide_classes(value: Any) -> Any:
-    """Keep jsonargparse from building a class that stands inside of arguments, such as a member of a combination."""
-    return _rename_keys(value, {"class_path": _HIDDEN})
+def _shield(value: Any) -> Any:
+    """Keep jsonargparse from reading what is a recipe's to read: it builds classes, and takes the string off for False.
 
-
-def _show_classes(value: Any) -> Any:
-    return _rename_keys(value, {_HIDDEN: "class_path"})
-
-
-def _rename_keys(value: Any, names: Mapping[str, str]) -> Any:
-    """Rename keys at every depth of what a YAML file says."""
+    Undone by `_unshield`: strings and the key class_path, at every depth.
+    """
     if isinstance(value, Mapping):
-        return {names.get(key, key): _rename_keys(entry, names) for key, entry in value.items()}
-    return [_rename_keys(entry, names) for entry in value] if isinstance(value, list) else value
+        return {_SHIELD if key == "class_path" else key: _shield(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_shield(entry) for entry in value]
+    return _SHIELD + value.encode().hex() if isinstance(value, str) else value
+
+
+def _unshield(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {"class_path" if key == _SHIELD else key: _unshield(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_unshield(entry) for entry in value]
+    is_shielded = isinstance(value, str) and value.startswith(_SHIELD)
+    return bytes.fromhex(value.removeprefix(_SHIELD)).decode() if is_shielded else value
 
 
 def _merge(into: dict[str, Any], content: Mapping[str, Any]) -> None:
@@ -250,7 +255,7 @@ def _spell_out(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
             raise DrkdError(f"{path}: there is no such key as '{key}'{nearest(str(key), known)}")
     spelled = dict(content)
     if "overrides" in content:
-        spelled["overrides"] = _hide_classes(content["overrides"])
+        spelled["overrides"] = _shield(content["overrides"])
     for key in ("pairs", "methods"):
         if key in content:
             entries = content[key]
@@ -295,7 +300,9 @@ def _check_entry(entry: Any, keys: Mapping[str, str], path: Path, place: str, *,
             raise DrkdError(f"{path}: {place}.{key}: expected keys with values, got {entry[key]!r}.")
         if key == "class_path" and not isinstance(entry[key], str | None):
             raise DrkdError(f"{path}: {place}.{key}: expected an import path, got {entry[key]!r}.")
-    return {keys[key]: _hide_classes(value) for key, value in entry.items()}
+    return {
+        keys[key]: _shield(value) if key != "recipe" and key != "class_path" else value for key, value in entry.items()
+    }
 
 
 def _check(comparison: Comparison, *, source: str) -> None:
