@@ -32,6 +32,19 @@ class DrkdError(ValueError):
 
 
 @dataclass(frozen=True)
+class PackedMask:
+    """The pixels of one instance, as COCO's compressed run lengths.
+
+    Args:
+        size: Height and width of the stored image, px.
+        counts: The run lengths, down the columns.
+    """
+
+    size: Size
+    counts: bytes
+
+
+@dataclass(frozen=True)
 class ImageRecord:
     """One annotated image of a data set, as a format reader returns it.
 
@@ -43,6 +56,7 @@ class ImageRecord:
         labels: (N,) int64, 0..K-1.
         crowd: (N,) bool, COCO's ``iscrowd``: ignored in training, matched as COCO does in evaluation.
         areas: (N,) float32, px^2, what AP_S/M/L are split by (COCO's ``area``).
+        masks: N masks; None where the reader was not asked for them.
     """
 
     image_id: int
@@ -52,6 +66,7 @@ class ImageRecord:
     labels: Tensor
     crowd: Tensor
     areas: Tensor
+    masks: tuple[PackedMask, ...] | None = None
 
 
 @dataclass(frozen=True)
