@@ -17,6 +17,7 @@ from drkd.losses import (
     TeacherSide,
 )
 from drkd.methods.drkd import DRKD
+from drkd.methods.levels import MissingLevels
 
 
 class PaperDRKD(DRKD):
@@ -41,6 +42,7 @@ class PaperDRKD(DRKD):
         balanced: bool = True,
         warmup_steps: int = 0,
         levels: Sequence[str] | None = None,
+        missing_levels: MissingLevels = "skip",
         pixel_levels: int | None = None,
         instance_levels: int | None = 2,
         normalise_features: bool = False,
@@ -75,6 +77,7 @@ class PaperDRKD(DRKD):
             balanced=balanced,
             warmup_steps=warmup_steps,
             levels=levels,
+            missing_levels=missing_levels,
             pixel_levels=pixel_levels,
             instance_levels=instance_levels,
             normalise_features=normalise_features,
@@ -124,6 +127,7 @@ class ReleasedDRKD(DRKD):
         balanced: bool = False,
         warmup_steps: int = 0,
         levels: Sequence[str] | None = None,
+        missing_levels: MissingLevels = "skip",
         pixel_levels: int | None = None,
         instance_levels: int | None = 2,
         normalise_features: bool = False,
@@ -158,6 +162,7 @@ class ReleasedDRKD(DRKD):
             balanced=balanced,
             warmup_steps=warmup_steps,
             levels=levels,
+            missing_levels=missing_levels,
             pixel_levels=pixel_levels,
             instance_levels=instance_levels,
             normalise_features=normalise_features,
