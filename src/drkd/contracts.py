@@ -373,6 +373,7 @@ class DetectorOutput:
         head_tail: The end of a one-stage head; computes nothing until it is called.
         regions: Of a two-stage head, on the regions that its task losses were sampled on. Needs the batch's targets.
         region_head: A two-stage head for given regions; computes nothing until it is called.
+        members: Of a group of teachers, the output of each by name.
     """
 
     features: tuple[FeatureMap, ...] = ()
@@ -383,6 +384,7 @@ class DetectorOutput:
     head_tail: HeadTail | None = None
     regions: RegionPredictions | None = None
     region_head: RegionHead | None = None
+    members: Mapping[str, DetectorOutput] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -439,6 +441,10 @@ class DetectorBuilder(ABC):
 
     Implementations are frozen dataclasses of plain values, so that a recipe and a checkpoint can hold them.
     """
+
+    def own_class_names(self) -> tuple[str, ...] | None:
+        """The classes that it is bound to, such as those of a trained file; None where it builds any you ask for."""
+        return None
 
     @abstractmethod
     def build(self, class_names: Sequence[str]) -> Detector:

@@ -44,6 +44,10 @@ class SavedDetectorBuilder(DetectorBuilder):
 
     path: str
 
+    def own_class_names(self) -> tuple[str, ...]:
+        """The file's classes."""
+        return tuple(_read(self.path)["class_names"])
+
     def build(self, class_names: Sequence[str]) -> TorchvisionDetector:
         """Load the detector; its classes must be these, in any order.
 
@@ -207,7 +211,7 @@ def _compare_classes(path: str | Path, saved: Sequence[str], wanted: Sequence[st
     if sorted(saved) != sorted(wanted):
         raise DrkdError(
             f"{path}: this detector knows {len(saved)} classes ({_shorten(saved)}), but {len(wanted)} are wanted "
-            f"({_shorten(wanted)})."
+            f"({_shorten(wanted)}). Of a teacher, class_map in the recipe joins classes that differ."
         )
 
 

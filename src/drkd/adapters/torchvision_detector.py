@@ -105,8 +105,8 @@ class TorchvisionDetector(Detector):
             predictions = describe_predictions(model, family, missing_classes=missing)
         else:
             predictions = describe_default_boxes(model, self._frame.size, missing_classes=missing)
-        self._own_spec = DetectorSpec(_levels(features, probe), tuple(class_names), family, predictions)
-        self.spec = self._own_spec
+        self._declared = 1.0
+        self.spec = DetectorSpec(_levels(features, probe), tuple(class_names), family, predictions)
         # Not persistent: the state dict stays the plain model's.
         device = next(model.parameters()).device
         to_ours = torch.full((outputs,), -1, dtype=torch.int64)
@@ -129,7 +129,9 @@ class TorchvisionDetector(Detector):
     def expect_image_size(self, side: int) -> None:
         """Declare strides and anchors for batches of this side, where the model resizes them to a size of its own."""
         if self._frame is not None:
-            self.spec = scale_spec(self._own_spec, side / self._frame.size[0])
+            factor = side / self._frame.size[0]
+            self.spec = scale_spec(self.spec, factor / self._declared)
+            self._declared = factor
 
     @property
     def _possible(self) -> frozenset[Want]:
@@ -149,12 +151,11 @@ class TorchvisionDetector(Detector):
             want: Fields of `DetectorOutput`.
 
         Raises:
-            ValueError: If something is wanted that this kind of detector has not, or that misses classes.
+            ValueError: If something is wanted that this kind of detector has not, or a loss that misses classes. What is
+                predicted for the spec's missing classes means nothing.
         """
         if want - self._possible:
             raise ValueError(f"want: expected any of {sorted(self._possible)} of this model, got {sorted(want)}")
-        if want - _ALWAYS and self.missing_classes:
-            raise ValueError(f"this model cannot show predictions: it has no output for {list(self.missing_classes)}")
         images = self._normalise(batch)
         if self._frame is not None:
             images = self._frame.whole(images)
