@@ -3,8 +3,7 @@
     python benchmarks/pairs.py            # writes docs/pairs.md
     python benchmarks/pairs.py --check    # says whether it is up to date
 
-A cell is one call of a `Distiller` on two images of 64 x 96 px, forward and backward: the losses must be finite, every
-distilled term must reach the student, and the teacher must stay as it was.
+A cell is a method's terms on two images of 64 x 96 px: each must be finite and send a gradient to the student's features.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from drkd.adapters import (
     SSD300Builder,
     SSDLiteBuilder,
 )
-from drkd.contracts import DetectionBatch, Detector, DetectorBuilder, DrkdError, KDMethod
+from drkd.contracts import DetectionBatch, Detector, DetectorBuilder, DetectorOutput, DrkdError, KDMethod, Want
 from drkd.engine.distiller import Distiller
 from drkd.methods import DRKD, PKD, Combination
 
@@ -33,6 +33,15 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "pairs.md"
 MARK = "<!-- written by benchmarks/pairs.py -->"
 CLASSES = ("cat", "dog", "cup")
 SIDE = 64
+WANTS: tuple[Want, ...] = (
+    "features",
+    "predictions",
+    "assignment",
+    "head_features",
+    "head_tail",
+    "regions",
+    "region_head",
+)
 _TINY = {"backbone": "resnet18", "width": 0.125, "fpn_channels": 32}
 _FEW = {"rpn_post_nms_train": 50, "rpn_post_nms_test": 50, "roi_batch_size": 32, "representation_size": 16}
 BUILDERS: dict[str, DetectorBuilder] = {
@@ -68,41 +77,81 @@ def batch() -> DetectionBatch:
 def methods() -> dict[str, type[KDMethod]]:
     """Every method that drkd exports."""
     found = {name: getattr(drkd.methods, name) for name in drkd.methods.__all__}
-    return {
-        name: entry for name, entry in found.items() if isinstance(entry, type) and issubclass(entry, KDMethod)
-    }
+    return {name: entry for name, entry in found.items() if isinstance(entry, type) and issubclass(entry, KDMethod)}
 
 
-def attempt(student: Detector, teacher: Detector, method: type[KDMethod], images: DetectionBatch) -> str:
+@dataclass(frozen=True)
+class Seen:
+    """A detector with all that it computes for the batch."""
+
+    detector: Detector
+    output: DetectorOutput
+
+    @classmethod
+    def of(cls, detector: Detector, images: DetectionBatch, *, teacher: bool) -> Seen:
+        """Run it once, as a `Distiller` would, for everything that any method may want."""
+        if teacher:
+            detector.requires_grad_(False).eval()
+        else:
+            detector.train()
+        want = {name for name in WANTS if _offers(detector, name)}
+        return cls(detector, detector(images, want=frozenset(want)))
+
+
+def _offers(detector: Detector, name: str) -> bool:
+    layout = detector.spec.predictions
+    kind = "" if layout is None else layout.kind
+    if name in ("predictions", "assignment"):
+        return kind in ("anchors", "points", "default_boxes")
+    if name in ("head_features", "head_tail"):
+        return layout is not None and layout.head_depth > 0
+    return name == "features" or kind == "regions"
+
+
+def attempt(student: Seen, teacher: Seen, method: type[KDMethod], images: DetectionBatch) -> str:
     """An empty string where the pair works, else the reason why it cannot: the error's first sentence.
 
     Raises:
         RuntimeError: If a pair that is not refused does not work: a defect.
     """
     options = {"methods": {"a": DRKD, "b": PKD}} if method is Combination else {}
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
     torch.manual_seed(0)
     try:
-        distiller = Distiller(student, teacher, lambda ours, theirs: method(ours, theirs, **options)).train()
+        built = method(student.detector.spec, teacher.detector.spec, **options)
     except DrkdError as error:
         return first_sentence(str(error))
-    losses = distiller(images)
-    pair = f"{student.spec.family} from {teacher.spec.family} by {method.__name__}"
+    pair = f"{student.detector.spec.family} from {teacher.detector.spec.family} by {method.__name__}"
+    terms = built(student.output, teacher.output, images)
+    features = [level.tensor for level in student.output.features]
+    for name, value in terms.items():
+        found = torch.autograd.grad(value, features, retain_graph=True, allow_unused=True)
+        norm = sum(float(entry.square().sum()) for entry in found if entry is not None)
+        if not (value.isfinite() and 0 < norm < float("inf")):
+            raise RuntimeError(f"{pair}: {name} is {float(value)} with a squared gradient norm of {norm}")
+    return ""
+
+
+def check_step(student: Detector, teacher: Detector, images: DetectionBatch) -> None:
+    """One whole step of DRKD.
+
+    Raises:
+        RuntimeError: If a loss is not finite, or the teacher got a gradient or has changed.
+    """
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    losses = Distiller(student, teacher, DRKD).train()(images)
+    sum(losses.values()).backward()
+    pair = f"{student.spec.family} from {teacher.spec.family}"
     if not all(bool(value.isfinite()) for value in losses.values()):
         raise RuntimeError(f"{pair}: the losses are not finite: {losses}")
-    if not distiller.monitor.ratios or any(not float(value) > 0 for value in distiller.monitor.ratios.values()):
-        raise RuntimeError(f"{pair}: a term has no gradient: {distiller.monitor.ratios}")
-    sum(losses.values()).backward()
     if any(parameter.grad is not None for parameter in teacher.parameters()):
         raise RuntimeError(f"{pair}: the teacher got a gradient")
     if any(not torch.equal(value, before[name]) for name, value in teacher.state_dict().items()):
         raise RuntimeError(f"{pair}: the teacher has changed")
     student.zero_grad(set_to_none=True)
-    return ""
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a message, without numbers of the tiny detectors in it."""
+    """The first sentence of a message."""
     return text.split(". ")[0].rstrip(".") + "."
 
 
@@ -114,8 +163,8 @@ def run(
     """By method, by (student, teacher): what `attempt` says."""
     images = batch()
     chosen = methods()
-    ours = {name: build(name, seed=0) for name in students}
-    theirs = {name: build(name, seed=1) for name in teachers}
+    ours = {name: Seen.of(build(name, seed=0), images, teacher=False) for name in students}
+    theirs = {name: Seen.of(build(name, seed=1), images, teacher=True) for name in teachers}
     return {
         name: {
             (student, teacher): attempt(ours[student], theirs[teacher], chosen[name], images)

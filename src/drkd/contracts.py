@@ -146,7 +146,8 @@ class DetectionBatch:
 
         Args:
             images: (3, H, W) each, RGB in [0, 1].
-            targets: ``boxes`` (N, 4) xyxy px and ``labels`` (N,) of each image; ``masks`` (N, h, w) where there are any.
+            targets: ``boxes`` (N, 4) xyxy px and ``labels`` (N,) of each image; ``masks`` (N, h, w) where there are
+                any.
             first_label: Number of the first class in ``labels``; 1 where 0 means background.
             size_divisor: The batch's sides are padded to multiples of it, px.
 
@@ -424,12 +425,13 @@ class Detector(nn.Module, ABC):
         """
 
     def expect_image_size(self, side: int) -> None:
-        """Take note of the side of the batches to come, px; a detector that resizes them inside declares its strides so.
+        """Take note of the side of the batches to come: a detector that resizes them inside declares its strides so.
 
         Args:
-            side: The short side that images are resized to in the data loader. Without the call, the spec holds for
-                batches of the detector's own size.
+            side: The short side that images are resized to in the data loader, px. Without the call, the spec holds
+                for batches of the detector's own size.
         """
+        return
 
     @abstractmethod
     def detect(self, batch: DetectionBatch) -> list[Detections]:

@@ -175,7 +175,7 @@ def test_no_state_changes_in_eval_mode(detector):
 def test_a_mask_loss_without_masks_is_refused_and_regions_are_not():
     detector = BUILDERS["mask_rcnn"].build(CLASSES)
     batch = objects(masks=False)
-    with pytest.raises(DrkdError, match="data.masks: true"):
+    with pytest.raises(DrkdError, match=r"data\.masks: true"):
         detector(batch, want=ALL)
     assert detector(batch, want=frozenset({"regions"})).regions is not None
     none = BoxTargets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
@@ -192,7 +192,9 @@ def test_default_boxes_are_in_px_of_the_batch(name):
     predictions, size = found.predictions, detector.model.transform.fixed_size[0]
     assert predictions.logits.shape[2] == len(CLASSES) + 1 and sum(predictions.counts) == predictions.anchors.shape[0]
     images = ImageList(torch.zeros(1, 3, size, size), [(size, size)])
-    maps = [torch.zeros(1, 1, *entry.tensor.shape[-2:]) for entry in detector(batch, want=frozenset({"features"})).features]
+    maps = [
+        torch.zeros(1, 1, *entry.tensor.shape[-2:]) for entry in detector(batch, want=frozenset({"features"})).features
+    ]
     own = detector.model.anchor_generator(images, maps)[0]
     torch.testing.assert_close(predictions.anchors, own * torch.tensor([96 / size, 64 / size] * 2))
     matched = found.assignment[0] == 0
@@ -211,7 +213,9 @@ def test_labels_and_normalisation_of_a_wrapped_model():
     assert everything.label_ids == (1, 2, 3) and ours.missing_classes == ("owl",)
     for found, all_of_them in zip(ours.detect(batch), everything.detect(batch), strict=True):
         kept = all_of_them.labels > 0
-        assert torch.equal(found.labels, all_of_them.labels[kept] - 1) and torch.equal(found.boxes, all_of_them.boxes[kept])
+        assert torch.equal(found.labels, all_of_them.labels[kept] - 1) and torch.equal(
+            found.boxes, all_of_them.boxes[kept]
+        )
     # [0, 1] RGB goes in whatever the model's mean and deviation are.
     other = copy.deepcopy(model)
     other.transform.image_mean, other.transform.image_std = [0.0] * 3, [1.0] * 3
@@ -250,7 +254,10 @@ def test_saved_files_load_in_drkd_and_in_plain_torchvision(tmp_path):
         again = load_detector(file, class_names=("cup", "cat", "dog"))
         one, two = detector.detect(batch), again.detect(batch)
         order = torch.tensor([1, 2, 0])
-        assert all(torch.equal(a.boxes, b.boxes) and torch.equal(order[a.labels], b.labels) for a, b in zip(one, two, strict=True))
+        assert all(
+            torch.equal(a.boxes, b.boxes) and torch.equal(order[a.labels], b.labels)
+            for a, b in zip(one, two, strict=True)
+        )
         built[name] = detector
     environment = {"PATH": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -269,7 +276,9 @@ def test_weights_of_another_number_of_classes_fill_all_but_the_last_layers(tmp_p
         source = ZooBuilder(name=name, head="new").build(("a", "b")).model.state_dict()
         torch.save(source, tmp_path / "w.pt")
         filled = ZooBuilder(name=name, head="new", weights=str(tmp_path / "w.pt")).build(CLASSES).model.state_dict()
-        same = [key for key in source if source[key].shape == filled[key].shape and torch.equal(source[key], filled[key])]
+        same = [
+            key for key in source if source[key].shape == filled[key].shape and torch.equal(source[key], filled[key])
+        ]
         fresh = set(source) - set(same)
         assert fresh and all("classification_head" in key or "predictor" in key for key in fresh)
 

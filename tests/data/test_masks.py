@@ -25,7 +25,13 @@ def folder(coco):
             "bbox": [0, 0, 60, 20],
             "segmentation": {"size": [40, 60], "counts": [0] + [20] * 120},
         },
-        {"id": 5, "image_id": 7, "category_id": 90, "bbox": [40, 0, 20, 40], "segmentation": [[40, 0, 60, 0, 60, 40, 40, 40]]},
+        {
+            "id": 5,
+            "image_id": 7,
+            "category_id": 90,
+            "bbox": [40, 0, 20, 40],
+            "segmentation": [[40, 0, 60, 0, 60, 40, 40, 40]],
+        },
     ]
     coco.write()
     coco.write_image("a.png")

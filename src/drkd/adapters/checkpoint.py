@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drkd.adapters.plain_code import write_plain_code
 from drkd.adapters.mask_rcnn import MaskRCNNBuilder
+from drkd.adapters.plain_code import write_plain_code
 from drkd.adapters.ssd import SSD300Builder, SSDLiteBuilder
 from drkd.adapters.torchvision import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder, ZooBuilder
 from drkd.adapters.torchvision_detector import TorchvisionDetector
@@ -30,7 +30,9 @@ _BUILDERS: dict[str, type[_Builder]] = {
     f"drkd.adapters.torchvision.{builder.__name__}": builder
     for builder in (RetinaNetBuilder, FasterRCNNBuilder, FCOSBuilder, ZooBuilder)
 }
-_BUILDERS |= {f"drkd.adapters.{builder.__name__}": builder for builder in (MaskRCNNBuilder, SSD300Builder, SSDLiteBuilder)}
+_BUILDERS |= {
+    f"drkd.adapters.{builder.__name__}": builder for builder in (MaskRCNNBuilder, SSD300Builder, SSDLiteBuilder)
+}
 _KEYS = ("state_dict", "build", "builder", "class_names", "label_ids", "preprocessing")
 
 

@@ -75,8 +75,8 @@ def build_mapped(builder: DetectorBuilder, class_names: Sequence[str], class_map
     clash = sorted({name for name in renamed if renamed.count(name) > 1})
     if clash:
         raise DrkdError(
-            f"class_map: the teacher has a class called {', '.join(clash)} already. Map that one to something, or leave "
-            "the other out."
+            f"class_map: the teacher has a class called {', '.join(clash)} already. Map that one to something, or "
+            "leave the other out."
         )
     if not set(renamed) & set(class_names):
         raise DrkdError(

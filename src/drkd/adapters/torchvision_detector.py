@@ -151,8 +151,8 @@ class TorchvisionDetector(Detector):
             want: Fields of `DetectorOutput`.
 
         Raises:
-            ValueError: If something is wanted that this kind of detector has not, or a loss that misses classes. What is
-                predicted for the spec's missing classes means nothing.
+            ValueError: If something is wanted that this kind of detector has not, or losses of a model that misses
+                classes. What it predicts for those classes means nothing.
         """
         if want - self._possible:
             raise ValueError(f"want: expected any of {sorted(self._possible)} of this model, got {sorted(want)}")

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from drkd.contracts import DetectorOutput, DetectorSpec, DrkdError, FeatureLevel, FeatureMap
 
-
 MissingLevels = Literal["skip", "nearest"]
 """What becomes of a student level whose stride the teacher lacks; see `match_levels`."""
 

@@ -13,11 +13,11 @@ from drkd.methods.term_weights import choose_weight
 class LogitKD(KDMethod):
     """Softened classes (Hinton et al., arXiv:1503.02531) and boxes where the student's assignment finds an object.
 
-    One-stage pairs (of SSDs with a softmax in place of the sigmoids): on the anchors or points that the student's task loss takes for positive, a KL divergence of each
-    class's sigmoid and the mean absolute difference of the coded boxes. Two-stage pairs: on the positive ones of the
-    regions that the student sampled for its own loss, which the teacher's head classifies on its own features, a KL
-    divergence of the softmax with the background and the difference of the offsets for the region's class. Both terms
-    are means over positives; without any they are exactly zero.
+    One-stage pairs: on the anchors or points that the student's task loss takes for positive, a KL divergence of each
+    class's sigmoid (of SSDs, of the softmax with the background) and the mean absolute difference of the coded boxes.
+    Two-stage pairs: on the positive ones of the regions that the student sampled for its own loss, which the teacher's
+    head classifies on its own features, a KL divergence of the softmax with the background and the difference of the
+    offsets for the region's class. Both terms are means over positives; without any they are exactly zero.
 
     Args:
         student: The student.
@@ -50,7 +50,9 @@ class LogitKD(KDMethod):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"Expected a temperature above 0, got {temperature}")
-        layout, _ = require_layouts(student, teacher, method="LogitKD", kinds=("anchors", "points", "regions", "default_boxes"))
+        layout, _ = require_layouts(
+            student, teacher, method="LogitKD", kinds=("anchors", "points", "regions", "default_boxes")
+        )
         self.softmax = layout.kind == "default_boxes"
         self.two_stage = layout.kind == "regions"
         if self.two_stage:

@@ -94,8 +94,8 @@ class TeacherClasses(nn.Module):
         dead = _missing(student)
         if dead:
             raise DrkdError(
-                f"{method} compares class scores and expects a student with an output for each of its classes, got none "
-                f"for {_list(dead)}. Give the student a new head for your classes."
+                f"{method} compares class scores and expects a student with an output for each of its classes, got "
+                f"none for {_list(dead)}. Give the student a new head for your classes."
             )
         lacking = {*_missing(teacher)}
         shared = [name for name in student.class_names if name in teacher.class_names and name not in lacking]

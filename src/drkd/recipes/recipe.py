@@ -102,8 +102,8 @@ class Recipe:
         data: The data module.
         training: How to train.
         evaluation: What to measure at the end.
-        class_map: Of a teacher with classes of its own: a YAML or JSON file of its class names and the data's, or "names"
-            to share those of equal names; None expects the data's classes.
+        class_map: Of a teacher with classes of its own: a YAML or JSON file of its class names and the data's, or
+            "names" to share those of equal names; None expects the data's classes.
         teacher_size: Short side of the images that the teacher sees, px; None is the data's.
         teachers: Several teachers by name, in place of ``teacher``.
         inherit: Start the student from the teacher's neck and head where names and shapes agree; also for `train`, so

@@ -57,9 +57,7 @@ def build_teacher(
     if teacher_size is not None:
         if teacher_size < 1:
             raise DrkdError(f"teacher_size: expected a positive number of px, got {teacher_size}.")
-        teacher = ResizedDetector(
-            teacher, scale=teacher_size / side, size_divisor=int(image_settings["size_divisor"])
-        )
+        teacher = ResizedDetector(teacher, scale=teacher_size / side, size_divisor=int(image_settings["size_divisor"]))
     teacher.expect_image_size(side)
     return teacher
 

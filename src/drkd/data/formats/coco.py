@@ -44,7 +44,8 @@ def read_coco(annotations: Path, images: Path, *, name: str = "", masks: bool = 
     """Read a COCO instances file.
 
     Boxes that overhang their image are clipped to it, boxes of no area are dropped, segmentations are ignored unless
-    asked for, crowds are kept and flagged, images without boxes are kept. Labels are 0..K-1 in the order of category ids.
+    asked for, crowds are kept and flagged, images without boxes are kept. Labels are 0..K-1 in the order of category
+    ids.
 
     Args:
         annotations: The JSON file.
@@ -156,7 +157,12 @@ class _Scanner:
         rows = self._scan_annotations(document["annotations"], images, categories)
         boxes = group_boxes(rows.columns(), images.sizes)
         self._report_findings(boxes.findings, rows, images)
-        split = DatasetSplit(name, _records(images, boxes, rows.masks if self._masks else None), tuple(categories.values()), tuple(categories))
+        split = DatasetSplit(
+            name,
+            _records(images, boxes, rows.masks if self._masks else None),
+            tuple(categories.values()),
+            tuple(categories),
+        )
         return CocoScan(split, tuple(self._problems), self._dropped, self._clipped)
 
     def _report(self, record: str, field: str, message: str, *, severity: Severity = "error") -> None:
@@ -327,7 +333,9 @@ class _Scanner:
             return False
         packed = pack_segmentation(row.get("segmentation"), size)
         if isinstance(packed, str):
-            message = f"{packed}, got {_kind(row['segmentation'])}" if "segmentation" in row else f"is missing; {packed}"
+            message = (
+                f"{packed}, got {_kind(row['segmentation'])}" if "segmentation" in row else f"is missing; {packed}"
+            )
             self._report(f"annotation {identity}", "segmentation", message)
             return False
         rows.masks.append(packed)
@@ -357,9 +365,7 @@ def _list_files(folder: Path) -> frozenset[str]:
         return frozenset()
 
 
-def _records(
-    images: _Images, boxes: GroupedBoxes, masks: Sequence[PackedMask] | None
-) -> tuple[ImageRecord, ...]:
+def _records(images: _Images, boxes: GroupedBoxes, masks: Sequence[PackedMask] | None) -> tuple[ImageRecord, ...]:
     columns = zip(
         images.ids, images.paths, images.sizes, boxes.boxes, boxes.labels, boxes.crowd, boxes.areas, strict=True
     )
