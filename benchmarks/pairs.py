@@ -3,7 +3,8 @@
     python benchmarks/pairs.py            # writes docs/pairs.md
     python benchmarks/pairs.py --check    # says whether it is up to date
 
-A cell is a method's terms on two images of 64 x 96 px: each must be finite and send a gradient to the student's features.
+A cell is a method's terms on two images of 64 x 96 px: each must be finite and send a gradient to the student's
+features.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def test_features_and_predictions_are_in_px_of_the_batch(retinanet, make_batch):
     torch.testing.assert_close(found.predictions.boxes, own.predictions.boxes)
     assert torch.equal(found.assignment, own.assignment)
     tail = found.head_tail(
-        [maps for maps in found.head_features.classification[1]],
-        [maps for maps in found.head_features.regression[1]],
+        list(found.head_features.classification[1]),
+        list(found.head_features.regression[1]),
         after=2,
     )
     torch.testing.assert_close(tail.anchors, found.predictions.anchors)
