@@ -23,7 +23,7 @@ Want = Literal[
 ]
 """What a caller asks a detector to compute: a field of `DetectorOutput`, by its name."""
 
-PredictionKind = Literal["anchors", "points", "regions"]
+PredictionKind = Literal["anchors", "default_boxes", "points", "regions"]
 """How a detector predicts; see `PredictionLayout`."""
 
 
@@ -33,6 +33,19 @@ class DrkdError(ValueError):
 
 class NotApplicableError(DrkdError):
     """A method cannot work with a pair of detectors by its nature: no setting of the method would put that right."""
+
+
+@dataclass(frozen=True)
+class PackedMask:
+    """The pixels of one instance, as COCO's compressed run lengths.
+
+    Args:
+        size: Height and width of the stored image, px.
+        counts: The run lengths, down the columns.
+    """
+
+    size: Size
+    counts: bytes
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,7 @@ class ImageRecord:
         labels: (N,) int64, 0..K-1.
         crowd: (N,) bool, COCO's ``iscrowd``: ignored in training, matched as COCO does in evaluation.
         areas: (N,) float32, px^2, what AP_S/M/L are split by (COCO's ``area``).
+        masks: N masks; None where the reader was not asked for them.
     """
 
     image_id: int
@@ -56,6 +70,7 @@ class ImageRecord:
     labels: Tensor
     crowd: Tensor
     areas: Tensor
+    masks: tuple[PackedMask, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,14 +81,18 @@ class BoxTargets:
         boxes: (N, 4) float32, xyxy px of the batch tensor.
         labels: (N,) int64, 0..K-1, no background class.
         ignore: (N,) bool, boxes that neither train nor count (crowds).
+        masks: (N, h, w) bool, the instances' pixels in the valid part of their image; None where nobody asked for them.
     """
 
     boxes: Tensor
     labels: Tensor
     ignore: Tensor
+    masks: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = self.boxes.shape[0]
+        if self.masks is not None and (self.masks.ndim != 3 or self.masks.shape[0] != count):
+            raise ValueError(f"BoxTargets expects masks (N, h, w) of {count} boxes, got {tuple(self.masks.shape)}")
         if self.boxes.shape != (count, 4) or self.labels.shape != (count,) or self.ignore.shape != (count,):
             raise ValueError(
                 "BoxTargets expects boxes (N, 4), labels (N,) and ignore (N,), "
@@ -86,6 +105,7 @@ class BoxTargets:
             self.boxes.to(device, non_blocking=non_blocking),
             self.labels.to(device, non_blocking=non_blocking),
             self.ignore.to(device, non_blocking=non_blocking),
+            None if self.masks is None else self.masks.to(device, non_blocking=non_blocking),
         )
 
 
@@ -130,7 +150,8 @@ class DetectionBatch:
 
         Args:
             images: (3, H, W) each, RGB in [0, 1].
-            targets: ``boxes`` (N, 4) xyxy px and ``labels`` (N,) of each image.
+            targets: ``boxes`` (N, 4) xyxy px and ``labels`` (N,) of each image; ``masks`` (N, h, w) where there are
+                any.
             first_label: Number of the first class in ``labels``; 1 where 0 means background.
             size_divisor: The batch's sides are padded to multiples of it, px.
 
@@ -148,7 +169,9 @@ class DetectionBatch:
             labels = target["labels"].to(torch.int64) - first_label
             if labels.device.type == "cpu" and bool((labels < 0).any()):
                 raise ValueError(f"a label lies below first_label={first_label}")
-            found.append(BoxTargets(target["boxes"].float(), labels, torch.zeros_like(labels, dtype=torch.bool)))
+            ignore = torch.zeros_like(labels, dtype=torch.bool)
+            masks = target["masks"].bool() if "masks" in target else None
+            found.append(BoxTargets(target["boxes"].float(), labels, ignore, masks))
         return cls(padded, sizes, sizes, tuple(found), tuple(range(len(images))))
 
     def __len__(self) -> int:
@@ -178,7 +201,13 @@ class DetectionBatch:
             self,
             images=self.images.pin_memory(),
             targets=tuple(
-                BoxTargets(t.boxes.pin_memory(), t.labels.pin_memory(), t.ignore.pin_memory()) for t in self.targets
+                BoxTargets(
+                    t.boxes.pin_memory(),
+                    t.labels.pin_memory(),
+                    t.ignore.pin_memory(),
+                    None if t.masks is None else t.masks.pin_memory(),
+                )
+                for t in self.targets
             ),
         )
 
@@ -220,6 +249,7 @@ class PredictionLayout:
     """What a detector predicts and where, so that a method can refuse a pair that does not fit.
 
     - ``anchors``: at every cell of the pyramid and for each of its anchors, K class sigmoids and the box's offsets.
+    - ``default_boxes``: the same with a softmax of K classes and the background in place of the sigmoids (SSD).
     - ``points``: at every cell, K class sigmoids, distances to the box's sides and a centerness.
     - ``regions``: for proposed regions, a softmax of K classes and the background, and offsets for each class.
 
@@ -268,7 +298,8 @@ class DensePredictions:
     """What a one-stage head predicts; A predictions an image, level by level, row by row, anchor by anchor.
 
     Args:
-        logits: (B, A, K), before the sigmoid, classes in drkd's order.
+        logits: (B, A, K), before the sigmoid, classes in drkd's order. Of default boxes (B, A, K + 1), before the
+            softmax, the background last.
         boxes: (B, A, 4), as the head codes them. Of anchors, the offsets dx, dy, dw, dh: the centre's shift in units of
             the anchor's sides, and the logarithm of the sides' growth. Of points, the distances left, top, right,
             bottom from the anchor's centre in units of its sides.
@@ -347,6 +378,7 @@ class DetectorOutput:
         head_tail: The end of a one-stage head; computes nothing until it is called.
         regions: Of a two-stage head, on the regions that its task losses were sampled on. Needs the batch's targets.
         region_head: A two-stage head for given regions; computes nothing until it is called.
+        members: Of a group of teachers, the output of each by name.
     """
 
     features: tuple[FeatureMap, ...] = ()
@@ -357,6 +389,7 @@ class DetectorOutput:
     head_tail: HeadTail | None = None
     regions: RegionPredictions | None = None
     region_head: RegionHead | None = None
+    members: Mapping[str, DetectorOutput] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -395,6 +428,15 @@ class Detector(nn.Module, ABC):
             ValueError: If something is wanted that a detector of this kind does not have.
         """
 
+    def expect_image_size(self, side: int) -> None:
+        """Take note of the side of the batches to come: a detector that resizes them inside declares its strides so.
+
+        Args:
+            side: The short side that images are resized to in the data loader, px. Without the call, the spec holds
+                for batches of the detector's own size.
+        """
+        return
+
     @abstractmethod
     def detect(self, batch: DetectionBatch) -> list[Detections]:
         """Detections in pixels of the original images, one entry an image. Needs eval mode; makes no gradient."""
@@ -405,6 +447,10 @@ class DetectorBuilder(ABC):
 
     Implementations are frozen dataclasses of plain values, so that a recipe and a checkpoint can hold them.
     """
+
+    def own_class_names(self) -> tuple[str, ...] | None:
+        """The classes that it is bound to, such as those of a trained file; None where it builds any you ask for."""
+        return None
 
     @abstractmethod
     def build(self, class_names: Sequence[str]) -> Detector:

@@ -164,7 +164,7 @@ def test_no_network_is_one_paragraph(monkeypatch):
         (RetinaNetBuilder, {"norm": "layer"}, "norm: expected one of"),
         (RetinaNetBuilder, {"width": 0}, "positive"),
         (RetinaNetBuilder, {"frozen_stages": 5}, "-1 to 4"),
-        (ZooBuilder, {"name": "ssd300_vgg16"}, "expected one of"),
+        (ZooBuilder, {"name": "keypointrcnn_resnet50_fpn"}, "expected one of"),
         (ZooBuilder, {"head": "none"}, "coco or new"),
     ],
 )

@@ -1,6 +1,8 @@
 """Detectors: how to build, wrap, save and load them."""
 
 from drkd.adapters.checkpoint import SavedDetectorBuilder, load_detector, save_student
+from drkd.adapters.mask_rcnn import MaskRCNNBuilder
+from drkd.adapters.ssd import SSD300Builder, SSDLiteBuilder
 from drkd.adapters.torchvision import (
     FasterRCNNBuilder,
     FCOSBuilder,
@@ -14,7 +16,10 @@ from drkd.adapters.weights import load_state
 __all__ = [
     "FCOSBuilder",
     "FasterRCNNBuilder",
+    "MaskRCNNBuilder",
     "RetinaNetBuilder",
+    "SSD300Builder",
+    "SSDLiteBuilder",
     "SavedDetectorBuilder",
     "TorchvisionDetector",
     "ZooBuilder",

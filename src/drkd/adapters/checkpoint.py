@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drkd.adapters.mask_rcnn import MaskRCNNBuilder
 from drkd.adapters.plain_code import write_plain_code
+from drkd.adapters.ssd import SSD300Builder, SSDLiteBuilder
 from drkd.adapters.torchvision import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder, ZooBuilder
 from drkd.adapters.torchvision_detector import TorchvisionDetector
 from drkd.adapters.weights import fill, load_state, read_checkpoint
@@ -22,11 +24,14 @@ from drkd.contracts import Detector, DetectorBuilder, DrkdError
 __all__ = ["FORMAT", "SavedDetectorBuilder", "load_detector", "load_state", "save_student"]
 
 FORMAT = "drkd-student-1"
-_Builder = RetinaNetBuilder | FasterRCNNBuilder | FCOSBuilder | ZooBuilder
+_Builder = RetinaNetBuilder | FasterRCNNBuilder | FCOSBuilder | SSD300Builder | SSDLiteBuilder | ZooBuilder
 # The only classes that a file may name: a checkpoint must not be able to run code of its choice.
 _BUILDERS: dict[str, type[_Builder]] = {
     f"drkd.adapters.torchvision.{builder.__name__}": builder
     for builder in (RetinaNetBuilder, FasterRCNNBuilder, FCOSBuilder, ZooBuilder)
+}
+_BUILDERS |= {
+    f"drkd.adapters.{builder.__name__}": builder for builder in (MaskRCNNBuilder, SSD300Builder, SSDLiteBuilder)
 }
 _KEYS = ("state_dict", "build", "builder", "class_names", "label_ids", "preprocessing")
 
@@ -40,6 +45,10 @@ class SavedDetectorBuilder(DetectorBuilder):
     """
 
     path: str
+
+    def own_class_names(self) -> tuple[str, ...]:
+        """The file's classes."""
+        return tuple(_read(self.path)["class_names"])
 
     def build(self, class_names: Sequence[str]) -> TorchvisionDetector:
         """Load the detector; its classes must be these, in any order.
@@ -110,8 +119,9 @@ def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None)
     if "batch_norm_eps" in build:
         freeze_zoo(model, build["batch_norm_eps"])
     fill(model, content["state_dict"], path)
-    model.transform.min_size, model.transform.max_size = (settings["min_size"],), settings["max_size"]
-    model.transform.size_divisible = settings["size_divisor"]
+    if "size" not in build:
+        model.transform.min_size, model.transform.max_size = (settings["min_size"],), settings["max_size"]
+        model.transform.size_divisible = settings["size_divisor"]
     names = saved_names if class_names is None else list(class_names)
     label_ids = [content["label_ids"][saved_names.index(name)] for name in names]
     return TorchvisionDetector(model, names, label_ids=label_ids, plan=build).eval()
@@ -139,7 +149,9 @@ def _describe(
     build = None
     if detector.plan is not None:
         build = _plain(detector.plan)
-        build["detector"].update({"min_size": min_size, "max_size": max_size, "size_divisible": divisor})
+        # A model of one size resizes to it whatever comes.
+        if "size" not in build:
+            build["detector"].update({"min_size": min_size, "max_size": max_size, "size_divisible": divisor})
     return {
         "format": FORMAT,
         "build": build,
@@ -162,8 +174,8 @@ def _describe_builder(builder: DetectorBuilder) -> dict[str, Any] | None:
     """The builder as plain values; None for a class of the user's own, whose weights are saved all the same."""
     if isinstance(builder, SavedDetectorBuilder):
         return dict(_read(builder.path)["builder"])
-    class_path = f"drkd.adapters.torchvision.{type(builder).__name__}"
-    if not isinstance(builder, _Builder) or class_path not in _BUILDERS:
+    class_path = next((path for path, known in _BUILDERS.items() if known is type(builder)), None)
+    if not isinstance(builder, _Builder) or class_path is None:
         return None
     arguments = dataclasses.asdict(builder)
     # The file's own weights replace those that training began with.
@@ -176,7 +188,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, Mapping) or content.get("format") != FORMAT or any(key not in content for key in _KEYS):
         raise DrkdError(
             f"{path}: not a detector saved by drkd (expected format {FORMAT!r}). A bare state dict needs a builder: "
-            "give it as `weights` of RetinaNetBuilder, FasterRCNNBuilder, FCOSBuilder or ZooBuilder."
+            f"give it as `weights` of {', '.join(builder.__name__ for builder in _BUILDERS.values())}."
         )
     if content["builder"] is None or content["build"] is None:
         raise DrkdError(
@@ -201,7 +213,7 @@ def _compare_classes(path: str | Path, saved: Sequence[str], wanted: Sequence[st
     if sorted(saved) != sorted(wanted):
         raise DrkdError(
             f"{path}: this detector knows {len(saved)} classes ({_shorten(saved)}), but {len(wanted)} are wanted "
-            f"({_shorten(wanted)})."
+            f"({_shorten(wanted)}). Of a teacher, class_map in the recipe joins classes that differ."
         )
 
 

@@ -7,10 +7,16 @@ from typing import Any
 
 from torch import nn
 from torchvision.models import get_model_weights
-from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssdlite import SSDLiteHead
 
 from drkd.contracts import DrkdError
 
+TWO_STAGE = ("faster_rcnn", "mask_rcnn")
+SSD_FAMILIES = ("ssd", "ssdlite")
+# Families whose output 0 is the background, so that the first class is output 1.
+WITH_BACKGROUND = TWO_STAGE + SSD_FAMILIES
 _NOT_A_CLASS = ("__background__", "N/A")
 
 
@@ -18,36 +24,44 @@ def family_of(model: nn.Module) -> str:
     """The detector's kind by its class.
 
     Raises:
-        ValueError: If it is none of the three that are supported.
+        ValueError: If it is none of those that are supported.
     """
-    if isinstance(model, FasterRCNN) and not isinstance(model, MaskRCNN):
+    if isinstance(model, MaskRCNN):
+        return "mask_rcnn"
+    if isinstance(model, FasterRCNN) and not isinstance(model, KeypointRCNN):
         return "faster_rcnn"
+    if isinstance(model, SSD):
+        return "ssdlite" if isinstance(model.head, SSDLiteHead) else "ssd"
     if isinstance(model, RetinaNet):
         return "retinanet"
     if isinstance(model, FCOS):
         return "fcos"
-    raise ValueError(f"expected torchvision's RetinaNet, FCOS or FasterRCNN, got {type(model).__name__}")
+    raise ValueError(f"expected torchvision's RetinaNet, FCOS, SSD, FasterRCNN or MaskRCNN, got {type(model).__name__}")
 
 
 def count_outputs(model: nn.Module) -> int:
     """Outputs of the classification head, background included where there is one."""
     untyped: Any = model
-    if family_of(model) == "faster_rcnn":
+    family = family_of(model)
+    if family in TWO_STAGE:
         return int(untyped.roi_heads.box_predictor.cls_score.out_features)
+    if family in SSD_FAMILIES:
+        return int(untyped.head.classification_head.num_columns)
     return int(untyped.head.classification_head.num_classes)
 
 
 def infer_labels(model: nn.Module, class_names: Sequence[str] | None) -> tuple[list[str], list[int]]:
     """Names of the classes and the model's label of each, from the number of outputs.
 
-    Faster R-CNN's labels are 1..K, with the background at 0. The other two's are 0..K-1 if there are K outputs, or 1..K
-    if there are K + 1, as torchvision's own models have it. A model of COCO's 91 outputs is matched by name.
+    The labels of the R-CNNs and SSDs are 1..K, with the background at 0. The others' are 0..K-1 if there are K
+    outputs, or 1..K if there are K + 1, as torchvision's own models have it. A model of COCO's 91 outputs is matched by
+    name.
 
     Raises:
         ValueError: If the number of classes does not fit the outputs.
     """
     outputs = count_outputs(model)
-    background = int(family_of(model) == "faster_rcnn")
+    background = int(family_of(model) in WITH_BACKGROUND)
     categories = coco_categories()
     if outputs == len(categories) and (class_names is None or len(class_names) < outputs - 1):
         names = [name for name in categories if name not in _NOT_A_CLASS] if class_names is None else list(class_names)

@@ -17,6 +17,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from drkd.adapters.backbones import BackbonePlan, build_backbone
+from drkd.adapters.labels import WITH_BACKGROUND
 from drkd.adapters.torchvision_detector import TorchvisionDetector, wrap_torchvision
 from drkd.adapters.weights import load_state
 from drkd.adapters.zoo import ZooBuilder
@@ -36,7 +37,7 @@ _GROUPS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidBuilder(DetectorBuilder):
-    """What the three builders share: backbone, pyramid, freezing, weights and thresholds.
+    """What the builders on a feature pyramid share: backbone, pyramid, freezing, weights and thresholds.
 
     Args:
         backbone: A torchvision ResNet ("resnet18" to "resnet152", "resnext101_32x8d", ...) or "timm/<name>".
@@ -116,7 +117,7 @@ class PyramidBuilder(DetectorBuilder):
         model = self._assemble(backbone, plan)
         if self.weights is not None:
             load_state(model, self.weights)
-        offset = 1 if self.family == "faster_rcnn" else 0
+        offset = int(self.family in WITH_BACKGROUND)
         label_ids = range(offset, offset + len(class_names))
         return TorchvisionDetector(model, class_names, label_ids=label_ids, plan=plan)
 

@@ -6,6 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 from drkd.adapters.backbones import probe_features
-from drkd.adapters.labels import count_outputs, family_of, infer_labels
+from drkd.adapters.labels import SSD_FAMILIES, TWO_STAGE, WITH_BACKGROUND, count_outputs, family_of, infer_labels
 from drkd.adapters.torchvision_predictions import (
     ClassOrder,
     DenseHead,
@@ -25,12 +26,19 @@ from drkd.adapters.torchvision_predictions import (
     describe_predictions,
     region_predictions,
 )
+from drkd.adapters.torchvision_ssd import (
+    default_box_predictions,
+    describe_default_boxes,
+    fixed_frame,
+    match_default_boxes,
+)
 from drkd.contracts import (
     DetectionBatch,
     Detections,
     Detector,
     DetectorOutput,
     DetectorSpec,
+    DrkdError,
     FeatureLevel,
     FeatureMap,
     RegionPredictions,
@@ -46,10 +54,14 @@ _TWO_STAGE = _ALWAYS | frozenset[Want]({"regions", "region_head"})
 
 
 class TorchvisionDetector(Detector):
-    """Wraps torchvision's RetinaNet, FCOS or Faster R-CNN without changing it.
+    """Wraps torchvision's RetinaNet, FCOS, SSD, Faster R-CNN or Mask R-CNN without changing it.
 
     The model's own resize, normalise and pad step is bypassed, so that images, boxes, features and losses share the
     pixel frame of the batch. Losses equal those of the plain model on the same pixels. Labels are shifted here.
+
+    An SSD resizes to its one size all the same, inside: the padded batch as a whole for features and losses, each image
+    by itself in ``detect``, as torchvision does. Its strides are declared for batches of its own size until
+    ``expect_image_size`` says otherwise. A Mask R-CNN's mask loss needs targets with masks; its detections are boxes.
 
     Args:
         model: The plain detector.
@@ -84,11 +96,17 @@ class TorchvisionDetector(Detector):
         self.model = model
         self.plan = None if plan is None else dict(plan)
         self.label_ids = tuple(label_ids)
-        features = probe_features(_backbone(model), _PROBE_SIZE)
+        self._frame = fixed_frame(model) if family in SSD_FAMILIES else None
+        probe = _PROBE_SIZE if self._frame is None else self._frame.size[0]
+        features = probe_features(_backbone(model), probe)
         self._level_keys = tuple(features)
         missing = tuple(name for name, label in zip(class_names, label_ids, strict=True) if label < 0)
-        predictions = describe_predictions(model, family, missing_classes=missing)
-        self.spec = DetectorSpec(_levels(features, _PROBE_SIZE), tuple(class_names), family, predictions)
+        if self._frame is None:
+            predictions = describe_predictions(model, family, missing_classes=missing)
+        else:
+            predictions = describe_default_boxes(model, self._frame.size, missing_classes=missing)
+        self._declared = 1.0
+        self.spec = DetectorSpec(_levels(features, probe), tuple(class_names), family, predictions)
         # Not persistent: the state dict stays the plain model's.
         device = next(model.parameters()).device
         to_ours = torch.full((outputs,), -1, dtype=torch.int64)
@@ -98,7 +116,7 @@ class TorchvisionDetector(Detector):
         transform = _parts(model).transform
         self.register_buffer("_to_model", torch.tensor(label_ids, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("_to_ours", to_ours.to(device), persistent=False)
-        self._order = ClassOrder(label_ids, outputs, background=family == "faster_rcnn", device=device)
+        self._order = ClassOrder(label_ids, outputs, background=family in WITH_BACKGROUND, device=device)
         for name, values in (("_mean", transform.image_mean), ("_std", transform.image_std)):
             self.register_buffer(name, torch.tensor(values, device=device).view(1, 3, 1, 1), persistent=False)
 
@@ -107,6 +125,13 @@ class TorchvisionDetector(Detector):
         """Classes of the spec that the model has no output for, and never detects."""
         names = zip(self.spec.class_names, self.label_ids, strict=True)
         return tuple(name for name, label in names if label < 0)
+
+    def expect_image_size(self, side: int) -> None:
+        """Declare strides and anchors for batches of this side, where the model resizes them to a size of its own."""
+        if self._frame is not None:
+            factor = side / self._frame.size[0]
+            self.spec = scale_spec(self.spec, factor / self._declared)
+            self._declared = factor
 
     @property
     def _possible(self) -> frozenset[Want]:
@@ -126,19 +151,20 @@ class TorchvisionDetector(Detector):
             want: Fields of `DetectorOutput`.
 
         Raises:
-            ValueError: If something is wanted that this kind of detector has not, or that misses classes.
+            ValueError: If something is wanted that this kind of detector has not, or losses of a model that misses
+                classes. What it predicts for those classes means nothing.
         """
         if want - self._possible:
             raise ValueError(f"want: expected any of {sorted(self._possible)} of this model, got {sorted(want)}")
-        if want - _ALWAYS and self.missing_classes:
-            raise ValueError(f"this model cannot show predictions: it has no output for {list(self.missing_classes)}")
         images = self._normalise(batch)
+        if self._frame is not None:
+            images = self._frame.whole(images)
         features = self._pyramid(images.tensors)
         found: dict[str, Any] = {}
         if "features" in want:
             found["features"] = self._feature_maps(features, batch.image_size)
         if want - {"features"}:
-            see = self._two_stage if self.spec.family == "faster_rcnn" else self._dense
+            see = self._two_stage if self.spec.family in TWO_STAGE else self._dense
             found.update(see(batch, images, features, want))
         return DetectorOutput(**found)
 
@@ -152,16 +178,20 @@ class TorchvisionDetector(Detector):
         if self.training:
             raise ValueError("detect needs eval mode: call .eval() first")
         images = self._normalise(batch)
+        if self._frame is not None:
+            images = self._frame.each(images)
         features = self._pyramid(images.tensors)
-        if self.spec.family == "faster_rcnn":
+        if self.spec.family in TWO_STAGE:
             with _mode(self.model, features, images, training=False):
                 proposals, _ = _parts(self.model).rpn(images, features)
-                found, _ = _parts(self.model).roi_heads(features, proposals, images.image_sizes)
+                # Of a Mask R-CNN the boxes alone: nobody asks for the masks here.
+                heads = RegionRecorder(_parts(self.model).roi_heads, masks=False)
+                found, _ = heads(features, proposals, images.image_sizes)
         else:
             found = self._dense_detections(images, features)
         return [
             self._to_original(entry, size, original)
-            for entry, size, original in zip(found, batch.sizes, batch.original_sizes, strict=True)
+            for entry, size, original in zip(found, images.image_sizes, batch.original_sizes, strict=True)
         ]
 
     def _normalise(self, batch: DetectionBatch) -> ImageList:
@@ -187,8 +217,8 @@ class TorchvisionDetector(Detector):
             for level, tensor in zip(self.spec.levels, (features[key] for key in self._level_keys), strict=True)
         )
 
-    def _targets(self, batch: DetectionBatch) -> list[dict[str, Tensor]]:
-        """Torchvision's targets: the model's labels, without ignored boxes."""
+    def _targets(self, batch: DetectionBatch, *, masks: bool = False) -> list[dict[str, Tensor]]:
+        """Torchvision's targets: the model's labels and frame, without ignored boxes."""
         targets = batch.targets
         labels = [target.labels for target in targets]
         if self.missing_classes:
@@ -197,13 +227,21 @@ class TorchvisionDetector(Detector):
         if _any_ignored(batch):
             boxes = [b[~target.ignore] for b, target in zip(boxes, targets, strict=True)]
             labels = [entry[~target.ignore] for entry, target in zip(labels, targets, strict=True)]
-        return [{"boxes": b, "labels": self._to_model[entry]} for b, entry in zip(boxes, labels, strict=True)]
+        if self._frame is not None:
+            boxes = [self._frame.to_model(entry, batch.image_size) for entry in boxes]
+        found = [{"boxes": b, "labels": self._to_model[entry]} for b, entry in zip(boxes, labels, strict=True)]
+        if masks:
+            for entry, own in zip(found, _masks(batch), strict=True):
+                entry["masks"] = own
+        return found
 
     def _dense(
         self, batch: DetectionBatch, images: ImageList, features: OrderedDict[str, Tensor], want: frozenset[Want]
     ) -> dict[str, Any]:
         """Everything but features of a one-stage detector, from one pass of its head."""
         maps = list(features.values())
+        if self._frame is not None:
+            return self._default_boxes(batch, images, maps, want)
         found: dict[str, Any] = {}
         if want <= {"features", "head_tail"}:
             head = DenseHead(self.model, self._order, maps, run=False)
@@ -226,6 +264,26 @@ class TorchvisionDetector(Detector):
             found["head_tail"] = head.tail(anchors)
         return found
 
+    def _default_boxes(
+        self, batch: DetectionBatch, images: ImageList, maps: list[Tensor], want: frozenset[Want]
+    ) -> dict[str, Any]:
+        """Everything but features of an SSD, from one pass of its head."""
+        assert self._frame is not None  # only called with one
+        found: dict[str, Any] = {}
+        outputs = _parts(self.model).head(maps)
+        anchors = _parts(self.model).anchor_generator(images, maps)
+        if want & {"losses", "assignment"}:
+            targets = self._targets(batch)
+            matched = match_default_boxes(self.model, targets, anchors)
+            if "losses" in want:
+                found["losses"] = dict(_parts(self.model).compute_loss(targets, outputs, anchors, matched))
+            if "assignment" in want:
+                found["assignment"] = self._assignment(matched, batch)
+        if "predictions" in want:
+            ours = self._frame.to_batch(anchors[0], batch.image_size)
+            found["predictions"] = default_box_predictions(self.model, self._order, outputs, ours, maps)
+        return found
+
     def _assignment(self, matched: list[Tensor], batch: DetectionBatch) -> Tensor:
         """(B, A): torchvision numbers the boxes that it was given; we number those of the batch."""
         found = torch.stack(matched)
@@ -246,12 +304,13 @@ class TorchvisionDetector(Detector):
         model = self.model
         found: dict[str, Any] = {}
         if want & {"losses", "regions"}:
-            targets = self._targets(batch)
+            masks = "losses" in want and bool(_parts(model).roi_heads.has_mask())
+            targets = self._targets(batch, masks=masks)
             with _mode(model, features, images, training=True):
                 proposals, rpn = _parts(model).rpn(images, features, targets)
                 heads = _parts(model).roi_heads
                 if "regions" in want:
-                    recorder = RegionRecorder(heads)
+                    recorder = RegionRecorder(heads, masks=masks)
                     _, roi = recorder(features, proposals, images.image_sizes, targets)
                     found["regions"] = self._regions(recorder)
                 else:
@@ -282,6 +341,8 @@ class TorchvisionDetector(Detector):
         maps = list(features.values())
         outputs = _parts(self.model).head(maps)
         anchors = _parts(self.model).anchor_generator(images, maps)
+        if self._frame is not None:
+            return list(_parts(self.model).postprocess_detections(outputs, anchors, images.image_sizes))
         cells = [entry.shape[-2] * entry.shape[-1] for entry in maps]
         per_cell = outputs["cls_logits"].shape[1] // sum(cells)
         counts = [count * per_cell for count in cells]
@@ -303,7 +364,7 @@ class TorchvisionDetector(Detector):
 def wrap_torchvision(
     model: nn.Module, class_names: Sequence[str] | None = None, *, label_ids: Sequence[int] | None = None
 ) -> TorchvisionDetector:
-    """Wrap a RetinaNet, FCOS or Faster R-CNN that you already built.
+    """Wrap a RetinaNet, FCOS, SSD, Faster R-CNN or Mask R-CNN that you already built.
 
     Args:
         model: The plain torchvision detector.
@@ -328,6 +389,30 @@ def _parts(model: object) -> Any:
 def _any_ignored(batch: DetectionBatch) -> bool:
     """One look for the whole batch: training batches hold no ignored boxes, and dropping boxes waits for the device."""
     return bool(batch.targets) and bool(torch.cat([target.ignore for target in batch.targets]).any())
+
+
+def _masks(batch: DetectionBatch) -> list[Tensor]:
+    """The instance masks (N, h, w) of each image's boxes that are not ignored."""
+    found = []
+    for target, size in zip(batch.targets, batch.sizes, strict=True):
+        masks = target.masks
+        if masks is None and len(target.boxes):
+            raise DrkdError(
+                "This Mask R-CNN trains its masks too, but the batch's targets have none: expected the mask of every "
+                "box. Set data.masks: true (COCO files with a segmentation for every box), or train a Faster R-CNN."
+            )
+        found.append(target.boxes.new_zeros(0, *size, dtype=torch.bool) if masks is None else masks[~target.ignore])
+    return found
+
+
+def scale_spec(spec: DetectorSpec, factor: float) -> DetectorSpec:
+    """The spec of a detector that is shown images so many times smaller than the batch's: strides and anchors grow."""
+    levels = tuple(replace(level, stride=level.stride * factor) for level in spec.levels)
+    layout = spec.predictions
+    if layout is not None:
+        anchors = tuple(tuple((w * factor, h * factor) for w, h in cell) for cell in layout.anchors)
+        layout = replace(layout, anchors=anchors)
+    return replace(spec, levels=levels, predictions=layout)
 
 
 def _backbone(model: nn.Module) -> nn.Module:
@@ -359,21 +444,27 @@ def _mode(model: nn.Module, features: Mapping[str, Tensor], images: ImageList, *
     from the padded size, and taken away afterwards.
     """
     rpn, heads = _parts(model).rpn, _parts(model).roi_heads
-    pool: MultiScaleRoIAlign = heads.box_roi_pool
-    before = rpn.training, heads.training, pool.scales, pool.map_levels
-    height = images.tensors.shape[-2]
+    pools: list[MultiScaleRoIAlign] = [heads.box_roi_pool, *([heads.mask_roi_pool] if heads.has_mask() else [])]
+    before = rpn.training, heads.training, [(pool.scales, pool.map_levels) for pool in pools]
+    try:
+        rpn.training = heads.training = training
+        for pool in pools:
+            _set_scales(pool, features, images.tensors.shape[-2])
+        yield
+    finally:
+        rpn.training, heads.training, kept = before
+        for pool, (scales, mapper) in zip(pools, kept, strict=True):
+            pool.scales, pool.map_levels = scales, mapper
+
+
+def _set_scales(pool: MultiScaleRoIAlign, features: Mapping[str, Tensor], height: int) -> None:
     scales = [
         2.0 ** round(math.log2(features[name].shape[-2] / height)) for name in features if name in pool.featmap_names
     ]
-    try:
-        rpn.training = heads.training = training
-        pool.scales = scales
-        pool.map_levels = initLevelMapper(
-            int(-math.log2(scales[0])),
-            int(-math.log2(scales[-1])),
-            canonical_scale=pool.canonical_scale,
-            canonical_level=pool.canonical_level,
-        )
-        yield
-    finally:
-        rpn.training, heads.training, pool.scales, pool.map_levels = before
+    pool.scales = scales
+    pool.map_levels = initLevelMapper(
+        int(-math.log2(scales[0])),
+        int(-math.log2(scales[-1])),
+        canonical_scale=pool.canonical_scale,
+        canonical_level=pool.canonical_level,
+    )

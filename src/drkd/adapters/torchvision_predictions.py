@@ -11,6 +11,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegressionHead
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
 
+from drkd.adapters.labels import TWO_STAGE
 from drkd.contracts import DensePredictions, HeadFeatures, PredictionLayout, RegionPredictions
 
 _FORWARDS = {
@@ -24,7 +25,7 @@ def describe_predictions(
 ) -> PredictionLayout | None:
     """Say what the model predicts and where; None where its anchors are not of torchvision's kind."""
     untyped: Any = model
-    if family == "faster_rcnn":
+    if family in TWO_STAGE:
         return PredictionLayout("regions", missing_classes=missing_classes)
     generator = untyped.anchor_generator
     if not isinstance(generator, AnchorGenerator):
@@ -130,7 +131,7 @@ class DenseHead:
         boxes = outputs["bbox_regression"]
         centerness = outputs.get("bbox_ctrness")
         if centerness is None:
-            boxes = _unit_offsets(boxes, self._branches[1].box_coder.weights)
+            boxes = unit_offsets(boxes, self._branches[1].box_coder.weights)
         elif not self._head.box_coder.normalize_by_size:
             sides = anchors[0][:, 2:] - anchors[0][:, :2]
             boxes = boxes / sides.repeat(1, 2)
@@ -201,10 +202,12 @@ class RegionRecorder:
 
     Args:
         heads: torchvision's ``RoIHeads``.
+        masks: Whether heads that predict masks shall do so.
     """
 
-    def __init__(self, heads: Any) -> None:
+    def __init__(self, heads: Any, *, masks: bool = True) -> None:
         self._heads = heads
+        self._masks = masks
         self.regions: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.outputs: tuple[Tensor, Tensor] | None = None
@@ -216,9 +219,17 @@ class RegionRecorder:
         """The heads' own pass, on this stand-in."""
         return type(self._heads).forward(self, *arguments)
 
+    def has_mask(self) -> bool:
+        """Whether masks are predicted and trained in this pass."""
+        return self._masks and bool(self._heads.has_mask())
+
+    def check_targets(self, targets: Any) -> None:
+        """The heads' own check, of what this pass needs."""
+        type(self._heads).check_targets(self, targets)
+
     def select_training_samples(self, proposals: list[Tensor], targets: Any) -> Any:
         """The regions that train, as the heads choose them."""
-        chosen = self._heads.select_training_samples(proposals, targets)
+        chosen = type(self._heads).select_training_samples(self, proposals, targets)
         self.regions, _, self.labels, _ = chosen
         return chosen
 
@@ -239,11 +250,11 @@ def region_predictions(
     """Turn what ``box_predictor`` returns into drkd's terms; labels are drkd's, the background K."""
     logits, codes = outputs
     boxes = order.boxes(codes.unflatten(1, (codes.shape[1] // 4, 4)))
-    boxes = _unit_offsets(boxes, heads.box_coder.weights)
+    boxes = unit_offsets(boxes, heads.box_coder.weights)
     return RegionPredictions(tuple(entry.detach() for entry in regions), order.logits(logits), boxes, labels)
 
 
-def _unit_offsets(codes: Tensor, weights: Sequence[float]) -> Tensor:
+def unit_offsets(codes: Tensor, weights: Sequence[float]) -> Tensor:
     """Offsets as they are without the weights that a box coder scales them by."""
     if all(weight == 1.0 for weight in weights):
         return codes

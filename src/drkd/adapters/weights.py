@@ -104,6 +104,8 @@ def update_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> d
         stem, _, kind = key.rpartition(".")
         before, _, index = stem.rpartition(".")
         candidates = [key, f"{stem}.0.{kind}", f"{stem}.0.0.{kind}"]
+        if index.startswith("mask_fcn") and index[8:].isdigit():
+            candidates.insert(1, f"{before}.{int(index[8:]) - 1}.0.{kind}")
         if index.isdigit():
             # A convolution and its activation were two entries of a Sequential, and are one now.
             candidates.insert(1, f"{before}.{int(index) // 2}.0.{kind}")

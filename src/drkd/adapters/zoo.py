@@ -24,11 +24,21 @@ ZOO_NAMES = (
     "fasterrcnn_mobilenet_v3_large_fpn",
     "fasterrcnn_mobilenet_v3_large_320_fpn",
     "fcos_resnet50_fpn",
+    "maskrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_fpn_v2",
+    "ssd300_vgg16",
+    "ssdlite320_mobilenet_v3_large",
 )
+_SIZES = {"ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}
 # These published weights were trained with frozen batch norms without epsilon; torchvision sets it for them.
-_WITHOUT_EPSILON = ("retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn")
+_WITHOUT_EPSILON = ("retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")
 _PUBLISHED = ("COCO_V1", "DEFAULT")
-_LAST_LAYERS = ("roi_heads.box_predictor.", "head.classification_head.cls_logits.")
+_LAST_LAYERS = (
+    "roi_heads.box_predictor.",
+    "roi_heads.mask_predictor.mask_fcn_logits.",
+    "head.classification_head.cls_logits.",
+    "head.classification_head.module_list.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +76,20 @@ class ZooBuilder(DetectorBuilder):
         """
         if not class_names:
             raise DrkdError("class_names: expected at least one class, got none.")
-        two_stage = self.name.startswith("fasterrcnn")
+        two_stage = self.name.startswith(("fasterrcnn", "maskrcnn"))
+        background = int(two_stage or self.name in _SIZES)
         if self.head == "coco":
             label_ids = coco_labels(class_names)
             outputs = len(coco_categories())
         else:
-            label_ids = list(range(int(two_stage), len(class_names) + int(two_stage)))
-            outputs = len(class_names) + int(two_stage)
+            label_ids = list(range(background, len(class_names) + background))
+            outputs = len(class_names) + background
         options: dict[str, Any] = {"name": self.name, "weights": None, "weights_backbone": None, "num_classes": outputs}
         options["box_detections_per_img" if two_stage else "detections_per_img"] = self.detections_per_image
         model = get_model(**options)
         plan: dict[str, Any] = {"family": "zoo", "detector": options}
+        if self.name in _SIZES:
+            plan["size"] = [_SIZES[self.name]] * 2
         if self.weights is not None:
             plan.update(self._fill(model))
         return TorchvisionDetector(model, class_names, label_ids=label_ids, plan=plan)
@@ -88,11 +101,14 @@ class ZooBuilder(DetectorBuilder):
         wanted = model.state_dict()
         state = update_names(state, wanted)
         if self.head == "new":
-            last = next(key for key in _LAST_LAYERS if any(name.startswith(key) for name in wanted))
-            if any(state[key].shape != wanted[key].shape for key in state if key in wanted and key.startswith(last)):
-                state = {key: wanted[key] if key.startswith(last) else value for key, value in state.items()}
+            last = [name for name in state if name in wanted and name.startswith(_LAST_LAYERS)]
+            # What fits of an SSD's last layers comes before the classes; a predictor is new as a whole.
+            new = {key for key in last if state[key].shape != wanted[key].shape}
+            if new and self.name not in _SIZES:
+                new = set(last)
+            state = {key: wanted[key] if key in new else value for key, value in state.items()}
         fill(model, state, weights)
-        if self.name.endswith("_v2"):
+        if self.name.endswith("_v2") or self.name in _SIZES:
             return {}
         # torchvision freezes the batch norms of these models whenever it loads weights.
         epsilon = 0.0 if self.name in _WITHOUT_EPSILON else None

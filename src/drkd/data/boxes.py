@@ -47,6 +47,7 @@ class GroupedBoxes:
         labels: (N_i,) an image.
         crowd: (N_i,) an image.
         areas: (N_i,) an image.
+        rows: (N_i,) int64 an image, the row that each box came from.
         findings: Row and kind of every box that was not simply taken over: "flat" (no area: left out), "outside"
             (wholly outside its image: left out) and "overhang" (by more than a pixel: clipped).
     """
@@ -55,6 +56,7 @@ class GroupedBoxes:
     labels: tuple[Tensor, ...]
     crowd: tuple[Tensor, ...]
     areas: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...]
     findings: tuple[tuple[int, Finding], ...]
 
 
@@ -89,5 +91,6 @@ def group_boxes(columns: BoxColumns, sizes: Sequence[Size]) -> GroupedBoxes:
         labels=torch.from_numpy(columns.labels[order]).split(counts),
         crowd=torch.from_numpy(columns.crowd[order]).split(counts),
         areas=torch.from_numpy(areas[order].astype(np.float32)).split(counts),
+        rows=torch.from_numpy(order).split(counts),
         findings=tuple(findings),
     )

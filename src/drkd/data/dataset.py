@@ -16,6 +16,7 @@ from torchvision import tv_tensors
 from drkd.contracts import BoxTargets, DrkdError, Size
 from drkd.data.formats.coco import read_coco
 from drkd.data.image import decode_image
+from drkd.data.masks import unpack_masks
 from drkd.data.split import DatasetSplit
 
 __all__ = ["DatasetSplit", "DetectionDataset", "Sample", "find_splits", "load_split", "map_classes"]
@@ -86,7 +87,9 @@ def _image_folder(root: Path, file: Path, stem: str) -> Path:
     return next(option for option in [*options, root / "images", root] if option.is_dir())
 
 
-def load_split(root: Path, split: str, *, class_names: Sequence[str] | None = None) -> DatasetSplit:
+def load_split(
+    root: Path, split: str, *, class_names: Sequence[str] | None = None, masks: bool = False
+) -> DatasetSplit:
     """Load one split of a COCO-format folder.
 
     Args:
@@ -94,6 +97,7 @@ def load_split(root: Path, split: str, *, class_names: Sequence[str] | None = No
         split: "train", "tune", "val" or "test".
         class_names: Classes whose order the labels must follow (a checkpoint's, another split's); the file's
             categories are mapped to them by name. The file's own order by default.
+        masks: Keep the instances' masks, for detectors that train them.
 
     Raises:
         DrkdError: If the split is not there, cannot be used, or has a category that ``class_names`` lacks.
@@ -102,7 +106,7 @@ def load_split(root: Path, split: str, *, class_names: Sequence[str] | None = No
     if split not in splits:
         raise DrkdError(f"{root}: there is no split '{split}'; this folder has {', '.join(sorted(splits))}.")
     annotations, images = splits[split]
-    loaded = read_coco(annotations, images, name=split)
+    loaded = read_coco(annotations, images, name=split, masks=masks)
     return loaded if class_names is None else map_classes(loaded, class_names, source=annotations)
 
 
@@ -207,6 +211,9 @@ class DetectionDataset(Dataset[Sample]):
             "labels": record.labels[chosen],
             "ignore": record.crowd[chosen],
         }
+        if record.masks is not None:
+            kept = [mask for mask, keep in zip(record.masks, chosen.tolist(), strict=True) if keep]
+            target["masks"] = tv_tensors.Mask(unpack_masks(kept, record.size))
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(_mix(self._seed, epoch, record.image_id))
             moved, target = self._transforms(image, target)
@@ -219,7 +226,8 @@ class DetectionDataset(Dataset[Sample]):
         boxes = torch.minimum(boxes.clamp(min=0), limit)
         sides = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1) if len(boxes) else boxes.new_zeros(0)
         kept = (sides > 0) & (sides >= self._minimum_side)
-        return BoxTargets(boxes[kept], target["labels"][kept], target["ignore"][kept])
+        masks = target["masks"].as_subclass(Tensor)[kept] if "masks" in target else None
+        return BoxTargets(boxes[kept], target["labels"][kept], target["ignore"][kept], masks)
 
 
 def _mix(seed: int, epoch: int, image_id: int) -> int:

@@ -76,6 +76,7 @@ class DetectionDataModule(LightningDataModule):
         group_by_aspect: Put images of like aspect into a batch.
         keep_empty: Train on images without boxes too.
         class_names: Classes whose order the labels follow; the training file's by default.
+        masks: Serve the training images' instance masks too, for a student that trains them (Mask R-CNN).
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class DetectionDataModule(LightningDataModule):
         group_by_aspect: bool = True,
         keep_empty: bool = True,
         class_names: Sequence[str] | None = None,
+        masks: bool = False,
     ) -> None:
         super().__init__()
         self._root = root
@@ -123,6 +125,7 @@ class DetectionDataModule(LightningDataModule):
         }
         self._group_by_aspect = group_by_aspect
         self._keep_empty = keep_empty
+        self._masks = masks
         self._class_names = tuple(class_names) if class_names is not None else None
         self._train: DatasetSplit | None = None
         self._val: DatasetSplit | None = None
@@ -148,7 +151,7 @@ class DetectionDataModule(LightningDataModule):
     def train_split(self) -> DatasetSplit:
         """The split that is trained on, as far as it is used."""
         if self._train is None:
-            split = load_split(self.root, self._names[0], class_names=self._class_names)
+            split = load_split(self.root, self._names[0], class_names=self._class_names, masks=self._masks)
             self._class_names = split.class_names
             if not self._keep_empty:
                 kept = tuple(record for record in split.records if (~record.crowd).any())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
@@ -66,7 +67,8 @@ def train_transforms(
     if photometric:
         steps.append(v2.RandomPhotometricDistort())
     if zoom_out > 0:
-        steps.append(v2.RandomZoomOut(fill=114, side_range=(1.0, 2.0), p=zoom_out))
+        fill: dict[Any, int] = {tv_tensors.Image: 114, "others": 0}
+        steps.append(v2.RandomZoomOut(fill=fill, side_range=(1.0, 2.0), p=zoom_out))
     if horizontal_flip > 0:
         steps.append(v2.RandomHorizontalFlip(horizontal_flip))
     steps.append(ResizeKeepRatio(_several(min_size), max_size))

@@ -19,6 +19,7 @@ from drkd.contracts import (
     Want,
 )
 from drkd.engine.balance import GradientBalance, gradient_norms, term_family
+from drkd.engine.teachers import join_teachers
 
 MethodFactory = Callable[[DetectorSpec, DetectorSpec], KDMethod]
 
@@ -55,8 +56,10 @@ class Distiller(nn.Module):
 
     Args:
         student: The detector to train.
-        teacher: The detector to learn from, or None to train the student alone.
+        teacher: The detector to learn from, or None to train the student alone. Several by name each get a method of
+            their own; their terms are named ``kd/<teacher>.<term>``.
         method: A method, or what builds one from the two specs (``DRKD`` itself will do); None with no teacher.
+        teacher_weights: Of several teachers, by name, > 0; 1 where absent.
         calibration_steps: With a balanced method, steps after which the weights are frozen.
         calibration_interval: Every how many steps norms are measured while calibrating.
         monitor_interval: Every how many steps norms are measured afterwards, for the log and the guard.
@@ -71,9 +74,10 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: Detector,
-        teacher: Detector | None = None,
+        teacher: Detector | Mapping[str, Detector] | None = None,
         method: KDMethod | MethodFactory | None = None,
         *,
+        teacher_weights: Mapping[str, float] | None = None,
         calibration_steps: int = 100,
         calibration_interval: int = 5,
         monitor_interval: int = 50,
@@ -88,6 +92,12 @@ class Distiller(nn.Module):
                 "Distiller expects monitor_interval, dead_after and accumulate >= 1, "
                 f"got {monitor_interval}, {dead_after} and {accumulate}"
             )
+        if isinstance(teacher, Mapping):
+            if method is None or isinstance(method, KDMethod):
+                raise ValueError("Distiller expects what builds a method (such as DRKD) with several teachers, not one")
+            teacher, method = join_teachers(student.spec, teacher, method, weights=teacher_weights)
+        elif teacher_weights:
+            raise ValueError("Distiller expects teacher_weights with several teachers only")
         self.student = student
         self.teacher = teacher
         if teacher is not None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
 from drkd.losses import ChannelWiseLoss
-from drkd.methods.levels import match_levels, paired_maps
+from drkd.methods.levels import MissingLevels, match_levels, paired_maps
 from drkd.methods.term_weights import choose_weight
 
 
@@ -21,6 +21,7 @@ class CWD(KDMethod):
         weight: Of the term ``cwd``. None is 1 with ``balanced``, else mmrazor's 10 (another port has 5 for RetinaNet).
         temperature: tau, units of the feature.
         levels: Student levels to use; None is all.
+        missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
 
@@ -37,6 +38,7 @@ class CWD(KDMethod):
         weight: float | None = None,
         temperature: float = 1.0,
         levels: Sequence[str] | None = None,
+        missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,
     ) -> None:
@@ -45,7 +47,7 @@ class CWD(KDMethod):
         self.minimum_boxes = {}
         self.balanced = balanced
         self.warmup_steps = warmup_steps
-        self.pairs = match_levels(student, teacher, names=levels)
+        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
         self.losses = nn.ModuleList(
             ChannelWiseLoss(pair.student.channels, pair.teacher.channels, temperature=temperature)
             for pair in self.pairs

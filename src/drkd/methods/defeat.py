@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, DrkdError, KDMethod, Want
 from drkd.losses import adapt, choose_levels, class_divergence, decoupled_distance, foreground_mask, resample
 from drkd.losses.alignment import check_maps
-from drkd.methods.levels import maps_by_name, match_levels
+from drkd.methods.levels import MissingLevels, maps_by_name, match_levels
 from drkd.methods.prediction_pairs import TeacherClasses
 from drkd.methods.term_weights import choose_weight
 
@@ -36,6 +36,7 @@ class DeFeat(KDMethod):
         region_weight: Of the term ``regions``; None is 1 where both detectors are two-stage, else 0. 0 leaves it out.
         temperature: Of the region classes, > 0.
         levels: Student levels to use; None is all.
+        missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether weights are gradient ratios, see `KDMethod`.
         warmup_steps: See `KDMethod`.
 
@@ -55,6 +56,7 @@ class DeFeat(KDMethod):
         region_weight: float | None = None,
         temperature: float = 1.0,
         levels: Sequence[str] | None = None,
+        missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,
     ) -> None:
@@ -66,7 +68,7 @@ class DeFeat(KDMethod):
             )
         if temperature <= 0:
             raise ValueError(f"Expected a temperature above 0, got {temperature}")
-        self.pairs = match_levels(student, teacher, names=levels)
+        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
         self.adapters = nn.ModuleList(
             nn.Conv2d(pair.student.channels, pair.teacher.channels, kernel_size=3, padding=1) for pair in self.pairs
         )
@@ -122,9 +124,11 @@ class DeFeat(KDMethod):
         if ours is None or ours.labels is None or head is None:
             raise ValueError("Expected a student with matched regions and a teacher with a region_head")
         target = classes.logits(head(ours.regions).logits, background=True)
-        positive = (ours.labels < ours.boxes.shape[1]).float()
+        positive = classes.known(ours.labels).float()
+        negative = (ours.labels == ours.boxes.shape[1]).float()
+        logits = classes.student_logits(ours.logits, background=True)
         parts = [
-            class_divergence(ours.logits, target, part, temperature=self.temperature, activation="softmax")
-            for part in (positive, 1.0 - positive)
+            class_divergence(logits, target, part, temperature=self.temperature, activation="softmax")
+            for part in (positive, negative)
         ]
         return parts[0] + parts[1]

@@ -30,7 +30,7 @@ from drkd.losses import (
 )
 from drkd.losses.instances import count_boxes
 from drkd.losses.object_weights import object_weights
-from drkd.methods.levels import LevelPair, maps_by_name, match_levels, spec_of_maps
+from drkd.methods.levels import LevelPair, MissingLevels, maps_by_name, match_levels, spec_of_maps
 from drkd.methods.logit_kd import LogitKD
 
 PIXEL, RELATION, INSTANCE, RESPONSE = "pixel_relation", "instance_relation", "instance", "response"
@@ -88,6 +88,7 @@ class DRKD(KDMethod):
         balanced: Whether weights are ratios of gradient norms, see `KDMethod`; otherwise plain multipliers.
         warmup_steps: Steps over which all weights rise from 0.
         levels: Student levels to use; None is all that find a partner.
+        missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         pixel_levels: How many of them, finest first, have pixel relations; None is all.
         instance_levels: How many of them, finest first, have the two instance terms (released: 2); None is all.
         normalise_features: `standardise` every map over batch and space once; all terms then read that.
@@ -133,6 +134,7 @@ class DRKD(KDMethod):
         balanced: bool = True,
         warmup_steps: int = 0,
         levels: Sequence[str] | None = None,
+        missing_levels: MissingLevels = "skip",
         pixel_levels: int | None = None,
         instance_levels: int | None = 2,
         normalise_features: bool = True,
@@ -185,7 +187,7 @@ class DRKD(KDMethod):
         self.roi_size = roi_size
         self.roi_aligned = roi_aligned
         self.roi_sampling_ratio = roi_sampling_ratio
-        pairs = match_levels(student, teacher, names=levels)
+        pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
         self.pixel_pairs = pairs[:pixel_levels] if PIXEL in self.weights else ()
         self.instance_pairs = pairs[:instance_levels] if self.minimum_boxes else ()
         used = {pair.name: pair for pair in (*self.pixel_pairs, *self.instance_pairs)}.values()

@@ -17,6 +17,7 @@ from drkd.losses import (
     TeacherSide,
 )
 from drkd.methods.drkd import DRKD
+from drkd.methods.levels import MissingLevels
 
 
 class PaperDRKD(DRKD):
@@ -42,6 +43,7 @@ class PaperDRKD(DRKD):
         balanced: bool = True,
         warmup_steps: int = 0,
         levels: Sequence[str] | None = None,
+        missing_levels: MissingLevels = "skip",
         pixel_levels: int | None = None,
         instance_levels: int | None = 2,
         normalise_features: bool = False,
@@ -78,6 +80,7 @@ class PaperDRKD(DRKD):
             balanced=balanced,
             warmup_steps=warmup_steps,
             levels=levels,
+            missing_levels=missing_levels,
             pixel_levels=pixel_levels,
             instance_levels=instance_levels,
             normalise_features=normalise_features,
@@ -129,6 +132,7 @@ class ReleasedDRKD(DRKD):
         balanced: bool = False,
         warmup_steps: int = 0,
         levels: Sequence[str] | None = None,
+        missing_levels: MissingLevels = "skip",
         pixel_levels: int | None = None,
         instance_levels: int | None = 2,
         normalise_features: bool = False,
@@ -165,6 +169,7 @@ class ReleasedDRKD(DRKD):
             balanced=balanced,
             warmup_steps=warmup_steps,
             levels=levels,
+            missing_levels=missing_levels,
             pixel_levels=pixel_levels,
             instance_levels=instance_levels,
             normalise_features=normalise_features,

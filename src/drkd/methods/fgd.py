@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
 from drkd.losses import FocalGlobalLoss
-from drkd.methods.levels import match_levels, paired_maps
+from drkd.methods.levels import MissingLevels, match_levels, paired_maps
 from drkd.methods.term_weights import choose_weight
 
 
@@ -28,6 +28,7 @@ class FGD(KDMethod):
         relation_weight: lambda, within the term; same (Faster R-CNN: 5e-7).
         temperature: Of the attentions, units of the feature.
         levels: Student levels to use; None is all.
+        missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
 
@@ -48,6 +49,7 @@ class FGD(KDMethod):
         relation_weight: float = 5e-6,
         temperature: float = 0.5,
         levels: Sequence[str] | None = None,
+        missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,
     ) -> None:
@@ -56,7 +58,7 @@ class FGD(KDMethod):
         self.minimum_boxes = {}
         self.balanced = balanced
         self.warmup_steps = warmup_steps
-        self.pairs = match_levels(student, teacher, names=levels)
+        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
         self.losses = nn.ModuleList(
             FocalGlobalLoss(
                 pair.student.channels,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
 from drkd.losses import AnchorStyle, FineGrainedLoss
-from drkd.methods.levels import match_levels, paired_maps
+from drkd.methods.levels import MissingLevels, match_levels, paired_maps
 from drkd.methods.term_weights import choose_weight
 
 
@@ -32,6 +32,7 @@ class FGFI(KDMethod):
         anchor_style: See `level_anchors`.
         activation: ReLU after the 3x3 convolution on the student's side, as the authors have it on one backbone map.
         levels: Student levels to use; None is all.
+        missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
 
@@ -54,6 +55,7 @@ class FGFI(KDMethod):
         anchor_style: AnchorStyle = "centred",
         activation: bool = False,
         levels: Sequence[str] | None = None,
+        missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,
     ) -> None:
@@ -64,7 +66,7 @@ class FGFI(KDMethod):
         self.minimum_boxes = {"fgfi": 1}
         self.balanced = balanced
         self.warmup_steps = warmup_steps
-        self.pairs = match_levels(student, teacher, names=levels)
+        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
         steps = sorted({pair.student.stride for pair in self.pairs}) if assignment == "size" else []
         self.losses = nn.ModuleList(
             FineGrainedLoss(

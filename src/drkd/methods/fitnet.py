@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
 from drkd.losses import AdapterInit, HintLoss
-from drkd.methods.levels import match_levels, paired_maps
+from drkd.methods.levels import MissingLevels, match_levels, paired_maps
 from drkd.methods.term_weights import choose_weight
 
 
@@ -22,6 +22,7 @@ class FitNet(KDMethod):
         always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal, as FitNets do.
         adapter_init: Its start, see `make_adapter`.
         levels: Student levels to use; None is all.
+        missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
 
@@ -39,6 +40,7 @@ class FitNet(KDMethod):
         always_adapt: bool = True,
         adapter_init: AdapterInit = "identity",
         levels: Sequence[str] | None = None,
+        missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,
     ) -> None:
@@ -47,7 +49,7 @@ class FitNet(KDMethod):
         self.minimum_boxes = {}
         self.balanced = balanced
         self.warmup_steps = warmup_steps
-        self.pairs = match_levels(student, teacher, names=levels)
+        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
         self.losses = nn.ModuleList(
             HintLoss(pair.student.channels, pair.teacher.channels, always_adapt=always_adapt, adapter_init=adapter_init)
             for pair in self.pairs

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
 from drkd.losses import Distance, make_adapter, resample, tensor_distance
 from drkd.losses.alignment import check_maps
-from drkd.methods.levels import maps_by_name, match_levels
+from drkd.methods.levels import MissingLevels, maps_by_name, match_levels
 
 
 class FeatureHint(KDMethod):
@@ -27,6 +27,7 @@ class FeatureHint(KDMethod):
         always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal (FitNet does, PKD
             does not). Where they differ there is always one.
         levels: Student levels to use; None is all.
+        missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
     """
@@ -40,13 +41,14 @@ class FeatureHint(KDMethod):
         standardise: bool = True,
         always_adapt: bool = False,
         levels: Sequence[str] | None = None,
+        missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
         if weight <= 0:
             raise ValueError(f"Expected a weight above 0, got {weight}")
-        self.pairs = match_levels(student, teacher, names=levels)
+        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
         self.adapters = nn.ModuleList()
         for pair in self.pairs:
             ours, theirs = pair.student.channels, pair.teacher.channels

@@ -93,7 +93,7 @@ class LD(KDMethod):
         ours, theirs, assignment = student.predictions, teacher.predictions, student.assignment
         if ours is None or theirs is None or assignment is None or ours.bins is None or theirs.bins is None:
             raise ValueError("Expected a student with predictions, bins and assignment, and a teacher with bins")
-        positive = (assignment >= 0).float()
+        positive = self.classes.positives(assignment, [target.labels for target in batch.targets]).float()
         with full_precision(ours.logits):
             confidence = positive * at_least_float32(ours.logits.detach()).sigmoid().amax(dim=2)
             value = (1.0 - positive) * valuable_region(
@@ -113,7 +113,7 @@ class LD(KDMethod):
             for weight, normaliser in ((confidence, _MAIN), (value, _VALUABLE))
         )
         classes = bin_divergence(
-            ours.logits,
+            self.classes.student_logits(ours.logits),
             self.classes.logits(theirs.logits),
             positive,
             temperature=self.class_temperature,

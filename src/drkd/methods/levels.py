@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from drkd.contracts import DetectorOutput, DetectorSpec, DrkdError, FeatureLevel, FeatureMap
+
+MissingLevels = Literal["skip", "nearest"]
+"""What becomes of a student level whose stride the teacher lacks; see `match_levels`."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +29,24 @@ class LevelPair:
 
 
 def match_levels(
-    student: DetectorSpec, teacher: DetectorSpec, *, names: Sequence[str] | None = None, tolerance: float = 0.5
+    student: DetectorSpec,
+    teacher: DetectorSpec,
+    *,
+    names: Sequence[str] | None = None,
+    missing: MissingLevels = "skip",
+    tolerance: float = 0.5,
 ) -> tuple[LevelPair, ...]:
     """Pair each level of the student with the teacher's of nearest stride, finest first.
 
     Of several teacher levels equally near, one that is not taken yet goes first, so that repeated strides pair up in
-    order. A student level without a teacher level within the tolerance is left out.
+    order. A student level without a teacher level within the tolerance is left out, or learns from the nearest one,
+    resampled, with ``missing="nearest"``. Teacher levels that no student level is near to teach nothing.
 
     Args:
         student: The student's pyramid.
         teacher: The teacher's pyramid.
         names: Student levels to use; None is all.
+        missing: "skip" or "nearest", see above.
         tolerance: Largest difference of two strides, octaves. Maps of unequal strides are resampled by the losses.
 
     Raises:
@@ -48,13 +59,16 @@ def match_levels(
             f"The method was asked for the feature levels {', '.join(unknown)}, but the student has only "
             f"{', '.join(known)}. Change `levels` of the method."
         )
+    if missing not in ("skip", "nearest"):
+        raise DrkdError(f"missing_levels: expected skip or nearest, got {missing!r}.")
+    limit = tolerance if missing == "skip" else math.inf
     taken: set[int] = set()
     pairs: list[LevelPair] = []
     for level in sorted(student.levels, key=lambda level: level.stride):
         if names is not None and level.name not in names:
             continue
         distances = [abs(math.log2(other.stride / level.stride)) for other in teacher.levels]
-        near = [(distance, index in taken, index) for index, distance in enumerate(distances) if distance <= tolerance]
+        near = [(distance, index in taken, index) for index, distance in enumerate(distances) if distance <= limit]
         if near:
             chosen = min(near)[2]
             taken.add(chosen)
@@ -63,7 +77,7 @@ def match_levels(
         raise DrkdError(
             f"No level of the student's pyramid (strides {_strides(student)}) comes within {tolerance:g} octaves of a "
             f"level of the teacher's (strides {_strides(teacher)}), so there is nothing to distil. Choose a teacher or "
-            f"a student whose pyramids overlap."
+            "a student whose pyramids overlap, or set missing_levels: nearest on the method."
         )
     return tuple(pairs)
 

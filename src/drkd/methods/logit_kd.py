@@ -14,14 +14,14 @@ class LogitKD(KDMethod):
     """Softened classes (Hinton et al., arXiv:1503.02531) and boxes where the student's assignment finds an object.
 
     One-stage pairs: on the anchors or points that the student's task loss takes for positive, a KL divergence of each
-    class's sigmoid and the mean absolute difference of the coded boxes. Two-stage pairs: on the positive ones of the
-    regions that the student sampled for its own loss, which the teacher's head classifies on its own features, a KL
-    divergence of the softmax with the background and the difference of the offsets for the region's class. Both terms
-    are means over positives; without any they are exactly zero.
+    class's sigmoid (of SSDs, of the softmax with the background) and the mean absolute difference of the coded boxes.
+    Two-stage pairs: on the positive ones of the regions that the student sampled for its own loss, which the teacher's
+    head classifies on its own features, a KL divergence of the softmax with the background and the difference of the
+    offsets for the region's class. Both terms are means over positives; without any they are exactly zero.
 
     Args:
         student: The student.
-        teacher: The teacher, of the same kind and anchors, with the student's classes in any order.
+        teacher: The teacher, of the same kind and anchors, with some of the student's classes, in any order.
         class_weight: Of the term ``classification``; None is 1.
         box_weight: Of the term ``box``; None is 1.
         temperature: Of the classes, > 0.
@@ -50,7 +50,10 @@ class LogitKD(KDMethod):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"Expected a temperature above 0, got {temperature}")
-        layout, _ = require_layouts(student, teacher, method="LogitKD", kinds=("anchors", "points", "regions"))
+        layout, _ = require_layouts(
+            student, teacher, method="LogitKD", kinds=("anchors", "points", "regions", "default_boxes")
+        )
+        self.softmax = layout.kind == "default_boxes"
         self.two_stage = layout.kind == "regions"
         if self.two_stage:
             self.needs = frozenset[Want]({"features", "regions"})
@@ -69,15 +72,20 @@ class LogitKD(KDMethod):
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The terms ``classification`` and ``box``."""
-        return self._regions(student, teacher) if self.two_stage else self._dense(student, teacher)
+        return self._regions(student, teacher) if self.two_stage else self._dense(student, teacher, batch)
 
-    def _dense(self, student: DetectorOutput, teacher: DetectorOutput) -> dict[str, Tensor]:
+    def _dense(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         ours, theirs, assignment = student.predictions, teacher.predictions, student.assignment
         if ours is None or theirs is None or assignment is None:
             raise ValueError("Expected a student with predictions and assignment, and a teacher with predictions")
-        positive = (assignment >= 0).float()
-        target = self.classes.logits(theirs.logits)
-        classes = class_divergence(ours.logits, target, positive, temperature=self.temperature, activation="sigmoid")
+        positive = self.classes.positives(assignment, [target.labels for target in batch.targets]).float()
+        classes = class_divergence(
+            self.classes.student_logits(ours.logits, background=self.softmax),
+            self.classes.logits(theirs.logits, background=self.softmax),
+            positive,
+            temperature=self.temperature,
+            activation="softmax" if self.softmax else "sigmoid",
+        )
         return {"classification": classes, "box": offset_distance(ours.boxes, theirs.boxes, positive)}
 
     def _regions(self, student: DetectorOutput, teacher: DetectorOutput) -> dict[str, Tensor]:
@@ -85,10 +93,16 @@ class LogitKD(KDMethod):
         if ours is None or ours.labels is None or head is None:
             raise ValueError("Expected a student with matched regions and a teacher with a region_head")
         theirs = head(ours.regions)
-        count = ours.boxes.shape[1]
-        positive = (ours.labels < count).float()
-        place = ours.labels.clamp_max(count - 1).view(-1, 1, 1).expand(-1, 1, 4)
-        boxes = [entry.gather(1, place).squeeze(1) for entry in (ours.boxes, self.classes.boxes(theirs.boxes))]
+        positive = self.classes.known(ours.labels).float()
+        own_place = ours.labels.clamp_max(ours.boxes.shape[1] - 1)
+        boxes = [
+            entry.gather(1, place.view(-1, 1, 1).expand(-1, 1, 4)).squeeze(1)
+            for entry, place in (
+                (ours.boxes, own_place),
+                (self.classes.boxes(theirs.boxes), self.classes.place(ours.labels)),
+            )
+        ]
         target = self.classes.logits(theirs.logits, background=True)
-        classes = class_divergence(ours.logits, target, positive, temperature=self.temperature, activation="softmax")
+        logits = self.classes.student_logits(ours.logits, background=True)
+        classes = class_divergence(logits, target, positive, temperature=self.temperature, activation="softmax")
         return {"classification": classes, "box": offset_distance(boxes[0], boxes[1], positive)}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
 from drkd.losses import MaskedGenerationLoss
-from drkd.methods.levels import match_levels, paired_maps
+from drkd.methods.levels import MissingLevels, match_levels, paired_maps
 from drkd.methods.term_weights import choose_weight
 
 
@@ -22,6 +22,7 @@ class MGD(KDMethod):
             5e-7).
         masked_share: Share of positions that are dropped; the authors' for RetinaNet (Faster R-CNN: 0.45).
         levels: Student levels to use; None is all.
+        missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
 
@@ -38,6 +39,7 @@ class MGD(KDMethod):
         weight: float | None = None,
         masked_share: float = 0.65,
         levels: Sequence[str] | None = None,
+        missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,
     ) -> None:
@@ -46,7 +48,7 @@ class MGD(KDMethod):
         self.minimum_boxes = {}
         self.balanced = balanced
         self.warmup_steps = warmup_steps
-        self.pairs = match_levels(student, teacher, names=levels)
+        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
         self.losses = nn.ModuleList(
             MaskedGenerationLoss(pair.student.channels, pair.teacher.channels, masked_share=masked_share)
             for pair in self.pairs

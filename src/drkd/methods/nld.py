@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
 from drkd.losses import GraphNorm, NonLocalLoss
-from drkd.methods.levels import match_levels, paired_maps
+from drkd.methods.levels import MissingLevels, match_levels, paired_maps
 from drkd.methods.term_weights import choose_weight
 
 
@@ -32,6 +32,7 @@ class NLD(KDMethod):
         temperature: Of the attention, units of the feature.
         finest_levels: How many levels, finest first, are distilled (authors: 4); None is all.
         levels: Student levels to choose from; None is all.
+        missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
 
@@ -56,6 +57,7 @@ class NLD(KDMethod):
         temperature: float = 0.5,
         finest_levels: int | None = 4,
         levels: Sequence[str] | None = None,
+        missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,
     ) -> None:
@@ -66,7 +68,7 @@ class NLD(KDMethod):
         self.minimum_boxes = {}
         self.balanced = balanced
         self.warmup_steps = warmup_steps
-        self.pairs = match_levels(student, teacher, names=levels)[:finest_levels]
+        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)[:finest_levels]
         self.losses = nn.ModuleList(
             NonLocalLoss(
                 pair.student.channels,

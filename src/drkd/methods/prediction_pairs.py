@@ -13,6 +13,7 @@ from drkd.contracts import DetectorSpec, NotApplicableError, PredictionKind, Pre
 _NAMED = 5
 _WORDS = {
     "anchors": "class sigmoids and box offsets on anchors (RetinaNet)",
+    "default_boxes": "a class softmax and box offsets on default boxes (SSD)",
     "points": "class sigmoids and box distances on points (FCOS)",
     "regions": "a class softmax on proposed regions (Faster R-CNN)",
 }
@@ -70,9 +71,10 @@ def require_same_grid(student: DetectorSpec, teacher: DetectorSpec, *, method: s
 
 
 class TeacherClasses(nn.Module):
-    """The teacher's predictions for the student's classes, in the student's order.
+    """The predictions of both for the classes that they share, in the student's order.
 
-    Classes are matched by name; classes that only the teacher has are left out.
+    Classes are matched by name (a recipe's class map renames the teacher's); classes that only one of the two has are
+    left out, and boxes of a class that the teacher does not know are no positives.
 
     Args:
         student: The student's classes.
@@ -80,42 +82,88 @@ class TeacherClasses(nn.Module):
         method: For the message.
 
     Raises:
-        NotApplicableError: If the teacher lacks a class of the student's, or either head has no output for one.
+        NotApplicableError: If the two share no class, or the student's head has no output for one of its classes.
     """
 
     _order: Tensor
+    _kept: Tensor
+    _known: Tensor
 
     def __init__(self, student: DetectorSpec, teacher: DetectorSpec, *, method: str) -> None:
         super().__init__()
-        missing = [
-            name
-            for spec in (student, teacher)
-            for name in (spec.predictions.missing_classes if spec.predictions is not None else ())
-            if name in student.class_names
-        ]
-        missing += [name for name in student.class_names if name not in teacher.class_names]
-        if missing:
+        dead = _missing(student)
+        if dead:
             raise NotApplicableError(
-                f"{method} compares class scores and expects a teacher that predicts each of the student's "
-                f"{student.num_classes} classes, got none for {', '.join(missing[:_NAMED])}"
-                f"{', ...' if len(missing) > _NAMED else ''} (the teacher's: {', '.join(teacher.class_names[:_NAMED])}"
-                f"{', ...' if teacher.num_classes > _NAMED else ''}). Train the teacher on the student's classes, or "
-                f"use {ON_FEATURES}."
+                f"{method} compares class scores and expects a student with an output for each of its classes, got "
+                f"none for {_list(dead)}. Give the student a new head for your classes."
             )
-        places = [teacher.class_names.index(name) for name in student.class_names]
-        self.count = len(places)
+        lacking = {*_missing(teacher)}
+        shared = [name for name in student.class_names if name in teacher.class_names and name not in lacking]
+        if not shared:
+            raise NotApplicableError(
+                f"{method} compares class scores and expects a teacher that predicts some of the student's "
+                f"{student.num_classes} classes ({_list(student.class_names)}), got none of them (the teacher's: "
+                f"{_list([name for name in teacher.class_names if name not in lacking])}). Join the classes by a class "
+                f"map, train the teacher on the student's classes, or use {ON_FEATURES}."
+            )
+        self.names = tuple(shared)
+        self.count = len(shared)
+        places = [teacher.class_names.index(name) for name in shared]
         self.as_it_is = places == list(range(teacher.num_classes))
-        order = torch.tensor([*places, teacher.num_classes])
-        self.register_buffer("_order", order, persistent=False)
+        self.complete = self.count == student.num_classes
+        kept = [student.class_names.index(name) for name in shared]
+        known = [name in shared for name in student.class_names]
+        self.register_buffer("_order", torch.tensor([*places, teacher.num_classes]), persistent=False)
+        self.register_buffer("_kept", torch.tensor([*kept, student.num_classes]), persistent=False)
+        # The last is the background.
+        self.register_buffer("_known", torch.tensor([*known, False]), persistent=False)
 
     def logits(self, values: Tensor, *, background: bool = False) -> Tensor:
-        """(..., K of the teacher) to (..., K of the student), each with the background last where there is one."""
+        """The teacher's (..., K) to the shared classes, each with the background last where there is one."""
         order = self._order if background else self._order[: self.count]
         return values if self.as_it_is else values.index_select(values.ndim - 1, order)
 
+    def student_logits(self, values: Tensor, *, background: bool = False) -> Tensor:
+        """The same of the student's."""
+        kept = self._kept if background else self._kept[: self.count]
+        return values if self.complete else values.index_select(values.ndim - 1, kept)
+
     def boxes(self, values: Tensor) -> Tensor:
-        """(R, K of the teacher, 4) to (R, K of the student, 4)."""
+        """The teacher's (R, K, 4) to (R, shared classes, 4)."""
         return values if self.as_it_is else values.index_select(1, self._order[: self.count])
+
+    def place(self, labels: Tensor) -> Tensor:
+        """Among the shared classes, the place of labels (R,) of the student's; 0 for those that are not shared."""
+        if self.complete:
+            return labels.clamp_max(self.count - 1)
+        return (self._kept[: self.count] == labels.unsqueeze(1)).int().argmax(dim=1)
+
+    def known(self, labels: Tensor) -> Tensor:
+        """Which labels of the student's are of a shared class; the background, K, is none."""
+        return self._known[labels]
+
+    def positives(self, assignment: Tensor, labels: Sequence[Tensor]) -> Tensor:
+        """(B, A) bool: predictions that are matched with a box of a shared class.
+
+        Args:
+            assignment: (B, A) int64, see `DetectorOutput`.
+            labels: (N,) of each image's boxes.
+        """
+        positive = assignment >= 0
+        if self.complete:
+            return positive
+        # A last entry for images without boxes, which nothing is matched with.
+        known = [torch.cat([self.known(own), positive.new_zeros(1)]) for own in labels]
+        rows = [own[row.clamp(0, len(own) - 1)] for own, row in zip(known, assignment, strict=True)]
+        return positive & torch.stack(rows)
+
+
+def _missing(spec: DetectorSpec) -> list[str]:
+    return list(spec.predictions.missing_classes) if spec.predictions is not None else []
+
+
+def _list(names: Sequence[str]) -> str:
+    return (", ".join(names[:_NAMED]) or "none") + (", ..." if len(names) > _NAMED else "")
 
 
 def _describe(layout: PredictionLayout | None) -> str:

@@ -14,6 +14,7 @@ from drkd.data.module import DetectionDataModule
 from drkd.engine.module import Optimization
 from drkd.recipes.recipe_error import readable
 from drkd.recipes.recipe_file import RecipeFile
+from drkd.recipes.teacher_assembly import WeightedTeacher
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,10 @@ class Recipe:
         data: The data module.
         training: How to train.
         evaluation: What to measure at the end.
+        class_map: Of a teacher with classes of its own: a YAML or JSON file of its class names and the data's, or
+            "names" to share those of equal names; None expects the data's classes.
+        teacher_size: Short side of the images that the teacher sees, px; None is the data's.
+        teachers: Several teachers by name, in place of ``teacher``.
         inherit: Start the student from the teacher's neck and head where names and shapes agree; also for `train`, so
             that both arms of a comparison start alike.
         output: Run folder.
@@ -118,6 +123,9 @@ class Recipe:
     seed: int = 0
     teacher: DetectorBuilder | None = None
     method: Callable[[DetectorSpec, DetectorSpec], KDMethod] | None = None
+    class_map: str | None = None
+    teacher_size: int | None = None
+    teachers: dict[str, WeightedTeacher] | None = None
     inherit: bool = False
     resume: bool = False
     overwrite: bool = False
@@ -140,6 +148,21 @@ def recipe_parser(description: str = "", **settings: Any) -> ArgumentParser:
         type=Callable[[DetectorSpec, DetectorSpec], KDMethod] | None,
         default=None,
         help="Distillation method, e.g. drkd.methods.DRKD.",
+    )
+    parser.add_argument(
+        "--class_map",
+        type=str | None,
+        default=None,
+        help="File that maps the teacher's class names to the data's, or 'names' to share those of equal names.",
+    )
+    parser.add_argument(
+        "--teacher_size", type=int | None, default=None, help="Short side of the images that the teacher sees, px."
+    )
+    parser.add_argument(
+        "--teachers",
+        type=dict[str, WeightedTeacher] | None,
+        default=None,
+        help="Several teachers by name, each with detector, weight, class_map and teacher_size, in place of --teacher.",
     )
     parser.add_class_arguments(DetectionDataModule, "data")
     parser.add_class_arguments(Training, "training")

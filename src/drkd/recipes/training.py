@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from drkd.recipes.evaluation import evaluate_detector
 from drkd.recipes.inheritance import inherit_neck_and_head
 from drkd.recipes.recipe import Recipe
 from drkd.recipes.run_folder import RunFolder, write_json
+from drkd.recipes.teacher_assembly import build_teacher, build_teachers, short_side
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def distill(recipe: Recipe) -> RunResult:
     Raises:
         DrkdError: If the recipe names no teacher or no method, or for anything else a user can put right.
     """
-    missing = [name for name in ("teacher", "method") if getattr(recipe, name) is None]
+    missing = [] if recipe.teachers else [name for name in ("teacher",) if recipe.teacher is None]
+    missing += ["method"] if recipe.method is None else []
     if missing:
         raise DrkdError(
             f"drkd distill needs a {' and a '.join(missing)} in the recipe; give --{missing[0]}, or use `drkd train` "
@@ -78,11 +81,13 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
     names = recipe.data.class_names
     lightning.seed_everything(recipe.seed, verbose=False)
     student = recipe.student.build(names)
-    teacher = method = None
-    if recipe.teacher is not None and (kind == "distill" or recipe.inherit):
-        teacher = recipe.teacher.build(names)
+    student.expect_image_size(short_side(recipe.data.image_settings))
+    teacher: Detector | dict[str, Detector] | None = None
+    method = None
+    if kind == "distill" or recipe.inherit:
+        teacher = _teacher(recipe, names)
     if recipe.inherit:
-        if teacher is None:
+        if not isinstance(teacher, Detector):
             raise DrkdError("inherit: the recipe names no teacher whose neck and head the student could start from.")
         inherit_neck_and_head(student, teacher)
     if kind == "distill":
@@ -97,6 +102,11 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
         calibration_steps=recipe.training.calibration_steps,
         monitor_interval=recipe.training.monitor_interval,
         accumulate=recipe.training.accumulate,
+        teacher_weights=(
+            {name: entry.weight for name, entry in (recipe.teachers or {}).items()}
+            if isinstance(teacher, dict)
+            else None
+        ),
     )
     validation = recipe.data.val_split
 
@@ -109,6 +119,27 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
         evaluator=make_evaluator,
         seed=recipe.seed,
         channels_last=recipe.training.channels_last,
+    )
+
+
+def _teacher(recipe: Recipe, names: Sequence[str]) -> Detector | dict[str, Detector] | None:
+    """The recipe's teacher, its teachers by name, or None."""
+    settings = recipe.data.image_settings
+    if recipe.teachers:
+        if recipe.teacher is not None or recipe.class_map is not None or recipe.teacher_size is not None:
+            raise DrkdError(
+                "teachers: the recipe names several teachers, so leave out teacher, class_map and teacher_size (each "
+                "entry of teachers has its own)."
+            )
+        return dict(build_teachers(recipe.teachers, names, image_settings=settings))
+    if recipe.teacher is None:
+        return None
+    return build_teacher(
+        recipe.teacher,
+        names,
+        image_settings=settings,
+        class_map=recipe.class_map,
+        teacher_size=recipe.teacher_size,
     )
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from drkd.contracts import DrkdError, ImageRecord
+from drkd.contracts import DrkdError, ImageRecord, PackedMask
 from drkd.data.boxes import BoxColumns, Finding, GroupedBoxes, group_boxes
+from drkd.data.masks import pack_segmentation
 from drkd.data.problem import DataProblem, Severity, raise_errors
 from drkd.data.split import DatasetSplit
 
@@ -39,38 +40,41 @@ class CocoScan:
     clipped: int
 
 
-def read_coco(annotations: Path, images: Path, *, name: str = "") -> DatasetSplit:
+def read_coco(annotations: Path, images: Path, *, name: str = "", masks: bool = False) -> DatasetSplit:
     """Read a COCO instances file.
 
-    Boxes that overhang their image are clipped to it, boxes of no area are dropped, polygons and masks are ignored,
-    crowds are kept and flagged, images without boxes are kept. Labels are 0..K-1 in the order of category ids.
+    Boxes that overhang their image are clipped to it, boxes of no area are dropped, segmentations are ignored unless
+    asked for, crowds are kept and flagged, images without boxes are kept. Labels are 0..K-1 in the order of category
+    ids.
 
     Args:
         annotations: The JSON file.
         images: The folder that ``file_name`` is relative to.
         name: The split's name; the file's stem without ``instances_`` by default.
+        masks: Keep the segmentation of every box, packed; each box must have one then.
 
     Raises:
         DrkdError: If anything in the file cannot be used; it names the first few records and counts the rest.
     """
-    scan = scan_coco(annotations, images, name=name)
+    scan = scan_coco(annotations, images, name=name, masks=masks)
     raise_errors(scan.problems, file=annotations)
     return scan.split
 
 
-def scan_coco(annotations: Path, images: Path, *, name: str = "") -> CocoScan:
+def scan_coco(annotations: Path, images: Path, *, name: str = "", masks: bool = False) -> CocoScan:
     """Read a COCO instances file and return all that is wrong with it beside all that could be read.
 
     Args:
         annotations: The JSON file.
         images: The folder that ``file_name`` is relative to.
         name: The split's name; the file's stem without ``instances_`` by default.
+        masks: See `read_coco`.
 
     Raises:
         DrkdError: If the file cannot be read at all: it is missing, no JSON, or lacks a section.
     """
     annotations, images = Path(annotations), Path(images)
-    return _Scanner(annotations, images).scan(name or annotations.stem.removeprefix("instances_"))
+    return _Scanner(annotations, images, masks=masks).scan(name or annotations.stem.removeprefix("instances_"))
 
 
 def _load_json(path: Path) -> dict[str, Any]:
@@ -123,6 +127,7 @@ class _Rows:
     crowd: list[bool]
     boxes: list[list[float]]
     areas: list[float]
+    masks: list[PackedMask]
 
     def columns(self) -> BoxColumns:
         return BoxColumns(
@@ -137,8 +142,9 @@ class _Rows:
 class _Scanner:
     """Holds the findings of one file while it is read."""
 
-    def __init__(self, file: Path, folder: Path) -> None:
+    def __init__(self, file: Path, folder: Path, *, masks: bool = False) -> None:
         self._file = file
+        self._masks = masks
         self._folder = folder
         self._problems: list[DataProblem] = []
         self._dropped = 0
@@ -151,7 +157,12 @@ class _Scanner:
         rows = self._scan_annotations(document["annotations"], images, categories)
         boxes = group_boxes(rows.columns(), images.sizes)
         self._report_findings(boxes.findings, rows, images)
-        split = DatasetSplit(name, _records(images, boxes), tuple(categories.values()), tuple(categories))
+        split = DatasetSplit(
+            name,
+            _records(images, boxes, rows.masks if self._masks else None),
+            tuple(categories.values()),
+            tuple(categories),
+        )
         return CocoScan(split, tuple(self._problems), self._dropped, self._clipped)
 
     def _report(self, record: str, field: str, message: str, *, severity: Severity = "error") -> None:
@@ -253,7 +264,7 @@ class _Scanner:
         positions = {identity: position for position, identity in enumerate(images.ids)}
         labels = {identity: label for label, identity in enumerate(categories)}
         seen: set[int] = set()
-        rows = _Rows([], [], [], [], [], [])
+        rows = _Rows([], [], [], [], [], [], [])
         for index, entry in enumerate(entries):
             identity = self._identify(entry, "annotation", index, seen)
             if identity is None:
@@ -264,6 +275,8 @@ class _Scanner:
             if crowd not in (0, 1):
                 self._report(f"annotation {identity}", "iscrowd", f"expected 0 or 1, got {_kind(crowd)}")
             elif box is not None and area is not None and position is not None and label is not None:
+                if self._masks and not self._mask(entry, identity, images.sizes[position], rows):
+                    continue
                 rows.ids.append(identity)
                 rows.images.append(position)
                 rows.labels.append(label)
@@ -314,6 +327,20 @@ class _Scanner:
             return None
         return float(area)
 
+    def _mask(self, row: dict[str, Any], identity: int, size: tuple[int, int], rows: _Rows) -> bool:
+        """Add the annotation's mask to the rows; False if it has none that can be used."""
+        if 0 in size:
+            return False
+        packed = pack_segmentation(row.get("segmentation"), size)
+        if isinstance(packed, str):
+            message = (
+                f"{packed}, got {_kind(row['segmentation'])}" if "segmentation" in row else f"is missing; {packed}"
+            )
+            self._report(f"annotation {identity}", "segmentation", message)
+            return False
+        rows.masks.append(packed)
+        return True
+
     def _report_findings(self, findings: Sequence[tuple[int, Finding]], rows: _Rows, images: _Images) -> None:
         for row, kind in findings:
             height, width = images.sizes[rows.images[row]]
@@ -338,8 +365,13 @@ def _list_files(folder: Path) -> frozenset[str]:
         return frozenset()
 
 
-def _records(images: _Images, boxes: GroupedBoxes) -> tuple[ImageRecord, ...]:
+def _records(images: _Images, boxes: GroupedBoxes, masks: Sequence[PackedMask] | None) -> tuple[ImageRecord, ...]:
     columns = zip(
         images.ids, images.paths, images.sizes, boxes.boxes, boxes.labels, boxes.crowd, boxes.areas, strict=True
     )
-    return tuple(ImageRecord(*row) for row in columns)
+    if masks is None:
+        return tuple(ImageRecord(*row) for row in columns)
+    return tuple(
+        ImageRecord(*row, tuple(masks[place] for place in places.tolist()))
+        for row, places in zip(columns, boxes.rows, strict=True)
+    )

@@ -1,0 +1,92 @@
+"""Joins a teacher's classes with the student's where their names or numbers differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from drkd.contracts import Detector, DetectorBuilder, DrkdError
+
+BY_NAME = "names"
+"""In place of a file: classes of the same name are shared, and that is all."""
+
+
+def read_class_map(source: str | Path) -> dict[str, str]:
+    """Read a map of the teacher's class names to the student's from YAML or JSON; ``names`` is an empty map.
+
+    Raises:
+        DrkdError: If the file cannot be read, is no flat map of names, or maps two classes to one.
+    """
+    if str(source) == BY_NAME:
+        return {}
+    try:
+        # JSON is YAML too.
+        found = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DrkdError(
+            f"class_map: {source} cannot be read ({' '.join(str(error).split())}). Expected a YAML or JSON file of "
+            f"lines like 'automobile: car' (teacher's name: student's name), or the word {BY_NAME}."
+        ) from error
+    if not isinstance(found, Mapping) or not all(isinstance(v, str) for pair in found.items() for v in pair):
+        raise DrkdError(
+            f"class_map: {source}: expected lines like 'automobile: car' (teacher's name: student's name), got "
+            f"{type(found).__name__}; put names that look like numbers, or yes and no, in quotes."
+        )
+    twice = sorted({name for name in found.values() if list(found.values()).count(name) > 1})
+    if twice:
+        raise DrkdError(
+            f"class_map: {source}: several classes of the teacher's are mapped to {', '.join(twice)}; scores of "
+            "classes cannot be merged, so choose one of them for each."
+        )
+    return dict(found)
+
+
+def build_mapped(builder: DetectorBuilder, class_names: Sequence[str], class_map: Mapping[str, str]) -> Detector:
+    """Build a teacher that has classes of its own, and call those that it shares by the student's names.
+
+    Args:
+        builder: Of the teacher.
+        class_names: The student's classes.
+        class_map: The teacher's names to the student's; a class that it lacks keeps its name.
+
+    Raises:
+        DrkdError: If the map names a class that the student or the teacher has not, or no class is shared.
+    """
+    unknown = sorted(set(class_map.values()) - set(class_names))
+    if unknown:
+        raise DrkdError(
+            f"class_map: {', '.join(unknown)} is none of the student's classes ({', '.join(class_names)}). Each line "
+            "is the teacher's name, a colon, and the student's."
+        )
+    own = builder.own_class_names()
+    if own is None:
+        back = {ours: theirs for theirs, ours in class_map.items()}
+        own = tuple(back.get(name, name) for name in class_names)
+    absent = sorted(set(class_map) - set(own))
+    if absent:
+        raise DrkdError(
+            f"class_map: {', '.join(absent)} is none of the teacher's classes ({', '.join(own)}). Each line is the "
+            "teacher's name, a colon, and the student's."
+        )
+    renamed = [class_map.get(name, name) for name in own]
+    clash = sorted({name for name in renamed if renamed.count(name) > 1})
+    if clash:
+        raise DrkdError(
+            f"class_map: the teacher has a class called {', '.join(clash)} already. Map that one to something, or "
+            "leave the other out."
+        )
+    if not set(renamed) & set(class_names):
+        raise DrkdError(
+            f"class_map: the teacher's classes ({', '.join(own)}) and the student's ({', '.join(class_names)}) have no "
+            "name in common. Write a map file of lines like 'automobile: car'."
+        )
+    detector = builder.build(own)
+    names = dict(zip(own, renamed, strict=True))
+    layout = detector.spec.predictions
+    if layout is not None:
+        layout = replace(layout, missing_classes=tuple(names.get(name, name) for name in layout.missing_classes))
+    detector.spec = replace(detector.spec, class_names=tuple(renamed), predictions=layout)
+    return detector

@@ -1,0 +1,59 @@
+"""COCO segmentations: packed as run lengths when a file is read, turned into pixels when an image is served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from faster_coco_eval.core import mask as coco_mask
+from torch import Tensor
+
+from drkd.contracts import PackedMask, Size
+
+_SMALLEST_POLYGON = 6
+
+
+def pack_segmentation(value: object, size: Size) -> PackedMask | str:
+    """Compressed run lengths of a COCO ``segmentation``, or what is wrong with it.
+
+    Args:
+        value: A list of polygons (x, y, x, y, ... in px), or an object with ``size`` and ``counts``.
+        size: Height and width of the image, px.
+    """
+    height, width = size
+    if isinstance(value, list):
+        polygons = [list(entry) for entry in value if isinstance(entry, list)]
+        wrong = [entry for entry in polygons if len(entry) % 2 or not _are_numbers(entry)]
+        usable = [entry for entry in polygons if len(entry) >= _SMALLEST_POLYGON]
+        if len(polygons) != len(value) or wrong or not usable:
+            return "expected polygons [[x, y, x, y, x, y, ...], ...] of at least three corners each"
+        parts: list[Any] = coco_mask.frPyObjects(usable, height, width)
+        return PackedMask(size, bytes(_counts(coco_mask.merge(parts))))
+    if not isinstance(value, dict) or list(value.get("size", ())) != [height, width]:
+        return f"expected polygons, or run lengths with size [{height}, {width}]"
+    counts = value.get("counts")
+    if isinstance(counts, list) and _are_numbers(counts) and sum(counts) == height * width:
+        return PackedMask(size, bytes(_counts(coco_mask.frPyObjects(value, height, width))))
+    if isinstance(counts, str | bytes) and counts:
+        return PackedMask(size, counts.encode() if isinstance(counts, str) else counts)
+    return f"expected run lengths that add up to {height * width} px"
+
+
+def unpack_masks(masks: Sequence[PackedMask | None], size: Size) -> Tensor:
+    """(N, H, W) bool; an entry of None is empty."""
+    found = np.zeros((len(masks), *size), dtype=np.uint8)
+    for place, mask in zip(found, masks, strict=True):
+        if mask is not None:
+            place[:] = coco_mask.decode({"size": list(mask.size), "counts": mask.counts})
+    return torch.from_numpy(found).bool()
+
+
+def _counts(packed: Any) -> bytes:
+    counts = packed["counts"]
+    return counts.encode() if isinstance(counts, str) else bytes(counts)
+
+
+def _are_numbers(values: Sequence[object]) -> bool:
+    return all(type(value) in (int, float) and abs(value) < 1e9 for value in values)  # type: ignore[arg-type]
