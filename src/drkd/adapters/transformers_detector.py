@@ -79,8 +79,8 @@ class TransformersDetector(Detector):
             )
         if getattr(config, "anchor_image_size", None) is not None:
             raise ValueError(
-                f"expected a model for images of any size, got one whose anchors are fixed to {config.anchor_image_size}"
-                " px: set model.config.anchor_image_size = None first"
+                f"expected a model for images of any size, got one with anchors for {config.anchor_image_size} px only: "
+                "set model.config.anchor_image_size = None first"
             )
         self.model = model
         self.label_ids = tuple(label_ids)

@@ -16,9 +16,9 @@ class _StopAfterEncoderError(Exception):
 class EncoderTap:
     """Runs the model; afterwards ``maps`` holds what its encoder gave to the decoder, finest level first.
 
-    The decoder reads the very tensors in ``maps``, so that the task's gradient can be measured on them. Where the encoder
-    returns all positions in one row (Deformable DETR), the row is cut into maps and put together again on its way. The
-    hook is on the encoder during the call only.
+    The decoder reads the very tensors in ``maps``, so that the task's gradient can be measured on them. Where the
+    encoder returns all positions in one row (Deformable DETR), the row is cut into maps and put together again on its
+    way. The hook is on the encoder during the call only.
 
     Args:
         model: A model of one of `transformers_library.FAMILIES`.

@@ -40,16 +40,19 @@ def find_labels(id2label: Mapping[int, str], class_names: Sequence[str], *, sour
     names, labels = model_labels(id2label)
     if all(re.fullmatch(r"LABEL_\d+", name) for name in names) and len(names) == len(class_names):
         return labels
-    exact = {name: label for name, label in zip(names, labels, strict=True)}
+    exact = dict(zip(names, labels, strict=True))
     loose = {_key(name): label for name, label in exact.items()}
     found = [exact.get(name, loose.get(_key(name), -1)) for name in class_names]
     if max(found, default=-1) < 0:
         raise DrkdError(
-            f"{source}: none of the classes {', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''} is "
-            f"among the model's {len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}). Give it a new "
-            "head (head: new), or use the model's names."
+            f"{source}: none of the classes {_shorten(class_names)} is among the model's {len(names)} "
+            f"({_shorten(names)}). Give it a new head (head: new), or use the model's names."
         )
     return found
+
+
+def _shorten(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def _key(name: str) -> str:
