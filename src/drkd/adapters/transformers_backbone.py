@@ -57,7 +57,7 @@ def choose_backbone(name: str) -> BackboneChoice:
     if not timm.is_model(timm_name):
         raise DrkdError(f"backbone: timm {timm.__version__} has no model named {timm_name!r}.")
     try:
-        network = timm.create_model(timm_name, features_only=True, pretrained=False)
+        network: Any = timm.create_model(timm_name, features_only=True, pretrained=False)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise DrkdError(f"backbone: timm's {timm_name} cannot return feature maps ({error}).") from error
     strides = list(network.feature_info.reduction())

@@ -79,7 +79,7 @@ class TransformersDetector(Detector):
             )
         if getattr(config, "anchor_image_size", None) is not None:
             raise ValueError(
-                f"expected a model for images of any size, got one with anchors for {config.anchor_image_size} px only: "
+                f"expected a model for images of any size, got one with anchors for {config.anchor_image_size} px: "
                 "set model.config.anchor_image_size = None first"
             )
         self.model = model

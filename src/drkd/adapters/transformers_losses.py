@@ -18,8 +18,8 @@ def group_losses(model: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Ten
 
     ``loss_bbox`` is the last decoder layer's, ``loss_bbox_auxiliary`` the sum over the other layers and the encoder's
     proposals, ``loss_bbox_denoising`` the sum over the layers for the denoising queries. The sum of all is the model's
-    ``loss``. Denoising losses are there, as zeros, where a batch has no box or the model is in eval mode, and then
-    carry a zero gradient for the parameters that only they use, which data-parallel training waits for.
+    ``loss``. A loss that a batch without boxes, or eval mode, leaves out is there as a zero, and in training carries a
+    zero gradient for the parameters that only denoising uses, which data-parallel training waits for.
 
     Args:
         model: The detector.
@@ -41,8 +41,12 @@ def group_losses(model: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Ten
         group = "" if layer is None else "_denoising" if layer[1] == "dn_" else "_auxiliary"
         weighted = value * weights[kind] if family.flat else value
         losses[kind + group] = losses[kind + group] + weighted if kind + group in losses else weighted
-    if not family.flat and config.num_denoising > 0 and config.auxiliary_loss and f"{kinds[0]}_denoising" not in losses:
-        like = next(iter(losses.values()))
-        zero = untyped.model.denoising_class_embed.weight.sum() * 0 if model.training else like.new_zeros(())
-        losses |= {f"{kind}_denoising": zero if kind == kinds[0] else like.new_zeros(()) for kind in kinds}
+    denoises = not family.flat and config.num_denoising > 0 and config.auxiliary_loss
+    like = next(iter(losses.values()))
+    expected = [f"{kind}_auxiliary" for kind in kinds] if config.auxiliary_loss else []
+    expected += [f"{kind}_denoising" for kind in kinds] if denoises else []
+    absent = [name for name in expected if name not in losses]
+    losses |= {name: like.new_zeros(()) for name in absent}
+    if denoises and model.training and f"{kinds[0]}_denoising" in absent:
+        losses[f"{kinds[0]}_denoising"] = untyped.model.denoising_class_embed.weight.sum() * 0
     return losses
