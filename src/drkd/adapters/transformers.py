@@ -10,7 +10,7 @@ from typing import Any, Literal
 from drkd.adapters.transformers_backbone import BackboneChoice, backbone_of, choose_backbone, load_backbone
 from drkd.adapters.transformers_detector import TransformersDetector, wrap_transformers
 from drkd.adapters.transformers_labels import find_labels
-from drkd.adapters.transformers_library import FAMILIES, check_family, import_transformers
+from drkd.adapters.transformers_library import FAMILIES, build_model, check_entries, check_family, import_transformers
 from drkd.adapters.weights import load_state
 from drkd.contracts import DetectorBuilder, DrkdError
 
@@ -67,15 +67,10 @@ class DetrBuilder(DetectorBuilder):
         """
         if not class_names:
             raise DrkdError("class_names: expected at least one class, got none.")
-        library = import_transformers()
+        check_entries(self.model_type, self.config)
         choice = None if self.backbone is None else choose_backbone(self.backbone)
-        try:
-            config = library.AutoConfig.for_model(self.model_type, **self._entries(choice), **_classes(class_names))
-            model = library.AutoModelForObjectDetection.from_config(config)
-        except (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-            raise DrkdError(
-                f"config: transformers {library.__version__} builds no {self.model_type} of these entries ({error})."
-            ) from error
+        entries = {**self._entries(choice), **_classes(class_names)}
+        model = build_model(self.model_type, entries, source="config")
         if self.backbone_weights is not None and self.backbone is not None:
             load_backbone(model, self.backbone, self.backbone_weights)
         else:
@@ -156,6 +151,7 @@ class PretrainedDetrBuilder(DetectorBuilder):
         source = {"revision": self.revision, "trust_remote_code": False, "local_files_only": Path(self.name).is_dir()}
         config = self._load(lambda: library.AutoConfig.from_pretrained(self.name, **source, **self.config))
         check_family(str(config.model_type), source=self.name)
+        check_entries(str(config.model_type), self.config)
         if hasattr(config, "anchor_image_size"):
             # Anchors for one size of image would not fit batches of others.
             config.anchor_image_size = None

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from drkd.adapters.transformers_detector import TransformersDetector
-from drkd.adapters.transformers_library import import_transformers
+from drkd.adapters.transformers_library import build_model
 from drkd.adapters.weights import fill
-from drkd.contracts import DrkdError
 
 LIBRARY = "transformers"
 
@@ -71,16 +70,10 @@ def rebuild_transformers(
     Raises:
         DrkdError: If transformers is not installed, does not know the configuration, or the weights do not fit.
     """
-    library = import_transformers()
     build, preprocessing = content["build"], content["preprocessing"]
-    try:
-        config = library.AutoConfig.for_model(**build["config"])
-        model = library.AutoModelForObjectDetection.from_config(config)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        raise DrkdError(
-            f"{path}: transformers {library.__version__} does not build its {build['family']} ({error}); it was saved "
-            f"with version {build['config'].get('transformers_version', 'unknown')}."
-        ) from error
+    entries = {name: value for name, value in build["config"].items() if name != "model_type"}
+    version = build["config"].get("transformers_version", "unknown")
+    model = build_model(str(build["family"]), entries, source=f"{path} (saved with transformers {version})")
     fill(model, content["state_dict"], path)
     return TransformersDetector(
         model,

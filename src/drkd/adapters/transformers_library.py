@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,3 +81,38 @@ def check_family(kind: str, *, source: str) -> None:
             f"{source}: expected a detector with a multi-scale encoder, of one of the types {', '.join(FAMILIES)}, got "
             f"{kind!r}. DETR, Conditional DETR and YOLOS have no pyramid to distil."
         )
+
+
+def build_model(kind: str, entries: Mapping[str, Any], *, source: str) -> nn.Module:
+    """Build a detector with random weights from a configuration's entries; nothing is downloaded.
+
+    Args:
+        kind: ``config.model_type``.
+        entries: Over the configuration's defaults.
+        source: What the entries come from, for the message.
+
+    Raises:
+        DrkdError: If transformers is not installed, or refuses the entries.
+    """
+    library = import_transformers()
+    try:
+        config = library.AutoConfig.for_model(kind, **entries)
+        model: nn.Module = library.AutoModelForObjectDetection.from_config(config)
+    except Exception as error:  # entries go to code of many kinds, each with errors of its own
+        reason = " ".join(str(error).split())[:300]
+        raise DrkdError(f"{source}: transformers {library.__version__} builds no {kind} of this ({reason}).") from error
+    return model
+
+
+def check_entries(kind: str, entries: Mapping[str, Any]) -> None:
+    """Refuse entries that the configuration does not have: the library would keep and never read them.
+
+    Raises:
+        DrkdError: If there is one.
+    """
+    known = import_transformers().AutoConfig.for_model(kind)
+    for name in entries:
+        if not hasattr(known, name):
+            near = difflib.get_close_matches(name, [*known.to_dict(), *known.attribute_map], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise DrkdError(f"config: the configuration of {kind} has no entry {name!r}.{hint}")
