@@ -44,7 +44,7 @@ class SavedDetectorBuilder(DetectorBuilder):
 
     path: str
 
-    def build(self, class_names: Sequence[str]) -> TorchvisionDetector | TransformersDetector:
+    def build(self, class_names: Sequence[str]) -> Detector:
         """Load the detector; its classes must be these, in any order.
 
         Raises:
@@ -65,7 +65,7 @@ def save_student(
     """Write a detector alone: weights under its plain names, how to rebuild it, classes and preprocessing.
 
     The file holds tensors and plain values only, so ``torch.load(path, weights_only=True)`` reads it, and its entry
-    "code" is the source that turns it into a plain torchvision or transformers model without drkd.
+    "code" is the source that turns it into a plain model of its library without drkd.
 
     Args:
         path: File to write, replaced at once when all is written.
@@ -95,9 +95,7 @@ def save_student(
     _write(file, content)
 
 
-def load_detector(
-    path: str | Path, *, class_names: Sequence[str] | None = None
-) -> TorchvisionDetector | TransformersDetector:
+def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None) -> Detector:
     """Load what ``save_student`` wrote, in eval mode on the CPU.
 
     Args:
