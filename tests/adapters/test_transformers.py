@@ -316,7 +316,9 @@ def test_normalisation_is_the_image_processors() -> None:
             [picture / 255], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}]
         )
         expected = processor(images=picture, return_tensors="pt")["pixel_values"].float()
-        torch.testing.assert_close(detector._inputs(batch)["pixel_values"], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            detector._inputs(batch, decode=False)["pixel_values"], expected, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_labels_round_trip(make_batch: Callable[..., DetectionBatch]) -> None:
@@ -360,6 +362,9 @@ def test_what_cannot_be_wanted_or_wrapped_is_said(make_batch: Callable[..., Dete
     odd = DetectionBatch.from_lists([torch.rand(3, 40, 64)], [nothing], size_divisor=8)
     with pytest.raises(ValueError, match="multiples of 32 px"):
         detector(odd, want=FEATURES)
+    with pytest.raises(ValueError, match=r"at least 30 places .* got 21 \(32 x 32 px\)"):
+        detector(make_batch([(32, 32)]), want=LOSSES)
+    assert len(detector.eval()(make_batch([(32, 32)]), want=FEATURES).features) == 3
     with pytest.raises(ValueError, match=r"expected a \.\.\.ForObjectDetection model of transformers"):
         wrap_transformers(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="one label below 3 for each of 1"):

@@ -126,14 +126,14 @@ class TransformersDetector(Detector):
 
         Raises:
             ValueError: If something else is wanted, the model misses classes (losses), or the batch's sides are no
-                multiples of the coarsest stride.
+                multiples of the coarsest stride or too small for the queries.
         """
         if want - _POSSIBLE:
             raise ValueError(f"want: expected any of {sorted(_POSSIBLE)} of this model, got {sorted(want)}")
         if not want:
             return DetectorOutput()
         tap = EncoderTap(self.model, flat=self._family.flat)
-        inputs = self._inputs(batch)
+        inputs = self._inputs(batch, decode="losses" in want)
         if "losses" not in want:
             return DetectorOutput(features=self._features(tap.encode(**inputs), batch))
         output = tap.run(**inputs, labels=self._targets(batch))
@@ -145,11 +145,11 @@ class TransformersDetector(Detector):
         """Detections in px of the original images, by the library's own post-processing.
 
         Raises:
-            ValueError: In train mode, or if the batch's sides are no multiples of the coarsest stride.
+            ValueError: In train mode, or if the batch's sides do not suit the encoder.
         """
         if self.training:
             raise ValueError("detect needs eval mode: call .eval() first")
-        output = self.model(**self._inputs(batch))
+        output = self.model(**self._inputs(batch, decode=True))
         raw = SimpleNamespace(logits=output.logits.float(), pred_boxes=output.pred_boxes.float())
         # Fractions of what become pixels of what: see the class.
         frames = [
@@ -173,22 +173,35 @@ class TransformersDetector(Detector):
         boxes = torch.minimum(boxes, boxes.new_tensor([original[1], original[0]] * 2))
         return Detections(boxes, found["scores"][kept], labels[kept])
 
-    def _inputs(self, batch: DetectionBatch) -> dict[str, Tensor]:
+    def _inputs(self, batch: DetectionBatch, *, decode: bool) -> dict[str, Tensor]:
         """Normalised pixels with the padding set back to zero, and the mask of what is no padding."""
         images = batch.images
         height, width = batch.image_size
-        stride = round(self.spec.levels[-1].stride)
-        if not self._family.flat and (height % stride or width % stride):
-            raise ValueError(
-                f"expected images padded to multiples of {stride} px, which the encoder's upsampling needs, got "
-                f"{height} x {width}: set data.size_divisor to a multiple of {stride}"
-            )
+        self._check_size(height, width, decode=decode)
         sizes = torch.tensor(batch.sizes).to(images.device, non_blocking=True)
         rows = torch.arange(height, device=images.device) < sizes[:, :1]
         columns = torch.arange(width, device=images.device) < sizes[:, 1:]
         mask = rows[:, :, None] & columns[:, None, :]
         pixels = (images - self._mean.to(images.dtype)) / self._std.to(images.dtype) * mask[:, None]
         return {"pixel_values": pixels, "pixel_mask": mask.to(torch.int64)}
+
+    def _check_size(self, height: int, width: int, *, decode: bool) -> None:
+        """Refuse what a hybrid encoder fails at: sides that its upsampling misses, fewer places than queries."""
+        if self._family.flat:
+            return
+        stride = round(self.spec.levels[-1].stride)
+        if height % stride or width % stride:
+            raise ValueError(
+                f"expected images padded to multiples of {stride} px, which the encoder's upsampling needs, got "
+                f"{height} x {width}: set data.size_divisor to a multiple of {stride}"
+            )
+        places = sum(round(height / level.stride) * round(width / level.stride) for level in self.spec.levels)
+        queries = int(_untyped(self.model).config.num_queries)
+        if decode and places < queries:
+            raise ValueError(
+                f"expected images with at least {queries} places in the pyramid, for the model's {queries} queries are "
+                f"chosen from them, got {places} ({height} x {width} px): enlarge the images or lower num_queries"
+            )
 
     def _targets(self, batch: DetectionBatch) -> list[dict[str, Tensor]]:
         """The library's labels: its own classes, boxes as fractions cx, cy, w, h, without ignored ones."""
