@@ -106,6 +106,7 @@ def test_backbone_weights_bring_their_normalisation_and_the_librarys_freezing(tm
         ({"backbone": "timm/no_such_net"}, "has no model named 'no_such_net'"),
         ({"backbone": "timm/vit_tiny_patch16_224"}, "strides .* px, expected \\[8, 16, 32\\]"),
         ({"backbone": TIMM, "config": {"backbone_config": {}}}, "got both"),
+        ({"model_type": "deformable_detr", "config": {"two_stage": True}}, "two_stage: .* would stay random"),
         ({"backbone_weights": "imagenet"}, "expected a backbone of timm"),
         ({"config": {"num_queries": "many"}}, "config: transformers .* builds no rt_detr of this .*num_queries"),
         ({"config": {"num_querys": 3}}, "no entry 'num_querys'. Did you mean 'num_queries'"),
