@@ -58,9 +58,9 @@ def make_batch() -> DetectionBatch:
 @pytest.mark.parametrize(("student", "teacher"), [("rt_detr", "faster_rcnn"), ("retinanet", "rt_detr")])
 def test_a_step(student: str, teacher: str, method: type[KDMethod]) -> None:
     arguments = ARGUMENTS.get(method.__name__, {})
-    distiller = Distiller(
-        build(student), build(teacher), lambda *specs: method(*specs, **arguments), monitor_interval=1
-    )
+    learner, guide = build(student), build(teacher)
+    kd = method(learner.spec, guide.spec, **arguments)
+    distiller = Distiller(learner, guide, kd, monitor_interval=1)
     before = {name: value.clone() for name, value in guide.state_dict().items()}
     losses = distiller.train()(make_batch())
     torch.stack(list(losses.values())).sum().backward()

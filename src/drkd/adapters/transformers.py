@@ -58,8 +58,8 @@ class DetrBuilder(DetectorBuilder):
             raise DrkdError("backbone: expected it or config.backbone_config, got both.")
         if self.config.get("two_stage") and self.weights is None:
             raise DrkdError(
-                "config: two_stage: the library computes no loss for the proposals of Deformable DETR, so they would stay "
-                "random. Give weights, or leave it out."
+                "config: two_stage: the library computes no loss for the proposals of Deformable DETR, so they would "
+                "stay random. Give weights, or leave it out."
             )
         if self.backbone_weights is not None and self.backbone is None:
             raise DrkdError("backbone_weights: expected a backbone of timm (backbone: timm/<name>), got none.")
