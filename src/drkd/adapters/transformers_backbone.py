@@ -11,6 +11,8 @@ from drkd.adapters.weights import check_fit, package_state, read_state
 from drkd.contracts import DrkdError
 
 _STRIDES = (8, 16, 32)
+# Of a classifier's file, of torchvision's detectors as drkd builds them, of transformers'.
+_PREFIXES = ("", "backbone.body.", "model.backbone.model.", "model.backbone.model._backbone.")
 _BASIC, _BOTTLENECK = [64, 128, 256, 512], [256, 512, 1024, 2048]
 _RESNETS: dict[str, dict[str, Any]] = {
     "resnet18": {"layer_type": "basic", "hidden_sizes": _BASIC, "depths": [2, 2, 2, 2]},
@@ -71,12 +73,13 @@ def choose_backbone(name: str) -> BackboneChoice:
 
 
 def load_backbone(model: Any, name: str, weights: str) -> None:
-    """Fill the timm backbone of a transformers detector with a classifier's weights.
+    """Fill the timm backbone of a transformers detector with weights of the same network.
 
     Args:
         model: The detector.
         name: "timm/<name>".
-        weights: "imagenet" (timm's published ones, needs a network), "package:efficientnet_lite0", or a file.
+        weights: "imagenet" (timm's published ones, needs a network), "package:efficientnet_lite0", or a file: a
+            classifier's, or a detector's on the same backbone.
 
     Raises:
         DrkdError: If the backbone is not timm's, or the weights cannot be found or do not fit.
@@ -107,10 +110,10 @@ def _read(weights: str, name: str) -> dict[str, Tensor]:
 
 
 def _find(key: str, state: dict[str, Tensor]) -> str | None:
-    """The name in a file: timm's feature networks flatten "blocks.2.x" to "blocks_2.x"; their files do not."""
+    """The key's name in a file, where "blocks.2.x" may be flattened to "blocks_2.x", and prefixed by a detector."""
     first, _, rest = key.partition(".")
-    flat = f"{first[::-1].replace('_', '.', 1)[::-1]}.{rest}"
-    return next((candidate for candidate in (key, flat) if candidate in state), None)
+    forms = (key, f"{first[::-1].replace('_', '.', 1)[::-1]}.{rest}", key.replace(".", "_", 1))
+    return next((name for prefix in _PREFIXES for form in forms if (name := prefix + form) in state), None)
 
 
 def _published(name: str) -> dict[str, Tensor]:
