@@ -11,20 +11,30 @@ from drkd.adapters.torchvision import (
     ZooBuilder,
     wrap_torchvision,
 )
+from drkd.adapters.transformers import (
+    DetrBuilder,
+    PretrainedDetrBuilder,
+    TransformersDetector,
+    wrap_transformers,
+)
 from drkd.adapters.weights import load_state
 
 __all__ = [
+    "DetrBuilder",
     "FCOSBuilder",
     "FasterRCNNBuilder",
     "MaskRCNNBuilder",
+    "PretrainedDetrBuilder",
     "RetinaNetBuilder",
     "SSD300Builder",
     "SSDLiteBuilder",
     "SavedDetectorBuilder",
     "TorchvisionDetector",
+    "TransformersDetector",
     "ZooBuilder",
     "load_detector",
     "load_state",
     "save_student",
     "wrap_torchvision",
+    "wrap_transformers",
 ]

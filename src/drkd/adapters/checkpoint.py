@@ -1,4 +1,4 @@
-"""Saving a detector as a file that plain torchvision can load, and loading it back."""
+"""Saving a detector as a file that its own library can load without drkd, and loading it back."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from drkd.adapters.plain_code import write_plain_code
 from drkd.adapters.ssd import SSD300Builder, SSDLiteBuilder
 from drkd.adapters.torchvision import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder, ZooBuilder
 from drkd.adapters.torchvision_detector import TorchvisionDetector
+from drkd.adapters.transformers_checkpoint import LIBRARY as TRANSFORMERS
+from drkd.adapters.transformers_checkpoint import describe_transformers, rebuild_transformers
+from drkd.adapters.transformers_detector import TransformersDetector
 from drkd.adapters.weights import fill, load_state, read_checkpoint
 from drkd.adapters.zoo import freeze_zoo
 from drkd.contracts import Detector, DetectorBuilder, DrkdError
@@ -50,7 +53,7 @@ class SavedDetectorBuilder(DetectorBuilder):
         """The file's classes."""
         return tuple(_read(self.path)["class_names"])
 
-    def build(self, class_names: Sequence[str]) -> TorchvisionDetector:
+    def build(self, class_names: Sequence[str]) -> Detector:
         """Load the detector; its classes must be these, in any order.
 
         Raises:
@@ -71,7 +74,7 @@ def save_student(
     """Write a detector alone: weights under its plain names, how to rebuild it, classes and preprocessing.
 
     The file holds tensors and plain values only, so ``torch.load(path, weights_only=True)`` reads it, and its entry
-    "code" is the source that turns it into a plain torchvision model without drkd.
+    "code" is the source that turns it into a plain model of its library without drkd.
 
     Args:
         path: File to write, replaced at once when all is written.
@@ -82,15 +85,18 @@ def save_student(
         half: Store floating-point tensors in 16 bits (half the size; loading gives float32 again).
 
     Raises:
-        ValueError: If the detector is not one of torchvision's, or ``image_settings`` lacks an entry.
+        ValueError: If the detector is of no library that is known here, or ``image_settings`` lacks an entry.
     """
-    if not isinstance(detector, TorchvisionDetector):
-        raise ValueError(f"expected a TorchvisionDetector, got {type(detector).__name__}")
+    if not isinstance(detector, TorchvisionDetector | TransformersDetector):
+        raise ValueError(f"expected a TorchvisionDetector or TransformersDetector, got {type(detector).__name__}")
     file = Path(path)
     absent = {"min_size", "max_size", "size_divisor"} - set(image_settings)
     if absent:
         raise ValueError(f"image_settings: expected min_size, max_size and size_divisor, {sorted(absent)} are missing")
-    content = _describe(detector, builder, image_settings)
+    if isinstance(detector, TransformersDetector):
+        content = {"format": FORMAT, **_plain(describe_transformers(detector, image_settings))}
+    else:
+        content = _describe(detector, builder, image_settings)
     content["state_dict"] = {
         name: _store(tensor.detach().cpu(), half=half) for name, tensor in detector.model.state_dict().items()
     }
@@ -98,7 +104,7 @@ def save_student(
     _write(file, content)
 
 
-def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None) -> TorchvisionDetector:
+def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None) -> Detector:
     """Load what ``save_student`` wrote, in eval mode on the CPU.
 
     Args:
@@ -112,6 +118,10 @@ def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None)
     saved_names = list(content["class_names"])
     if class_names is not None:
         _compare_classes(path, saved_names, class_names)
+    names = saved_names if class_names is None else list(class_names)
+    label_ids = [content["label_ids"][saved_names.index(name)] for name in names]
+    if content["build"].get("library") == TRANSFORMERS:
+        return rebuild_transformers(path, content, class_names=names, label_ids=label_ids)
     builder = _read_builder(path, content["builder"])
     detector = builder.build(saved_names)
     build, settings = content["build"], content["preprocessing"]
@@ -122,8 +132,6 @@ def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None)
     if "size" not in build:
         model.transform.min_size, model.transform.max_size = (settings["min_size"],), settings["max_size"]
         model.transform.size_divisible = settings["size_divisor"]
-    names = saved_names if class_names is None else list(class_names)
-    label_ids = [content["label_ids"][saved_names.index(name)] for name in names]
     return TorchvisionDetector(model, names, label_ids=label_ids, plan=build).eval()
 
 

@@ -1,0 +1,245 @@
+"""Building transformers detectors from configurations, names and folders; saving them and loading them without drkd."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drkd.adapters import DetrBuilder, PretrainedDetrBuilder, SavedDetectorBuilder, load_detector, save_student
+from drkd.adapters.transformers import TransformersDetector, wrap_transformers
+from drkd.adapters.weights import shipped_checkpoint
+from drkd.contracts import DetectionBatch, DrkdError, Want
+
+transformers = pytest.importorskip("transformers", minversion="5.24")
+
+CLASSES = ("cat", "dog", "cup")
+SETTINGS = {"min_size": 64, "max_size": 96, "size_divisor": 32}
+SMALL: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "encoder_ffn_dim": 32,
+    "decoder_layers": 2,
+    "decoder_ffn_dim": 32,
+    "num_queries": 20,
+}
+HYBRID = {**SMALL, "encoder_hidden_dim": 32, "decoder_in_channels": [32, 32, 32], "num_denoising": 5}
+TIMM = "timm/resnet10t"
+FEATURES = frozenset[Want]({"features"})
+
+
+def small(kind: str = "rt_detr", **options: Any) -> TransformersDetector:
+    torch.manual_seed(0)
+    config = {**(SMALL if kind == "deformable_detr" else HYBRID), **options.pop("config", {})}
+    options = {"backbone": TIMM, **options}
+    return DetrBuilder(model_type=kind, config=config, **options).build(CLASSES)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the Hub has it: COCO's names as RT-DETR's authors wrote them, with an image processor. Read only."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("hub") / "model"
+    names = ("person", "sofa", "aeroplane", "cup")
+    model = DetrBuilder(backbone=TIMM, config=HYBRID).build(names).model
+    model.save_pretrained(folder)  # type: ignore[operator]
+    transformers.RTDetrImageProcessor(do_normalize=True, image_mean=[0.4] * 3, image_std=[0.2] * 3).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def detections(detector: TransformersDetector, batch: DetectionBatch) -> list[torch.Tensor]:
+    return [value for found in detector.eval().detect(batch) for value in (found.boxes, found.scores, found.labels)]
+
+
+@pytest.mark.parametrize("kind", ["rt_detr", "rt_detr_v2", "d_fine", "deformable_detr"])
+def test_a_timm_backbone_of_random_weights_is_trained_whole(kind: str) -> None:
+    detector = small(kind)
+    model: Any = detector.model
+    assert [level.stride for level in detector.spec.levels][:3] == [8, 16, 32]
+    assert all(parameter.requires_grad for parameter in model.model.backbone.parameters())
+    norms = [m for m in model.model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert bool(norms) == (kind != "deformable_detr")
+    assert model.config.id2label == dict(enumerate(CLASSES)) and model.config.label2id["dog"] == 1
+    assert detector.spec.class_names == CLASSES and detector.label_ids == (0, 1, 2)
+
+
+def test_resnets_of_rt_detr_by_name() -> None:
+    detector = small(backbone="resnet18")
+    config: Any = detector.model.config
+    assert config.backbone_config.model_type == "rt_detr_resnet"
+    assert list(config.encoder_in_channels) == [128, 256, 512]
+
+
+def test_backbone_weights_bring_their_normalisation_and_the_librarys_freezing(tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(3)
+    network = timm.create_model("resnet10t")
+    torch.save(network.state_dict(), tmp_path / "backbone.pt")
+    detector = small(backbone_weights=str(tmp_path / "backbone.pt"))
+    model: Any = detector.model
+    body = model.model.backbone.model._backbone
+    assert torch.equal(body.layer2[0].conv1.weight, network.layer2[0].conv1.weight)
+    assert detector.image_mean == pytest.approx(list(network.pretrained_cfg["mean"]))
+    assert not [m for m in body.modules() if type(m) is torch.nn.BatchNorm2d], "RT-DETR freezes batch norms"
+    assert small().image_mean == [0, 0, 0]
+    save_student(tmp_path / "student.pt", detector, builder=None, image_settings=SETTINGS)
+    again: Any = small(backbone_weights=str(tmp_path / "student.pt")).model
+    other = again.model.backbone.model._backbone.state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in body.state_dict().items())
+    shipped: Any = small(backbone="timm/tf_efficientnet_lite0", backbone_weights="drkd:digits_faster_rcnn").model
+    first = shipped.model.backbone.model._backbone.blocks[1][0].conv_pw.weight
+    source = torch.load(shipped_checkpoint("drkd:digits_faster_rcnn"), weights_only=True)["state_dict"]
+    torch.testing.assert_close(first, source["backbone.body.blocks_1.0.conv_pw.weight"].float())
+    with pytest.raises(DrkdError, match="whose names no classifier's file has"):
+        small(backbone="resnet18", backbone_weights=str(tmp_path / "backbone.pt"))
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(DrkdError, match=r"other\.pt: the weights are those of another model"):
+        small(backbone_weights=str(tmp_path / "other.pt"))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"model_type": "detr"}, "multi-scale encoder.*got 'detr'"),
+        ({"backbone": "resnet19"}, "backbone: expected one of resnet18"),
+        ({"backbone": "timm/no_such_net"}, "has no model named 'no_such_net'"),
+        ({"backbone": "timm/vit_tiny_patch16_224"}, "strides .* px, expected \\[8, 16, 32\\]"),
+        ({"backbone": TIMM, "config": {"backbone_config": {}}}, "got both"),
+        ({"model_type": "deformable_detr", "config": {"two_stage": True}}, "two_stage: .* would stay random"),
+        ({"backbone_weights": "imagenet"}, "expected a backbone of timm"),
+        ({"config": {"num_queries": "many"}}, "config: transformers .* builds no rt_detr of this .*num_queries"),
+        ({"config": {"num_querys": 3}}, "no entry 'num_querys'. Did you mean 'num_queries'"),
+        ({"backbone": TIMM, "config": HYBRID, "weights": "no_such.pt"}, "no_such.pt: no such checkpoint"),
+    ],
+)
+def test_what_cannot_be_built_is_said(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(DrkdError, match=expected):
+        DetrBuilder(**options).build(CLASSES)
+    with pytest.raises(DrkdError, match="at least one class"):
+        DetrBuilder().build([])
+
+
+def test_a_folder_keeps_its_classes_and_its_processor(
+    published: Path, make_batch: Callable[..., DetectionBatch]
+) -> None:
+    detector = PretrainedDetrBuilder(name=str(published)).build(["airplane", "couch", "zebra"])
+    assert detector.label_ids == (2, 1, -1) and detector.missing_classes == ("zebra",)
+    assert detector.image_mean == pytest.approx([0.4] * 3) and detector.image_std == pytest.approx([0.2] * 3)
+    plain = transformers.AutoModelForObjectDetection.from_pretrained(published)
+    batch = make_batch([(64, 96)])
+    theirs = wrap_transformers(plain, image_processor=transformers.AutoImageProcessor.from_pretrained(published))
+    for one, other in zip(
+        detector.eval()(batch, want=FEATURES).features, theirs.eval()(batch, want=FEATURES).features, strict=True
+    ):
+        torch.testing.assert_close(one.tensor, other.tensor)
+
+
+def test_a_new_head_keeps_everything_else(published: Path) -> None:
+    detector = PretrainedDetrBuilder(name=str(published), head="new", config={"num_denoising": 7}).build(CLASSES)
+    assert detector.spec.class_names == CLASSES and not detector.missing_classes
+    model: Any = detector.model
+    plain = transformers.AutoModelForObjectDetection.from_pretrained(published).state_dict()
+    state = model.state_dict()
+    changed = {
+        name for name, value in state.items() if value.shape != plain[name].shape or not torch.equal(value, plain[name])
+    }
+    assert changed and all("class" in name or "score" in name for name in changed)
+    assert model.config.num_labels == 3 and model.config.num_denoising == 7
+
+
+def test_a_folder_that_does_not_hold_its_model_is_refused(published: Path, tmp_path: Path) -> None:
+    with pytest.raises(DrkdError, match="none of the classes zebra"):
+        PretrainedDetrBuilder(name=str(published)).build(["zebra"])
+    with pytest.raises(DrkdError, match=r"expected a folder with config\.json"):
+        PretrainedDetrBuilder(name=str(tmp_path / "absent"))
+    with pytest.raises(DrkdError, match=r"not loaded\. Expected a folder with config\.json"):
+        PretrainedDetrBuilder(name=str(tmp_path)).build(["cup"])
+    folder = tmp_path / "deeper"
+    shutil.copytree(published, folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "decoder_layers": 3}))
+    with pytest.raises(DrkdError, match=r"those of another model than its config.json describes: \d+ missing"):
+        PretrainedDetrBuilder(name=str(folder)).build(["cup"])
+    (folder / "config.json").write_text(json.dumps({"model_type": "detr"}))
+    with pytest.raises(DrkdError, match="got 'detr'"):
+        PretrainedDetrBuilder(name=str(folder)).build(["cup"])
+
+
+def test_a_pickle_is_never_loaded(published: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(published, folder)
+    (folder / "model.safetensors").unlink()
+    model = transformers.AutoModelForObjectDetection.from_pretrained(published)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(DrkdError, match="safetensors"):
+        PretrainedDetrBuilder(name=str(folder)).build(["cup"])
+
+
+@pytest.mark.parametrize("kind", ["rt_detr", "rt_detr_v2", "d_fine", "deimv2", "deformable_detr"])
+def test_saved_and_loaded(kind: str, tmp_path: Path, make_batch: Callable[..., DetectionBatch]) -> None:
+    detector = small(kind, image_mean=(0.5, 0.4, 0.3), detections_per_image=7)
+    save_student(tmp_path / "student.pt", detector, builder=None, image_settings=SETTINGS)
+    batch = make_batch([(64, 96), (90, 50)])
+    again = load_detector(tmp_path / "student.pt")
+    assert isinstance(again, TransformersDetector) and not again.training
+    for one, other in zip(detections(detector, batch), detections(again, batch), strict=True):
+        torch.testing.assert_close(one, other)
+    turned = SavedDetectorBuilder(path=str(tmp_path / "student.pt")).build(("cup", "cat", "dog"))
+    ours, theirs = turned.detect(batch)[0], again.detect(batch)[0]
+    assert ours.labels.tolist() == [{0: 1, 1: 2, 2: 0}[label] for label in theirs.labels.tolist()]
+    with pytest.raises(DrkdError, match="knows 3 classes"):
+        load_detector(tmp_path / "student.pt", class_names=["cat", "cow", "cup"])
+
+
+def test_saved_again_by_a_run_that_loaded_it(tmp_path: Path) -> None:
+    detector = small()
+    save_student(tmp_path / "a.pt", detector, builder=None, image_settings=SETTINGS, half=True)
+    builder = SavedDetectorBuilder(path=str(tmp_path / "a.pt"))
+    save_student(tmp_path / "b.pt", builder.build(CLASSES), builder=builder, image_settings=SETTINGS)
+    assert load_detector(tmp_path / "b.pt").spec == detector.spec
+
+
+def test_the_file_loads_without_drkd(tmp_path: Path, make_batch: Callable[..., DetectionBatch]) -> None:
+    detector = small("rt_detr").eval()
+    save_student(tmp_path / "student.pt", detector, builder=None, image_settings=SETTINGS)
+    saved = torch.load(tmp_path / "student.pt", weights_only=True)
+    assert saved["preprocessing"] == {"mean": [0.0] * 3, "std": [1.0] * 3, "color": "RGB", **SETTINGS}
+    assert saved["class_names"] == list(CLASSES) and saved["label_ids"] == [0, 1, 2]
+    image = make_batch([(64, 96)]).images
+    torch.save(image, tmp_path / "image.pt")
+    check = (
+        "import sys\nsys.modules['drkd'] = None\n" + saved["code"] + "image = torch.load('image.pt')\n"
+        "with torch.no_grad():\n    out = model(pixel_values=image)\n"
+        "torch.save([out.logits, out.pred_boxes, model.config.id2label], 'out.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", check], cwd=tmp_path, check=True, timeout=300)
+    logits, boxes, names = torch.load(tmp_path / "out.pt", weights_only=True)
+    model: Any = detector.model
+    with torch.no_grad():
+        expected = model(pixel_values=image)
+    torch.testing.assert_close(logits, expected.logits)
+    torch.testing.assert_close(boxes, expected.pred_boxes)
+    assert names == dict(enumerate(CLASSES))
+
+
+def test_a_damaged_file_is_said(tmp_path: Path) -> None:
+    save_student(tmp_path / "student.pt", small(), builder=None, image_settings=SETTINGS)
+    content = torch.load(tmp_path / "student.pt", weights_only=True)
+    del content["state_dict"]["model.enc_score_head.bias"]
+    torch.save(content, tmp_path / "short.pt")
+    with pytest.raises(DrkdError, match=r"short.pt.*1 missing: model.enc_score_head.bias"):
+        load_detector(tmp_path / "short.pt")
+    content["build"]["config"]["d_model"] = "wide"
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(DrkdError, match=r"other.pt .saved with transformers .* builds no rt_detr"):
+        load_detector(tmp_path / "other.pt")
