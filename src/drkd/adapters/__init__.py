@@ -9,6 +9,7 @@ from drkd.adapters.torchvision import (
     ZooBuilder,
     wrap_torchvision,
 )
+from drkd.adapters.ultralytics import UltralyticsBuilder, UltralyticsDetector, wrap_ultralytics
 from drkd.adapters.weights import load_state
 
 __all__ = [
@@ -17,9 +18,12 @@ __all__ = [
     "RetinaNetBuilder",
     "SavedDetectorBuilder",
     "TorchvisionDetector",
+    "UltralyticsBuilder",
+    "UltralyticsDetector",
     "ZooBuilder",
     "load_detector",
     "load_state",
     "save_student",
     "wrap_torchvision",
+    "wrap_ultralytics",
 ]

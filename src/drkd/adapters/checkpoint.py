@@ -15,6 +15,9 @@ from torch import Tensor
 from drkd.adapters.plain_code import write_plain_code
 from drkd.adapters.torchvision import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder, ZooBuilder
 from drkd.adapters.torchvision_detector import TorchvisionDetector
+from drkd.adapters.ultralytics_checkpoint import LIBRARY as ULTRALYTICS
+from drkd.adapters.ultralytics_checkpoint import describe_ultralytics, rebuild_ultralytics
+from drkd.adapters.ultralytics_detector import UltralyticsDetector
 from drkd.adapters.weights import fill, load_state, read_checkpoint
 from drkd.adapters.zoo import freeze_zoo
 from drkd.contracts import Detector, DetectorBuilder, DrkdError
@@ -41,7 +44,7 @@ class SavedDetectorBuilder(DetectorBuilder):
 
     path: str
 
-    def build(self, class_names: Sequence[str]) -> TorchvisionDetector:
+    def build(self, class_names: Sequence[str]) -> Detector:
         """Load the detector; its classes must be these, in any order.
 
         Raises:
@@ -62,7 +65,7 @@ def save_student(
     """Write a detector alone: weights under its plain names, how to rebuild it, classes and preprocessing.
 
     The file holds tensors and plain values only, so ``torch.load(path, weights_only=True)`` reads it, and its entry
-    "code" is the source that turns it into a plain torchvision model without drkd.
+    "code" is the source that turns it into a plain model of its library without drkd.
 
     Args:
         path: File to write, replaced at once when all is written.
@@ -73,15 +76,18 @@ def save_student(
         half: Store floating-point tensors in 16 bits (half the size; loading gives float32 again).
 
     Raises:
-        ValueError: If the detector is not one of torchvision's, or ``image_settings`` lacks an entry.
+        ValueError: If the detector is of no library that is known here, or ``image_settings`` lacks an entry.
     """
-    if not isinstance(detector, TorchvisionDetector):
-        raise ValueError(f"expected a TorchvisionDetector, got {type(detector).__name__}")
+    if not isinstance(detector, TorchvisionDetector | UltralyticsDetector):
+        raise ValueError(f"expected a TorchvisionDetector or UltralyticsDetector, got {type(detector).__name__}")
     file = Path(path)
     absent = {"min_size", "max_size", "size_divisor"} - set(image_settings)
     if absent:
         raise ValueError(f"image_settings: expected min_size, max_size and size_divisor, {sorted(absent)} are missing")
-    content = _describe(detector, builder, image_settings)
+    if isinstance(detector, UltralyticsDetector):
+        content = {"format": FORMAT, **_plain(describe_ultralytics(detector, image_settings))}
+    else:
+        content = _describe(detector, builder, image_settings)
     content["state_dict"] = {
         name: _store(tensor.detach().cpu(), half=half) for name, tensor in detector.model.state_dict().items()
     }
@@ -89,7 +95,7 @@ def save_student(
     _write(file, content)
 
 
-def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None) -> TorchvisionDetector:
+def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None) -> Detector:
     """Load what ``save_student`` wrote, in eval mode on the CPU.
 
     Args:
@@ -103,6 +109,10 @@ def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None)
     saved_names = list(content["class_names"])
     if class_names is not None:
         _compare_classes(path, saved_names, class_names)
+    names = saved_names if class_names is None else list(class_names)
+    label_ids = [content["label_ids"][saved_names.index(name)] for name in names]
+    if content["build"].get("library") == ULTRALYTICS:
+        return rebuild_ultralytics(path, content, class_names=names, label_ids=label_ids)
     builder = _read_builder(path, content["builder"])
     detector = builder.build(saved_names)
     build, settings = content["build"], content["preprocessing"]
@@ -112,8 +122,6 @@ def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None)
     fill(model, content["state_dict"], path)
     model.transform.min_size, model.transform.max_size = (settings["min_size"],), settings["max_size"]
     model.transform.size_divisible = settings["size_divisor"]
-    names = saved_names if class_names is None else list(class_names)
-    label_ids = [content["label_ids"][saved_names.index(name)] for name in names]
     return TorchvisionDetector(model, names, label_ids=label_ids, plan=build).eval()
 
 
