@@ -227,8 +227,8 @@ class PredictionLayout:
         head_depth: Convolutions in each branch; 0 where the head cannot be cut.
         box_bins: Bins of the distribution of each side of a box; 0 where a side is one number.
         missing_classes: Classes that the head has no output for.
-        centre_offset: Where in its cell the centre of an anchor or point lies, as a share of the cell: 0 at its top left
-            corner, 0.5 in its middle.
+        centre_offset: Where in its cell an anchor's or point's centre lies, as a share of the cell's sides: 0 at the
+            top left corner, 0.5 in the middle.
     """
 
     kind: PredictionKind

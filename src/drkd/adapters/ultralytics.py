@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from drkd.adapters.ultralytics_models import new_model, read_description
 from drkd.adapters.weights import check_fit, fill, read_state
 from drkd.contracts import DetectorBuilder, DrkdError
 
-__all__ = ["UltralyticsBuilder", "UltralyticsDetector", "wrap_ultralytics"]
+__all__ = ["UltralyticsBuilder", "UltralyticsDetector", "open_ultralytics", "wrap_ultralytics"]
 
 # The branches of the head whose layers depend on the number of classes.
 _CLASS_BRANCHES = (".cv3.", ".one2one_cv3.")
@@ -64,7 +65,9 @@ class UltralyticsBuilder(DetectorBuilder):
                 f"got {self.score_threshold} and {self.nms_threshold}."
             )
         if self.head == "own" and self.weights is None:
-            raise DrkdError("head: own keeps the classes of the weights, and there are none; give weights, or head: new.")
+            raise DrkdError(
+                "head: own keeps the classes of the weights, and there are none; give weights, or head: new."
+            )
 
     def build(self, class_names: Sequence[str]) -> UltralyticsDetector:
         """Build the detector for these classes.
@@ -110,6 +113,24 @@ class UltralyticsBuilder(DetectorBuilder):
         if not outputs:
             raise DrkdError(f"{path}: expected the weights of a YOLO that detects boxes, found no class branch in it.")
         return read_description(self.model), [str(index) for index in range(outputs[0])], state
+
+
+def open_ultralytics(path: str | Path, *, trust_pickle: bool) -> tuple[UltralyticsDetector, int]:
+    """Load a checkpoint of Ultralytics' own, in eval mode on the CPU, with the classes and settings that it has.
+
+    Args:
+        path: The file.
+        trust_pickle: Whether the code in it may run.
+
+    Returns:
+        The detector, and the long side of the images that it was trained on, px.
+
+    Raises:
+        DrkdError: If the pickle is not trusted, or the file cannot be loaded.
+    """
+    model: Any = read_trusted(path, trust_pickle=trust_pickle)
+    size = model.args.get("imgsz") or 640
+    return wrap_ultralytics(model).eval(), int(max(size) if isinstance(size, list | tuple) else size)
 
 
 def _fill_most(

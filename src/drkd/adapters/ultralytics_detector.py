@@ -1,4 +1,4 @@
-"""An Ultralytics YOLO seen through drkd's eyes: our padded batch in, features, losses, predictions or detections out."""
+"""An Ultralytics YOLO seen through drkd's eyes: our padded batch in, features, losses or detections out."""
 
 from __future__ import annotations
 
@@ -139,9 +139,7 @@ class UltralyticsDetector(Detector):
         if want - possible:
             raise ValueError(f"want: expected any of {sorted(possible)} of this model, got {sorted(want)}")
         if want - _FEATURES and self.missing_classes:
-            raise ValueError(
-                f"this model can show features alone: it has no output for {list(self.missing_classes)}"
-            )
+            raise ValueError(f"this model can show features alone: it has no output for {list(self.missing_classes)}")
         maps = self._pyramid(batch)
         found: dict[str, Any] = {}
         if "features" in want:
@@ -301,7 +299,7 @@ def match_names(own: Sequence[str], wanted: Sequence[str]) -> list[int]:
     if max(labels, default=-1) < 0:
         raise DrkdError(
             f"class_names: none of {list(wanted)[:5]} is a class of this YOLO, which knows {len(own)} "
-            f"({', '.join(own[:5])}{', ...' if len(own) > 5 else ''}). Use its names, or give it a new head (head: new)."
+            f"({', '.join(own[:5])}{', ...' if len(own) > 5 else ''}). Use its names, or give it a new head: head: new."
         )
     return labels
 

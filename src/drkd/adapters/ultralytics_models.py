@@ -92,7 +92,9 @@ def require_detection(model: nn.Module, *, source: str) -> Any:
     head = model.model[-1] if isinstance(model, tasks.DetectionModel) else None  # type: ignore[index]
     if type(head) not in (heads.Detect, heads.v10Detect):
         found = type(model).__name__ if head is None else f"one with a {type(head).__name__} head"
-        raise DrkdError(f"{source}: expected a detection model of Ultralytics' (YOLOv8, 11 and their kin), got {found}.")
+        raise DrkdError(
+            f"{source}: expected a detection model of Ultralytics' (YOLOv8, 11 and their kin), got {found}."
+        )
     return head
 
 
