@@ -70,8 +70,9 @@ class LD(KDMethod):
             raise DrkdError(
                 "LD distils distributions over the bins of a box's sides and expects detectors whose heads predict as "
                 f"many bins (YOLOv8 to 12, GFL and its kin), got {bins[0]} bins from the student "
-                f"({student.family or 'unknown'}) and {bins[1]} from the teacher ({teacher.family or 'unknown'}); heads that predict each side as one "
-                f"number, as all of torchvision's do, have 0. Use CrossKD or LogitKD, or {ON_FEATURES}."
+                f"({student.family or 'unknown'}) and {bins[1]} from the teacher ({teacher.family or 'unknown'}); "
+                "heads that predict each side as one number, as all of torchvision's do, have 0. Use CrossKD or "
+                f"LogitKD, or {ON_FEATURES}."
             )
         require_layouts(student, teacher, method="LD", kinds=("anchors", "points"))
         require_same_grid(student, teacher, method="LD")

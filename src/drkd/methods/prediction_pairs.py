@@ -56,7 +56,8 @@ def require_same_grid(student: DetectorSpec, teacher: DetectorSpec, *, method: s
         raise DrkdError(
             f"{method} compares predictions place by place and expects them in the same part of a cell, got centres at "
             f"{offsets[0]:g} of a cell (student: {_family(student)}) and at {offsets[1]:g} (teacher: "
-            f"{_family(teacher)}); torchvision's lie at 0, YOLO's at 0.5. Choose detectors of one kind, or {ON_FEATURES}."
+            f"{_family(teacher)}); torchvision's lie at 0, YOLO's at 0.5. Choose detectors of one "
+            f"kind, or {ON_FEATURES}."
         )
     anchors = [spec.predictions.anchors if spec.predictions is not None else () for spec in (student, teacher)]
     for level, ours, theirs in zip(student.levels, *anchors, strict=True):
