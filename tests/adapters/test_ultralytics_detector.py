@@ -7,35 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.adapters.yolos import CLASSES, build_yolo, lively
 
-from drkd.adapters import FCOSBuilder, UltralyticsBuilder, wrap_ultralytics
+from drkd.adapters import FCOSBuilder, wrap_ultralytics
 from drkd.contracts import BoxTargets, DetectionBatch, DrkdError
 from drkd.methods import LD, CrossKD, LogitKD
 
 pytest.importorskip("ultralytics")
 
-CLASSES = ("cat", "dog", "cup")
 FEATURES = frozenset({"features"})
 LOSSES = frozenset({"losses"})
 ALL = frozenset({"features", "losses", "predictions", "assignment"})
 SIZES = [(64, 64), (50, 40)]
 # Bins, one number a side, and a second head.
 KINDS = pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo11n.yaml", "yolov10n.yaml", "yolo26n.yaml"])
-
-
-def build(name="yolo11n.yaml", classes=CLASSES, **options):
-    torch.manual_seed(0)
-    return UltralyticsBuilder(model=name, **options).build(classes)
-
-
-def lively(detector):
-    """Scores that differ from place to place, so that an untrained model detects something."""
-    with torch.no_grad():
-        for module in detector.model.model[-1].modules():
-            if isinstance(module, torch.nn.Conv2d) and module.bias is not None:
-                module.weight.normal_(std=0.2)
-                module.bias.zero_()
-    return detector.eval()
 
 
 def with_clear_boxes(batch):
@@ -60,7 +45,7 @@ def plain_arguments(batch):
 
 @KINDS
 def test_features_are_what_enters_the_head_at_the_declared_strides(name, make_batch):
-    detector = build(name).eval()
+    detector = build_yolo(name).eval()
     batch = make_batch([(64, 96), (64, 96)])
     seen = []
     head = detector.model.model[-1]
@@ -76,7 +61,7 @@ def test_features_are_what_enters_the_head_at_the_declared_strides(name, make_ba
 
 
 def test_the_head_does_not_run_for_features_alone(make_batch):
-    detector = build()
+    detector = build_yolo()
     ran = []
     # Activations are one module for the whole model.
     for module in (m for m in detector.model.model[-1].modules() if isinstance(m, torch.nn.Conv2d)):
@@ -90,7 +75,7 @@ def test_the_head_does_not_run_for_features_alone(make_batch):
 @KINDS
 @pytest.mark.parametrize("mode", [True, False])
 def test_losses_equal_ultralytics_but_for_the_batch_size(name, mode, make_batch):
-    detector = build(name).train(mode)
+    detector = build_yolo(name).train(mode)
     batch = make_batch([(64, 96)] * 3)
     state = {key: value.clone() for key, value in detector.model.state_dict().items()}
     losses = detector(batch, want=LOSSES).losses
@@ -104,7 +89,7 @@ def test_losses_equal_ultralytics_but_for_the_batch_size(name, mode, make_batch)
 
 def test_the_models_own_gains_count(make_batch):
     batch = make_batch(SIZES)
-    plain, changed = build(), build()
+    plain, changed = build_yolo(), build_yolo()
     changed.model.args = {"cls": 1.5}
     for name, factor in (("cls_loss", 3.0), ("box_loss", 1.0)):
         first, second = (each(batch, want=LOSSES).losses[name] for each in (plain, changed))
@@ -113,7 +98,7 @@ def test_the_models_own_gains_count(make_batch):
 
 @pytest.mark.parametrize("name", ["yolo11n.yaml", "yolo26n.yaml"])
 def test_losses_are_finite_and_fall(name, make_batch):
-    detector = build(name).train()
+    detector = build_yolo(name).train()
     batch = make_batch([(64, 64)] * 6 + [(50, 40)] * 2)
     optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad], lr=1e-3)
     totals = []
@@ -130,7 +115,7 @@ def test_losses_are_finite_and_fall(name, make_batch):
 
 @KINDS
 def test_empty_images_and_ignored_boxes(name, make_batch):
-    detector = build(name)
+    detector = build_yolo(name)
     batch = with_clear_boxes(make_batch(SIZES))
     one, two = batch.targets
     nothing = BoxTargets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
@@ -149,7 +134,7 @@ def test_empty_images_and_ignored_boxes(name, make_batch):
 
 @KINDS
 def test_predictions_decode_to_ultralytics_boxes(name, make_batch):
-    detector = lively(build(name))
+    detector = lively(build_yolo(name))
     batch = make_batch([(64, 96)])
     with torch.no_grad():
         found = detector(batch, want=frozenset({"predictions"})).predictions
@@ -169,7 +154,7 @@ def test_predictions_decode_to_ultralytics_boxes(name, make_batch):
 
 
 def test_the_assignment_is_what_the_losses_match(make_batch):
-    detector = lively(build())
+    detector = lively(build_yolo())
     batch = with_clear_boxes(make_batch([(64, 64), (64, 64)]))
     found = detector(batch, want=ALL)
     assert found.assignment.shape == found.predictions.logits.shape[:2]
@@ -185,7 +170,7 @@ def test_the_assignment_is_what_the_losses_match(make_batch):
 
 
 def test_boxes_are_detected_in_pixels_of_the_original(make_batch):
-    detector = lively(build(score_threshold=0.2))
+    detector = lively(build_yolo(score_threshold=0.2))
     batch = make_batch([(64, 96), (40, 60)], original_sizes=[(128, 192), (120, 60)])
     first, second = detector.detect(batch)
     same_first, same_second = detector.detect(replace(batch, original_sizes=batch.sizes))
@@ -197,7 +182,7 @@ def test_boxes_are_detected_in_pixels_of_the_original(make_batch):
 
 
 def test_padding_does_not_matter_but_its_grey_does(make_batch):
-    detector = lively(build(score_threshold=0.2))
+    detector = lively(build_yolo(score_threshold=0.2))
     batch = make_batch([(64, 96), (40, 60)])
     noise = batch.images.clone()
     noise[1, :, 40:], noise[1, :, :, 60:] = 0.9, 0.9
@@ -211,7 +196,7 @@ def test_padding_does_not_matter_but_its_grey_does(make_batch):
 
 
 def test_a_detection_leaves_nothing_behind_in_a_teacher(make_batch):
-    detector = build().eval().requires_grad_(False)
+    detector = build_yolo().eval().requires_grad_(False)
     before = {name: value.clone() for name, value in detector.state_dict().items()}
     head = detector.model.model[-1]
     grid = head.shape
@@ -226,7 +211,7 @@ def test_a_detection_leaves_nothing_behind_in_a_teacher(make_batch):
 
 def test_labels_come_back_in_any_order(make_batch):
     batch = make_batch([(64, 64)])
-    detector = lively(build(score_threshold=0.2))
+    detector = lively(build_yolo(score_threshold=0.2))
     turned = wrap_ultralytics(detector.model, ("cup", "cat", "dog"), score_threshold=0.2).eval()
     assert turned.label_ids == (2, 0, 1)
     ours, theirs = detector.detect(batch)[0], turned.detect(batch)[0]
@@ -241,7 +226,7 @@ def test_labels_come_back_in_any_order(make_batch):
 
 
 def test_classes_that_the_model_lacks(make_batch):
-    detector = lively(build())
+    detector = lively(build_yolo())
     part = wrap_ultralytics(detector.model, ("dog", "zebra"), score_threshold=0.2).eval()
     assert part.missing_classes == ("zebra",) and part.spec.predictions.missing_classes == ("zebra",)
     assert set(part.detect(make_batch([(64, 64)]))[0].labels.tolist()) == {0}
@@ -258,22 +243,22 @@ def test_a_batch_of_sides_that_no_grid_fits(make_batch):
     batch = make_batch([(64, 64)])
     odd = DetectionBatch(batch.images[..., :50, :], ((50, 64),), ((50, 64),), batch.targets, (0,))
     with pytest.raises(DrkdError, match=r"multiples of 32 px, got 50 x 64. Set data.size_divisor to 32"):
-        build()(odd, want=FEATURES)
+        build_yolo()(odd, want=FEATURES)
 
 
 def test_what_cannot_be_wanted_or_wrapped(make_batch):
     with pytest.raises(ValueError, match="want: expected any of"):
-        build()(make_batch(SIZES), want=frozenset({"head_tail"}))
+        build_yolo()(make_batch(SIZES), want=frozenset({"head_tail"}))
     with pytest.raises(ValueError, match="needs eval mode"):
-        build().train().detect(make_batch(SIZES))
+        build_yolo().train().detect(make_batch(SIZES))
     with pytest.raises(DrkdError, match=r"expected a detection model of Ultralytics'.*got Linear"):
         wrap_ultralytics(torch.nn.Linear(1, 1))
 
 
 def test_autocast_and_half_precision_maps(make_batch):
-    detector = build().train()
+    detector = build_yolo().train()
     batch = make_batch(SIZES)
-    plain = build().train()(batch, want=ALL).losses
+    plain = build_yolo().train()(batch, want=ALL).losses
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = detector(batch, want=ALL)
     assert all(loss.dtype == torch.float32 for loss in found.losses.values())
@@ -285,7 +270,7 @@ def test_autocast_and_half_precision_maps(make_batch):
 
 @pytest.mark.parametrize(("method", "terms"), [(LD, 3), (LogitKD, 2)])
 def test_prediction_methods_teach_the_head(method, terms, make_batch):
-    student, teacher = build("yolov8n.yaml"), lively(build("yolo11s.yaml", ("cup", "dog", "cat", "bus")))
+    student, teacher = build_yolo("yolov8n.yaml"), lively(build_yolo("yolo11s.yaml", ("cup", "dog", "cat", "bus")))
     kd = method(student.spec, teacher.spec)
     batch = make_batch(SIZES)
     with torch.no_grad():
@@ -305,7 +290,7 @@ def test_prediction_methods_teach_the_head(method, terms, make_batch):
 
 
 def test_pairs_whose_predictions_do_not_fit_say_why():
-    bins, none = build("yolo11n.yaml").spec, build("yolo26n.yaml").spec
+    bins, none = build_yolo("yolo11n.yaml").spec, build_yolo("yolo26n.yaml").spec
     fcos = FCOSBuilder(backbone="resnet18", fpn_channels=64, extra="none", num_convs=1).build(CLASSES).spec
     with pytest.raises(DrkdError, match="got 0 bins from the student"):
         LD(none, bins)

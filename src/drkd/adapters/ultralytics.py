@@ -18,7 +18,7 @@ from drkd.adapters.ultralytics_detector import (
     model_names,
     wrap_ultralytics,
 )
-from drkd.adapters.ultralytics_files import is_ultralytics_file, read_trusted
+from drkd.adapters.ultralytics_files import is_ultralytics_file, read_trusted, require_file
 from drkd.adapters.ultralytics_models import new_model, read_description
 from drkd.adapters.weights import check_fit, fill, read_state
 from drkd.contracts import DetectorBuilder, DrkdError
@@ -103,6 +103,7 @@ class UltralyticsBuilder(DetectorBuilder):
     def _read(self) -> tuple[Mapping[str, Any], list[str], dict[str, Tensor]]:
         """Description, names of the outputs and tensors of the weights' file."""
         path = str(self.weights)
+        require_file(path)
         if self.trust_pickle and is_ultralytics_file(path):
             source: Any = read_trusted(path, trust_pickle=True)
             return source.yaml, model_names(source), dict(source.state_dict())

@@ -25,6 +25,12 @@ def is_ultralytics_file(path: str | Path) -> bool:
         return False
 
 
+def require_file(path: str | Path) -> None:
+    """Raise a `DrkdError` where there is no such file."""
+    if not Path(path).is_file():
+        raise DrkdError(f"{path}: no such checkpoint file. drkd does not download Ultralytics' weights.")
+
+
 def refuse_pickle(path: str | Path) -> str:
     """Why such a file is not loaded, and what to do about it, in one paragraph."""
     return (
@@ -42,9 +48,8 @@ def read_trusted(path: str | Path, *, trust_pickle: bool) -> nn.Module:
         DrkdError: If the pickle is not trusted, the file is missing or cannot be loaded.
     """
     file = Path(path)
-    if not file.is_file():
-        # Asked first: for a missing file, Ultralytics would look in the network.
-        raise DrkdError(f"{file}: no such checkpoint file. drkd does not download Ultralytics' weights.")
+    # Asked first: for a missing file, Ultralytics would look in the network.
+    require_file(file)
     if not trust_pickle:
         raise DrkdError(refuse_pickle(file))
     warnings.warn(f"{file} is a pickle: loading it runs the code in it, because you said to trust it.", stacklevel=2)
