@@ -18,7 +18,7 @@ def build_yolo(name: str = "yolo11n.yaml", classes: tuple[str, ...] = CLASSES, *
 
 @torch.no_grad()
 def lively(detector: UltralyticsDetector) -> UltralyticsDetector:
-    """Norms that fit noise, and outputs that differ from place to place, so that an untrained model detects something."""
+    """Norms that fit noise, and outputs that differ from place to place: an untrained model that detects something."""
     torch.manual_seed(1)
     norms = [module for module in detector.model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
