@@ -27,8 +27,23 @@ def lively(detector: UltralyticsDetector) -> UltralyticsDetector:
     detector.model.train()(torch.rand(2, 3, 64, 64))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    for module in detector.model.model[-1].modules():
-        if isinstance(module, nn.Conv2d) and module.bias is not None:
-            module.weight.normal_(std=0.2)
-            module.bias.fill_(0.5)
-    return detector.eval()
+    detector.eval()
+    head = detector.model.model[-1]
+    last = [module for module in head.modules() if isinstance(module, nn.Conv2d) and module.bias is not None]
+    hooks = [module.register_forward_pre_hook(_standardise) for module in last]
+    detector.model(torch.rand(2, 3, 64, 96))
+    for hook in hooks:
+        hook.remove()
+    for branch in (head.cv2, getattr(head, "one2one_cv2", None) or ()) if head.reg_max == 1 else ():
+        # Distances, not bins: boxes of about six cells, never inside out.
+        for layers in branch:
+            layers[-1].weight.mul_(0.3)
+            layers[-1].bias.fill_(3.0)
+    return detector
+
+
+def _standardise(module: nn.Conv2d, inputs: tuple[torch.Tensor]) -> None:
+    """Outputs of about unit size."""
+    size = inputs[0].square().mean().sqrt() * module.in_channels**0.5
+    module.weight.normal_(std=1.0).div_(size)
+    module.bias.zero_()
