@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from drkd.adapters.checkpoint import load_detector
     from drkd.adapters.torchvision import wrap_torchvision
+    from drkd.adapters.ultralytics import wrap_ultralytics
     from drkd.contracts import DetectionBatch
     from drkd.engine.balance import GradientBalance
     from drkd.engine.distiller import Distiller
@@ -58,6 +59,7 @@ __all__ = [
     "__version__",
     "load_detector",
     "wrap_torchvision",
+    "wrap_ultralytics",
 ]
 
 _HOMES = {
@@ -82,6 +84,7 @@ _HOMES = {
     "ReleasedDRKD": "drkd.methods",
     "load_detector": "drkd.adapters.checkpoint",
     "wrap_torchvision": "drkd.adapters.torchvision",
+    "wrap_ultralytics": "drkd.adapters.ultralytics",
 }
 
 
