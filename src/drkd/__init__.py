@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from drkd.adapters.checkpoint import load_detector
     from drkd.adapters.torchvision import wrap_torchvision
     from drkd.adapters.transformers import wrap_transformers
+    from drkd.adapters.ultralytics import wrap_ultralytics
     from drkd.contracts import DetectionBatch
     from drkd.engine.balance import GradientBalance
     from drkd.engine.distiller import Distiller
@@ -60,6 +61,7 @@ __all__ = [
     "load_detector",
     "wrap_torchvision",
     "wrap_transformers",
+    "wrap_ultralytics",
 ]
 
 _HOMES = {
@@ -85,6 +87,7 @@ _HOMES = {
     "load_detector": "drkd.adapters.checkpoint",
     "wrap_torchvision": "drkd.adapters.torchvision",
     "wrap_transformers": "drkd.adapters.transformers",
+    "wrap_ultralytics": "drkd.adapters.ultralytics",
 }
 
 

@@ -216,6 +216,18 @@ _VERBS: Mapping[tuple[str, ...], _Verb] = {
         verbs.digits_parser,
         verbs.run_digits,
     ),
+    ("yolo", "import"): _Verb(
+        "Turn a checkpoint of Ultralytics', a pickle, into a file of plain tensors that drkd reads.",
+        ("yolo import yolo11s.pt --trust-pickle --output teacher.pt",),
+        verbs.yolo_import_parser,
+        verbs.run_yolo_import,
+    ),
+    ("yolo", "export"): _Verb(
+        "Write a distilled YOLO as a checkpoint that Ultralytics loads and exports.",
+        ("yolo export runs/street --output street.pt",),
+        verbs.yolo_export_parser,
+        verbs.run_yolo_export,
+    ),
     ("report",): _Verb(
         "Write an HTML report of a run folder.", ("report runs/birds",), verbs.report_parser, verbs.run_report
     ),

@@ -14,6 +14,8 @@ from drkd.cli_errors import FAILED, INTERRUPTED, WRONG
 if TYPE_CHECKING:
     from rich.console import Console
 
+_TRUST = "Load a checkpoint of Ultralytics' own, a pickle: that runs the code in it, so only one that you trust."
+
 # What is heavy (torch takes seconds to import) is imported inside the verb that needs it, so that help is instant.
 
 
@@ -78,7 +80,7 @@ def evaluate_parser(description: str, **settings: Any) -> ArgumentParser:
     from drkd.recipes.evaluation import evaluate
 
     positional = {"checkpoint?": "A student.pt, or a run folder that holds one; leave it out with --detector."}
-    flags = {"cost": "Also measure parameters, FLOPs and CPU latency."}
+    flags = {"cost": "Also measure parameters, FLOPs and CPU latency.", "trust_pickle": _TRUST}
     return _function_parser(evaluate, description, positional=positional, flags=flags, **settings)
 
 
@@ -100,7 +102,7 @@ def predict_parser(description: str, **settings: Any) -> ArgumentParser:
         "checkpoint": "A student.pt, or a run folder that holds one.",
         "path": "An image, or a folder of images; its sub-folders are searched too.",
     }
-    flags = {"overwrite": "Replace what an earlier prediction left in the output folder."}
+    flags = {"overwrite": "Replace what an earlier prediction left in the output folder.", "trust_pickle": _TRUST}
     return _function_parser(predict, description, positional=positional, flags=flags, **settings)
 
 
@@ -120,7 +122,7 @@ def init_parser(description: str, **settings: Any) -> ArgumentParser:
     """Options of ``drkd init``."""
     from drkd.recipes.initialization import initialize
 
-    flags = {"overwrite": "Replace an existing recipe file."}
+    flags = {"overwrite": "Replace an existing recipe file.", "trust_pickle": _TRUST}
     positional = {"root": "The data set's folder in COCO format."}
     return _function_parser(initialize, description, positional=positional, flags=flags, **settings)
 
@@ -239,6 +241,40 @@ def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
         console.print(f"{compared.measured} of {compared.cells} cells are measured. Open {page}")
     print_failures(compared.failures)
     return FAILED if compared.failures else 0
+
+
+def yolo_import_parser(description: str, **settings: Any) -> ArgumentParser:
+    """Options of ``drkd yolo import``."""
+    from drkd.recipes.yolo import import_yolo
+
+    positional = {"checkpoint": "A checkpoint of Ultralytics', such as yolo11n.pt."}
+    return _function_parser(import_yolo, description, positional=positional, flags={"trust_pickle": _TRUST}, **settings)
+
+
+def run_yolo_import(config: Any, parser: ArgumentParser, console: Console) -> int:
+    """Turn a checkpoint of Ultralytics' into a file of plain tensors."""
+    from drkd.recipes.yolo import import_yolo
+
+    console.print(f"Wrote {_call(import_yolo, config, parser)}; drkd takes it wherever it takes a student.pt.")
+    return 0
+
+
+def yolo_export_parser(description: str, **settings: Any) -> ArgumentParser:
+    """Options of ``drkd yolo export``."""
+    from drkd.recipes.yolo import export_yolo
+
+    positional = {"checkpoint": "A student.pt that holds a YOLO, or a run folder with one."}
+    flags = {"half": "Store weights in 16 bits, as Ultralytics does."}
+    return _function_parser(export_yolo, description, positional=positional, flags=flags, **settings)
+
+
+def run_yolo_export(config: Any, parser: ArgumentParser, console: Console) -> int:
+    """Write a checkpoint that Ultralytics loads."""
+    from drkd.recipes.yolo import export_yolo
+
+    written = _call(export_yolo, config, parser)
+    console.print(f'Wrote {written}. In Python: YOLO("{written}").predict(...) or .export(format="onnx")')
+    return 0
 
 
 def report_parser(description: str, **settings: Any) -> ArgumentParser:

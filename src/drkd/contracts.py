@@ -250,7 +250,7 @@ class PredictionLayout:
 
     - ``anchors``: at every cell of the pyramid and for each of its anchors, K class sigmoids and the box's offsets.
     - ``default_boxes``: the same with a softmax of K classes and the background in place of the sigmoids (SSD).
-    - ``points``: at every cell, K class sigmoids, distances to the box's sides and a centerness.
+    - ``points``: at every cell, K class sigmoids, distances to the box's sides and, of FCOS, a centerness.
     - ``regions``: for proposed regions, a softmax of K classes and the background, and offsets for each class.
 
     Args:
@@ -261,6 +261,8 @@ class PredictionLayout:
         head_depth: Convolutions in each branch; 0 where the head cannot be cut.
         box_bins: Bins of the distribution of each side of a box; 0 where a side is one number.
         missing_classes: Classes that the head has no output for.
+        centre_offset: Where in its cell an anchor's or point's centre lies, as a share of the cell's sides: 0 at the
+            top left corner, 0.5 in the middle.
     """
 
     kind: PredictionKind
@@ -269,6 +271,7 @@ class PredictionLayout:
     head_depth: int = 0
     box_bins: int = 0
     missing_classes: tuple[str, ...] = ()
+    centre_offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -305,7 +308,7 @@ class DensePredictions:
             bottom from the anchor's centre in units of its sides.
         anchors: (A, 4), xyxy px of the batch tensor, the same for all images.
         counts: Predictions of each level; their sum is A.
-        centerness: (B, A), before the sigmoid; points only.
+        centerness: (B, A), before the sigmoid; points only, where the head has one.
         bins: (B, A, 4, n), logits over the bins of each side; where the spec has ``box_bins`` n.
     """
 
@@ -417,6 +420,11 @@ class Detector(nn.Module, ABC):
 
     model: nn.Module
     spec: DetectorSpec
+
+    @property
+    def body_names(self) -> tuple[str, ...]:
+        """Beginnings of the names in the model's state dict that belong to the backbone's body."""
+        return ("backbone.body.",)
 
     @abstractmethod
     def forward(self, batch: DetectionBatch, *, want: frozenset[Want]) -> DetectorOutput:

@@ -17,6 +17,7 @@ from drkd.adapters.transformers import (
     TransformersDetector,
     wrap_transformers,
 )
+from drkd.adapters.ultralytics import UltralyticsBuilder, UltralyticsDetector, wrap_ultralytics
 from drkd.adapters.weights import load_state
 
 __all__ = [
@@ -31,10 +32,13 @@ __all__ = [
     "SavedDetectorBuilder",
     "TorchvisionDetector",
     "TransformersDetector",
+    "UltralyticsBuilder",
+    "UltralyticsDetector",
     "ZooBuilder",
     "load_detector",
     "load_state",
     "save_student",
     "wrap_torchvision",
     "wrap_transformers",
+    "wrap_ultralytics",
 ]

@@ -20,6 +20,9 @@ from drkd.adapters.torchvision_detector import TorchvisionDetector
 from drkd.adapters.transformers_checkpoint import LIBRARY as TRANSFORMERS
 from drkd.adapters.transformers_checkpoint import describe_transformers, rebuild_transformers
 from drkd.adapters.transformers_detector import TransformersDetector
+from drkd.adapters.ultralytics_checkpoint import LIBRARY as ULTRALYTICS
+from drkd.adapters.ultralytics_checkpoint import describe_ultralytics, rebuild_ultralytics
+from drkd.adapters.ultralytics_detector import UltralyticsDetector
 from drkd.adapters.weights import fill, load_state, read_checkpoint
 from drkd.adapters.zoo import freeze_zoo
 from drkd.contracts import Detector, DetectorBuilder, DrkdError
@@ -87,14 +90,19 @@ def save_student(
     Raises:
         ValueError: If the detector is of no library that is known here, or ``image_settings`` lacks an entry.
     """
-    if not isinstance(detector, TorchvisionDetector | TransformersDetector):
-        raise ValueError(f"expected a TorchvisionDetector or TransformersDetector, got {type(detector).__name__}")
+    if not isinstance(detector, TorchvisionDetector | TransformersDetector | UltralyticsDetector):
+        raise ValueError(
+            "expected a TorchvisionDetector, TransformersDetector or UltralyticsDetector, got "
+            f"{type(detector).__name__}"
+        )
     file = Path(path)
     absent = {"min_size", "max_size", "size_divisor"} - set(image_settings)
     if absent:
         raise ValueError(f"image_settings: expected min_size, max_size and size_divisor, {sorted(absent)} are missing")
     if isinstance(detector, TransformersDetector):
         content = {"format": FORMAT, **_plain(describe_transformers(detector, image_settings))}
+    elif isinstance(detector, UltralyticsDetector):
+        content = {"format": FORMAT, **_plain(describe_ultralytics(detector, image_settings))}
     else:
         content = _describe(detector, builder, image_settings)
     content["state_dict"] = {
@@ -122,6 +130,8 @@ def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None)
     label_ids = [content["label_ids"][saved_names.index(name)] for name in names]
     if content["build"].get("library") == TRANSFORMERS:
         return rebuild_transformers(path, content, class_names=names, label_ids=label_ids)
+    if content["build"].get("library") == ULTRALYTICS:
+        return rebuild_ultralytics(path, content, class_names=names, label_ids=label_ids)
     builder = _read_builder(path, content["builder"])
     detector = builder.build(saved_names)
     build, settings = content["build"], content["preprocessing"]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drkd.adapters.ultralytics_files import is_ultralytics_file, refuse_pickle
 from drkd.contracts import DrkdError
 
 _PACKAGES = {
@@ -49,6 +50,8 @@ def read_checkpoint(path: str | Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if is_ultralytics_file(file):
+            raise DrkdError(refuse_pickle(file)) from error
         reason = str(error).strip().splitlines()[0][:200]
         raise DrkdError(
             f"{file}: not loaded, since it is no checkpoint of tensors and plain values: it is damaged, or holds "

@@ -20,7 +20,8 @@ class LD(KDMethod):
     The bins of positive anchors, weighted by the student's largest class probability; those of the valuable region
     (see `valuable_region`), weighted by its value; and the classes of positive anchors, as a softmax over classes.
 
-    No head of torchvision predicts bins: this serves detectors of your own that fill ``DensePredictions.bins``.
+    Ultralytics' YOLOs up to 12 predict bins; no head of torchvision does, nor YOLO26. A detector of your own that fills
+    ``DensePredictions.bins`` is served too.
 
     Deviation: the valuable region takes one ``positive_overlap`` for all boxes, where the authors' assigner has one for
     each, and leaves out anchors that are positive.
@@ -68,9 +69,10 @@ class LD(KDMethod):
         if not bins[0] or bins[0] != bins[1]:
             raise NotApplicableError(
                 "LD distils distributions over the bins of a box's sides and expects detectors whose heads predict as "
-                f"many bins (GFL and its kin), got {bins[0]} bins from the student ({student.family or 'unknown'}) and "
-                f"{bins[1]} from the teacher ({teacher.family or 'unknown'}); heads that predict each side as one "
-                f"number, as all of torchvision's do, have 0. Use CrossKD or LogitKD, or {ON_FEATURES}."
+                f"many bins (YOLOv8 to 12, GFL and its kin), got {bins[0]} bins from the student "
+                f"({student.family or 'unknown'}) and {bins[1]} from the teacher ({teacher.family or 'unknown'}); "
+                "heads that predict each side as one number, as all of torchvision's do, have 0. Use CrossKD or "
+                f"LogitKD, or {ON_FEATURES}."
             )
         require_layouts(student, teacher, method="LD", kinds=("anchors", "points"))
         require_same_grid(student, teacher, method="LD")

@@ -14,7 +14,7 @@ _NAMED = 5
 _WORDS = {
     "anchors": "class sigmoids and box offsets on anchors (RetinaNet)",
     "default_boxes": "a class softmax and box offsets on default boxes (SSD)",
-    "points": "class sigmoids and box distances on points (FCOS)",
+    "points": "class sigmoids and box distances on points (FCOS, YOLO)",
     "regions": "a class softmax on proposed regions (Faster R-CNN)",
 }
 ON_FEATURES = "a method on features, such as DRKD or FeatureHint"
@@ -51,6 +51,14 @@ def require_same_grid(student: DetectorSpec, teacher: DetectorSpec, *, method: s
             f"{method} compares predictions place by place and expects pyramids of the same strides, got "
             f"{_numbers(strides[0])} px (student) and {_numbers(strides[1])} px (teacher). "
             f"Build the student with the teacher's stages and extra levels, or use {ON_FEATURES}."
+        )
+    offsets = [spec.predictions.centre_offset if spec.predictions is not None else 0.0 for spec in (student, teacher)]
+    if offsets[0] != offsets[1]:
+        raise DrkdError(
+            f"{method} compares predictions place by place and expects them in the same part of a cell, got centres at "
+            f"{offsets[0]:g} of a cell (student: {_family(student)}) and at {offsets[1]:g} (teacher: "
+            f"{_family(teacher)}); torchvision's lie at 0, YOLO's at 0.5. Choose detectors of one "
+            f"kind, or {ON_FEATURES}."
         )
     anchors = [spec.predictions.anchors if spec.predictions is not None else () for spec in (student, teacher)]
     for level, ours, theirs in zip(student.levels, *anchors, strict=True):

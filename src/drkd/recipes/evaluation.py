@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from drkd.contracts import DetectionBatch, Detector, DetectorBuilder
+from drkd.contracts import DetectionBatch, Detections, Detector, DetectorBuilder
 from drkd.data.dataset import DatasetSplit
 from drkd.data.module import DetectionDataModule
 from drkd.evaluation import CocoEvaluator, CocoMetrics, ModelCost, measure_cost
@@ -61,8 +62,26 @@ def evaluate_detector(
     coco = evaluator.compute()
     measured: ModelCost | None = None
     if cost and image_size is not None:
-        measured = measure_cost(detector.to("cpu").model, image_size)
+        measured = measure_cost(_on_images(detector.to("cpu")), image_size)
     return Evaluated(coco, coco.as_json(), None if measured is None else measured.as_json())
+
+
+class _OnImages(nn.Module):
+    """A detector to be called with a list of images, as torchvision's are."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: list[Tensor]) -> list[Detections]:
+        empty = {"boxes": images[0].new_zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+        stride = max(32, int(max(level.stride for level in self.detector.spec.levels)))
+        return self.detector.detect(DetectionBatch.from_lists(images, [empty] * len(images), size_divisor=stride))
+
+
+def _on_images(detector: Detector) -> nn.Module:
+    """What costs are measured on: torchvision's plain model, which takes images itself, or any other detector."""
+    return detector.model if hasattr(detector.model, "transform") else _OnImages(detector).eval()
 
 
 def evaluate(
@@ -80,6 +99,7 @@ def evaluate(
     workers: int = 2,
     limit: int | None = None,
     device: str = "auto",
+    trust_pickle: bool = False,
 ) -> Evaluated:
     """Measure a saved detector, or one that a builder makes, on a split of a data set.
 
@@ -97,6 +117,7 @@ def evaluate(
         workers: Processes that decode images.
         limit: Evaluate on the first images only.
         device: auto, cpu, cuda, ...
+        trust_pickle: Load a checkpoint of Ultralytics' own, which is a pickle: loading it runs the code in it.
 
     Raises:
         DrkdError: If the checkpoint or the data cannot be used, or their classes do not match.
@@ -109,7 +130,14 @@ def evaluate(
         )
 
     names = module().split(split).class_names if detector is not None else ()
-    loaded = open_detector(checkpoint, builder=detector, class_names=names, min_size=min_size, max_size=max_size)
+    loaded = open_detector(
+        checkpoint,
+        builder=detector,
+        class_names=names,
+        min_size=min_size,
+        max_size=max_size,
+        trust_pickle=trust_pickle,
+    )
     source = module(
         min_size=loaded.min_size,
         max_size=loaded.max_size,

@@ -8,7 +8,7 @@ from drkd.contracts import Detector, DrkdError
 
 
 @torch.no_grad()
-def inherit_neck_and_head(student: Detector, teacher: Detector, *, body: str = "backbone.body.") -> list[str]:
+def inherit_neck_and_head(student: Detector, teacher: Detector, *, body: str | None = None) -> list[str]:
     """Copy into the student what the teacher has under the same name and in the same shape, the backbone's body aside.
 
     Lateral convolutions differ in shape where the bodies differ in width, and stay the student's own.
@@ -16,7 +16,7 @@ def inherit_neck_and_head(student: Detector, teacher: Detector, *, body: str = "
     Args:
         student: Changed in place.
         teacher: Not changed.
-        body: Beginning of the names that are never copied.
+        body: Beginning of the names that are never copied; None is the detector's own, ``body_names``.
 
     Returns:
         Names of the copied tensors.
@@ -24,12 +24,13 @@ def inherit_neck_and_head(student: Detector, teacher: Detector, *, body: str = "
     Raises:
         DrkdError: If no tensor of the head fits, so that there would be nothing to inherit.
     """
+    kept = student.body_names if body is None else (body,)
     theirs = teacher.model.state_dict()
     ours = student.model.state_dict()
     fitting = {
         name: theirs[name]
         for name, value in ours.items()
-        if not name.startswith(body) and name in theirs and theirs[name].shape == value.shape
+        if not name.startswith(kept) and name in theirs and theirs[name].shape == value.shape
     }
     if not any(not name.startswith("backbone.") for name in fitting):
         raise DrkdError(

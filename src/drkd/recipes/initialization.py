@@ -76,6 +76,7 @@ def initialize(
     backbone: str = "resnet18",
     output: Path = Path("recipe.yaml"),
     overwrite: bool = False,
+    trust_pickle: bool = False,
 ) -> Initialized:
     """Look at a data set and a teacher, and write a commented recipe that distils from one on the other.
 
@@ -87,6 +88,8 @@ def initialize(
         backbone: The student's backbone: a torchvision ResNet, or timm/<name>.
         output: The recipe file to write.
         overwrite: Replace an existing recipe file.
+        trust_pickle: Let the teacher be a checkpoint of Ultralytics' own, which is a pickle: loading it runs the code
+            in it, now and whenever the recipe is used.
 
     Raises:
         DrkdError: If the data or the teacher cannot be used, do not fit each other, or the file exists.
@@ -94,7 +97,7 @@ def initialize(
     if output.exists() and not overwrite:
         raise DrkdError(f"{output} exists already. Replace it (--overwrite) or choose another file (--output).")
     facts = look_at_data(root)
-    known = look_at_teacher(teacher, facts.class_names)
+    known = look_at_teacher(teacher, facts.class_names, trust_pickle=trust_pickle)
     text = _write_recipe(root, facts, known, student=student, backbone=backbone, run=f"runs/{output.stem}")
     write_text(output, text)
     return Initialized(output, (*_describe_data(root, facts), *known.findings), f"drkd distill --config {output}")

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from drkd.adapters.checkpoint import load_detector, read_preprocessing
+from drkd.adapters.ultralytics import open_ultralytics
+from drkd.adapters.ultralytics_files import is_ultralytics_file
 from drkd.contracts import Detector, DetectorBuilder, DrkdError
 
 _DEFAULT_MIN_SIZE, _DEFAULT_MAX_SIZE, _DEFAULT_DIVISOR = 800, 1333, 32
@@ -57,6 +59,7 @@ def open_detector(
     class_names: Sequence[str] = (),
     min_size: int | None = None,
     max_size: int | None = None,
+    trust_pickle: bool = False,
 ) -> LoadedDetector:
     """Load a checkpoint, or build a detector that is described otherwise.
 
@@ -67,6 +70,7 @@ def open_detector(
         min_size: Short side, px; the checkpoint's own by default, 800 for a builder.
         max_size: Limit of the long side, px; the checkpoint's own by default, 1333 for a builder. Raised with
             ``min_size`` in proportion where only that is given.
+        trust_pickle: Let the code in a checkpoint of Ultralytics' run.
 
     Raises:
         DrkdError: If both or neither of checkpoint and builder are given, or the checkpoint cannot be used.
@@ -78,9 +82,13 @@ def open_detector(
         own = (_DEFAULT_MIN_SIZE, _DEFAULT_MAX_SIZE, _DEFAULT_DIVISOR)
     else:
         file = find_checkpoint(Path(str(checkpoint)))
-        detector = load_detector(file)
-        settings = read_preprocessing(file)
-        own = (int(settings["min_size"]), int(settings["max_size"]), int(settings["size_divisor"]))
+        if trust_pickle and is_ultralytics_file(file):
+            detector, side = open_ultralytics(file, trust_pickle=True)
+            own = (side, side, int(max(level.stride for level in detector.spec.levels)))
+        else:
+            detector = load_detector(file)
+            settings = read_preprocessing(file)
+            own = (int(settings["min_size"]), int(settings["max_size"]), int(settings["size_divisor"]))
     short = min_size or own[0]
     long = max_size or (own[1] if min_size is None else round(own[1] * short / own[0]))
     if short < 1 or long < short:

@@ -10,6 +10,8 @@ from typing import Literal
 from torch import Tensor
 
 from drkd.adapters.checkpoint import FORMAT, SavedDetectorBuilder, read_preprocessing
+from drkd.adapters.ultralytics import UltralyticsBuilder
+from drkd.adapters.ultralytics_files import is_ultralytics_file
 from drkd.adapters.weights import read_checkpoint, read_state
 from drkd.adapters.zoo import ZOO_NAMES, ZooBuilder
 from drkd.contracts import DetectorSpec, DrkdError
@@ -37,12 +39,13 @@ class Teacher:
     image_size: tuple[int, int] | None = None
 
 
-def look_at_teacher(source: str, class_names: Sequence[str]) -> Teacher:
+def look_at_teacher(source: str, class_names: Sequence[str], *, trust_pickle: bool = False) -> Teacher:
     """Load a teacher for these classes.
 
     Args:
         source: A file or run folder of drkd, a torchvision detector's state dict, or the name of a published one.
         class_names: The data's classes.
+        trust_pickle: Let the code in a checkpoint of Ultralytics' run.
 
     Raises:
         DrkdError: If it cannot be loaded, or its classes are not the data's.
@@ -57,6 +60,13 @@ def look_at_teacher(source: str, class_names: Sequence[str]) -> Teacher:
             f"knows. Expected a file, a run folder, or one of {', '.join(ZOO_NAMES)}."
         )
     file = find_checkpoint(Path(source))
+    if trust_pickle and is_ultralytics_file(file):
+        builder = UltralyticsBuilder(weights=str(file), trust_pickle=True, head="own")
+        detector = builder.build(class_names)
+        note = f" ({', '.join(detector.missing_classes)} unknown to it)" if detector.missing_classes else ""
+        arguments = {"weights": str(file), "trust_pickle": True, "head": "own"}
+        findings = _describe(str(file), detector.spec, note=note)
+        return Teacher(str(file), "drkd.adapters.UltralyticsBuilder", arguments, findings)
     content = {"format": FORMAT} if source.startswith("drkd:") else read_checkpoint(file)
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
         spec = SavedDetectorBuilder(path=str(file)).build(class_names).spec
