@@ -54,7 +54,7 @@ def require_same_grid(student: DetectorSpec, teacher: DetectorSpec, *, method: s
         )
     offsets = [spec.predictions.centre_offset if spec.predictions is not None else 0.0 for spec in (student, teacher)]
     if offsets[0] != offsets[1]:
-        raise DrkdError(
+        raise NotApplicableError(
             f"{method} compares predictions place by place and expects them in the same part of a cell, got centres at "
             f"{offsets[0]:g} of a cell (student: {_family(student)}) and at {offsets[1]:g} (teacher: "
             f"{_family(teacher)}); torchvision's lie at 0, YOLO's at 0.5. Choose detectors of one "
