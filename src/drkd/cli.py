@@ -173,6 +173,15 @@ _VERBS: Mapping[tuple[str, ...], _Verb] = {
         ),
         *verbs.recipe_verb("distill"),
     ),
+    ("doctor",): _Verb(
+        "Before a long run: is the teacher good here, is everything alive, how long will it take?",
+        (
+            "doctor --config recipe.yaml",
+            "doctor --config recipe.yaml --images 50 --steps 4 --json",
+        ),
+        cli_ship.doctor_parser,
+        cli_ship.run_doctor,
+    ),
     ("compare",): _Verb(
         "Measure which method is best for your detector and data: methods x pairs x seeds from one file.",
         (

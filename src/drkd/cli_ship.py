@@ -55,3 +55,40 @@ def run_export(config: Any, parser: ArgumentParser, console: Console) -> int:
         )
     console.print("How to feed it and read it: docs/export.md, and the file's metadata_props.")
     return 0
+
+
+def doctor_parser(description: str, **settings: Any) -> ArgumentParser:
+    """Options of ``drkd doctor``."""
+    from drkd.recipes.recipe import recipe_parser
+
+    parser = recipe_parser(description, **settings)
+    parser.add_argument(
+        "--images", type=int | None, default=200, help="Validation images to measure the teacher on; null: all."
+    )
+    parser.add_argument("--steps", type=int, default=8, help="Training steps to take, at least 2.")
+    _flag(parser, "json", "Print the findings as JSON.")
+    return parser
+
+
+def run_doctor(config: Any, parser: ArgumentParser, console: Console) -> int:
+    """Examine the run, and print what was found and the verdict."""
+    from drkd.recipes.preflight import doctor
+    from drkd.recipes.recipe import instantiate
+
+    diagnosis = doctor(instantiate(parser, config), images=config.images, steps=config.steps)
+    if config.json:
+        console.print(json.dumps(_finite(diagnosis.as_json()), indent=2))
+    else:
+        for finding in diagnosis.findings:
+            console.print(f"{finding.severity:<8}{finding.check:<15}{finding.text}")
+        console.print(f"\n{diagnosis.verdict}")
+    return WRONG if diagnosis.severity == "stop" else 0
+
+
+def _finite(value: Any) -> Any:
+    """NaN, which JSON lacks, as null."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and value != value else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def write_onnx(detector: Detector, path: Path, *, nms: bool, dynamic: Dynamic, i
     """
     graph = build_graph(detector, nms=nms)
     multiple = image_size.multiple
-    height, width = (2 * multiple, 3 * multiple) if dynamic == "all" else image_size.fixed
+    height, width = _example_size(detector, multiple) if dynamic == "all" else image_size.fixed
     # A batch of one would be taken for a constant.
     count = 1 if dynamic == "none" else 2
     example = torch.rand(count, 3, height, width), torch.tensor([[height, width]] * count)
@@ -110,6 +111,12 @@ def write_onnx(detector: Detector, path: Path, *, nms: bool, dynamic: Dynamic, i
         raise DrkdError("PyTorch's exporter returned nothing.")
     program.model.metadata_props.update(describe(detector, nms=nms, dynamic=dynamic, image_size=image_size))
     program.save(str(path))
+
+
+def _example_size(detector: Detector, multiple: int) -> Size:
+    """Large enough for two cells of the coarsest level each way: one would be traced as a size that never changes."""
+    cells = math.ceil(2 * max(level.stride for level in detector.spec.levels) / multiple)
+    return cells * multiple, (cells + 1) * multiple
 
 
 def describe(detector: Detector, *, nms: bool, dynamic: Dynamic, image_size: ImageSize) -> dict[str, str]:
