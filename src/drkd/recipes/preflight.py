@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from drkd.contracts import DrkdError
 from drkd.engine.distiller import Distiller
-from drkd.recipes.doctor import Diagnosis, examine, examine_briefly
+from drkd.recipes.doctor import Diagnosis, Finding, examine, examine_briefly
 from drkd.recipes.loading import choose_device
 from drkd.recipes.recipe import Recipe
 from drkd.recipes.run_folder import RunFolder, write_json
@@ -35,8 +35,13 @@ def doctor(recipe: Recipe, *, images: int | None = 200, steps: int = 8) -> Diagn
     on_gpu = recipe.training.accelerator in ("auto", "gpu", "cuda")
     device = choose_device("auto" if on_gpu else "cpu")
     with isolate_rng():
-        distiller = build_module(recipe, kind="distill").distiller
-        diagnosis = examine(recipe, distiller, images=images, steps=steps, device=device)
+        try:
+            distiller = build_module(recipe, kind="distill").distiller
+        except DrkdError as error:
+            # Classes that differ, weights that do not fit: whatever keeps the run from being built at all.
+            diagnosis = Diagnosis((Finding("stop", "build", str(error)),), {})
+        else:
+            diagnosis = examine(recipe, distiller, images=images, steps=steps, device=device)
     write_json(recipe.output / REPORT, diagnosis.as_json())
     return diagnosis
 
