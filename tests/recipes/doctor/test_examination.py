@@ -22,6 +22,8 @@ from drkd.recipes.training import distill
 def _options(tiny_coco: Path, teacher: Path, output: Path, *extra: str) -> list[str]:
     return [
         f"--data.root={tiny_coco}",
+        "--data.val_split=val",
+        "--data.pad_to=null",
         "--data.batch_size=2",
         "--data.min_size=64",
         "--data.max_size=96",
