@@ -124,9 +124,7 @@ def _is_tie(own: Detections, other: Detections, index: int, score: float, iou: f
     return bool(((overlaps - iou).abs() <= _TIE_IOU).any())
 
 
-def _describe(
-    who: str, own: Detections, other: Detections, index: int, name: str, class_names: Sequence[str]
-) -> str:
+def _describe(who: str, own: Detections, other: Detections, index: int, name: str, class_names: Sequence[str]) -> str:
     box = [round(float(side), 2) for side in own.boxes[index]]
     label = int(own.labels[index])
     text = f"{name}: only {who} finds '{class_names[label]}' at {box} with score {float(own.scores[index]):.4f}"

@@ -71,7 +71,9 @@ class OnnxDetector(Detector):
         if self.postprocessing["nms"] == "outside":
             settings = {name: self.postprocessing[name] for name in ("score_threshold", "nms_threshold")}
             most = self.postprocessing["detections_per_image"]
-            return [suppress_outside(b, s, detections_per_image=most, **settings) for b, s in zip(*outputs, strict=True)]
+            return [
+                suppress_outside(b, s, detections_per_image=most, **settings) for b, s in zip(*outputs, strict=True)
+            ]
         return [
             Detections(boxes[labels >= 0], scores[labels >= 0], labels[labels >= 0])
             for boxes, scores, labels in zip(*outputs, strict=True)

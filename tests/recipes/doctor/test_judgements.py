@@ -114,7 +114,13 @@ def test_a_map_of_one_cell_is_not_called_constant() -> None:
 
 @pytest.mark.parametrize(
     ("ratio", "possible", "severity"),
-    [(1.0, True, "ok"), (0.0, True, "stop"), (0.0, False, "careful"), (0.001, True, "careful"), (20.0, True, "careful")],
+    [
+        (1.0, True, "ok"),
+        (0.0, True, "stop"),
+        (0.0, False, "careful"),
+        (0.001, True, "careful"),
+        (20.0, True, "careful"),
+    ],
 )
 def test_terms_that_are_silent_or_drown_the_task_are_named(ratio: float, possible: bool, severity: str) -> None:
     numbers = StepNumbers(ratios={"hint": ratio, "other": 1.0}, possible={"hint": possible})
@@ -139,6 +145,8 @@ def test_waiting_for_images_is_worth_a_word() -> None:
 def test_the_verdict_gives_the_worst_reasons_only() -> None:
     findings = (Finding("ok", "a", "Fine."), Finding("careful", "b", "Look."), Finding("stop", "c", "Broken."))
     diagnosis = Diagnosis(findings, {})
-    assert diagnosis.verdict.startswith("stop: ") and "Broken." in diagnosis.verdict and "Look." not in diagnosis.verdict
+    assert (
+        diagnosis.verdict.startswith("stop: ") and "Broken." in diagnosis.verdict and "Look." not in diagnosis.verdict
+    )
     assert json.loads(json.dumps(diagnosis.as_json()))["verdict"] == "stop"
     assert Diagnosis(findings[:1], {}).verdict.startswith("ok")

@@ -38,7 +38,9 @@ def compare_classes(
         if shared != [name for name in names if name in spec.class_names]:
             findings.append(
                 Finding(
-                    "stop", "classes", f"The {who} has the data's classes in another order ({listing(spec.class_names)})."
+                    "stop",
+                    "classes",
+                    f"The {who} has the data's classes in another order ({listing(spec.class_names)}).",
                 )
             )
     if not findings:

@@ -52,7 +52,9 @@ def judge_features(who: str, features: Sequence[FeatureMap]) -> tuple[list[Findi
         elif judged and dead >= _DEAD_SHARE:
             findings.append(
                 Finding(
-                    "careful", "features", f"{100 * dead:.0f} % of the channels of the {who}'s level {level.name} are dead."
+                    "careful",
+                    "features",
+                    f"{100 * dead:.0f} % of the channels of the {who}'s level {level.name} are dead.",
                 )
             )
     if not findings:

@@ -43,7 +43,8 @@ def preprocessing_changes(teacher: Detector, student: Detector | None) -> dict[s
         return changes
     others = {"ImageNet's mean and std": _IMAGENET, "mean and std 0.5": _HALF}
     candidates = {
-        name: (torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)) for name, (mean, std) in others.items()
+        name: (torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1))
+        for name, (mean, std) in others.items()
     }
     candidates["no normalisation"] = (torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
     candidates["0 to 255"] = (torch.zeros(3, 1, 1), torch.full((3, 1, 1), 1 / 255))

@@ -117,7 +117,9 @@ def judge_gradients(numbers: StepNumbers, weights: Mapping[str, float]) -> list[
                 text = f"The term '{name}' could not be measured: no image of these steps had boxes enough."
                 findings.append(Finding("careful", "gradients", text))
         elif ratio < _QUIET:
-            text = f"The term '{name}' is {ratio:.2g} of the task loss in gradient: too quiet to teach. Raise its weight."
+            text = (
+                f"The term '{name}' is {ratio:.2g} of the task loss in gradient: too quiet to teach. Raise its weight."
+            )
             findings.append(Finding("careful", "gradients", text))
         elif ratio > _LOUD:
             text = f"The term '{name}' is {ratio:.1f} times as loud as the task loss: it drowns it. Lower its weight."
@@ -166,7 +168,9 @@ def forecast(recipe: Recipe, numbers: StepNumbers, *, detect_seconds: float, pas
 
 def judge_cost(plan: Mapping[str, Any]) -> Finding:
     """Say how long the run takes; careful where it mostly waits for data."""
-    memory = f", {plan['peak_memory_bytes'] / 2**30:.1f} GiB {plan['peak_memory_kind']}" if plan["peak_memory_bytes"] else ""
+    memory = (
+        f", {plan['peak_memory_bytes'] / 2**30:.1f} GiB {plan['peak_memory_kind']}" if plan["peak_memory_bytes"] else ""
+    )
     text = (
         f"{plan['steps']} steps of {plan['seconds_per_step']:.2f} s: about {duration(plan['seconds'])}, until "
         f"{plan['finish']} if started now{memory}."
