@@ -107,7 +107,7 @@ def test_a_file_that_finds_something_else_is_an_error_and_is_not_kept(
 
     monkeypatch.setattr(exporting, "write_onnx", write_copy)
     output = tmp_path / "wrong.onnx"
-    with pytest.raises(DrkdError, match="does not find what PyTorch finds.*The worst: .*px away"):
+    with pytest.raises(DrkdError, match=r"does not find what PyTorch finds.*The worst: .*px away"):
         exporting.export(tiny_detector, output=output, images=str(tiny_coco / "val"), dynamic="none")
     assert list(tmp_path.iterdir()) == []
 

@@ -104,8 +104,8 @@ def write_onnx(detector: Detector, path: Path, *, nms: bool, dynamic: Dynamic, i
     except Exception as error:
         reason = " ".join(str(error).split())[-300:]
         raise DrkdError(
-            f"PyTorch cannot write this detector as ONNX with open sizes '{dynamic}' ({type(error).__name__}: {reason}). "
-            "Try --dynamic=none, or another backbone."
+            f"PyTorch cannot write this detector as ONNX with open sizes '{dynamic}' ({type(error).__name__}: "
+            f"{reason}). Try --dynamic=none, or another backbone."
         ) from error
     if program is None:
         raise DrkdError("PyTorch's exporter returned nothing.")

@@ -70,7 +70,7 @@ def export(
         nms: Suppression inside the graph, or outside: raw boxes and scores, for a runtime with its own.
         dynamic: What the graph leaves open: all (batch and image size), the batch, or none.
         int8: Also write an int8 version, as OUTPUT.int8.onnx.
-        calibration: For int8: a data set's folder, or ``digits``. Calibrated on its train split, AP measured on another.
+        calibration: For int8: a data set's folder, or ``digits``. Calibrated on its train split.
         calibration_images: Calibrate on the first so many images.
         evaluation_split: Split of that data set that both versions' AP is measured on.
         evaluation_images: Measure on the first so many images; all by default.
@@ -152,8 +152,8 @@ def check(detector: Detector, found: OnnxDetector, batches: Iterable[tuple[str, 
     if agreement.mismatches:
         raise DrkdError(
             f"The ONNX file does not find what PyTorch finds: {len(agreement.mismatches)} of {agreement.detections} "
-            f"detections in {agreement.images} images differ by more than {BOX_BOUND_PX} px, {SCORE_BOUND} in score, or "
-            f"in the label. The worst: {agreement.mismatches[0]}. The file was not kept."
+            f"detections in {agreement.images} images differ by more than {BOX_BOUND_PX} px, {SCORE_BOUND} in score, "
+            f"or in the label. The worst: {agreement.mismatches[0]}. The file was not kept."
         )
     if not agreement.matched:
         raise DrkdError(

@@ -9,7 +9,7 @@ import torch
 
 from drkd.contracts import DetectorSpec
 from drkd.data.split import DatasetSplit
-from drkd.recipes.doctor.finding import Finding, listing
+from drkd.recipes.doctor.finding import Finding, Severity, listing
 
 
 def compare_classes(
@@ -28,7 +28,7 @@ def compare_classes(
         lacking = [name for name in names if name not in spec.class_names or (who == "teacher" and name in missing)]
         extra = [name for name in spec.class_names if name not in names]
         if lacking:
-            severity = "stop" if len(lacking) == len(names) else "careful"
+            severity: Severity = "stop" if len(lacking) == len(names) else "careful"
             findings.append(Finding(severity, "classes", f"The {who} does not know {listing(lacking)} of the data."))
         if extra:
             findings.append(
@@ -52,7 +52,8 @@ def compare_classes(
 
 def count_boxes(train: DatasetSplit, val: DatasetSplit) -> tuple[list[Finding], dict[str, Any]]:
     """Count boxes by class in both splits and name the classes without any; crowds do not count."""
-    findings, numbers = [], {}
+    findings: list[Finding] = []
+    numbers: dict[str, Any] = {}
     for split in (train, val):
         labels = [record.labels[~record.crowd] for record in split.records]
         joined = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64)

@@ -12,7 +12,7 @@ from torch import Tensor
 from drkd.contracts import DetectionBatch, Detector
 from drkd.data.split import DatasetSplit
 from drkd.evaluation import CocoEvaluator
-from drkd.recipes.doctor.finding import Finding
+from drkd.recipes.doctor.finding import Finding, Severity
 
 Change = Callable[[Tensor], Tensor]
 
@@ -111,12 +111,12 @@ def judge_preprocessing(own: float, others: dict[str, float]) -> Finding:
     best = max(others, key=lambda name: others[name] if others[name] == others[name] else -1.0)
     value = others[best]
     if value > own + _RISE and value > own * _RISE_SHARE:
-        severity = "stop" if own < value / 2 else "careful"
+        severity: Severity = "stop" if own < value / 2 else "careful"
         return Finding(
-            severity,  # type: ignore[arg-type]
+            severity,
             "preprocessing",
-            f"With {best} the teacher's AP rises from {100 * own:.1f} to {100 * value:.1f}: it was trained with another "
-            "preprocessing than it is given here. Set image_mean and image_std of its builder to what it was trained "
+            f"With {best} the teacher's AP rises from {100 * own:.1f} to {100 * value:.1f}: it was trained with "
+            "another preprocessing than it is given here. Set image_mean and image_std of its builder to what it was trained "
             "with, or swap the channels of its first layer.",
         )
     tried = ", ".join(f"{name} {100 * ap:.1f}" for name, ap in others.items())

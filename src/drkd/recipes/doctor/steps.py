@@ -117,9 +117,7 @@ def judge_gradients(numbers: StepNumbers, weights: Mapping[str, float]) -> list[
                 text = f"The term '{name}' could not be measured: no image of these steps had boxes enough."
                 findings.append(Finding("careful", "gradients", text))
         elif ratio < _QUIET:
-            text = (
-                f"The term '{name}' is {ratio:.2g} of the task loss in gradient: too quiet to teach. Raise its weight."
-            )
+            text = f"The term '{name}' is {ratio:.2g} of the task loss in gradient: too quiet. Raise its weight."
             findings.append(Finding("careful", "gradients", text))
         elif ratio > _LOUD:
             text = f"The term '{name}' is {ratio:.1f} times as loud as the task loss: it drowns it. Lower its weight."
