@@ -49,6 +49,7 @@ def _recipe(digits: Path, teacher: Path | None, output: Path, extra: list[str] |
         "--data.batch_size=8",
         "--training.epochs=4",
         "--inherit=false",
+        "--doctor=false",
         "--training.optimization.warmup_steps=4",
         "--training.log_interval=2",
         "--training.monitor_interval=2",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+from drkd import cli_ship
 from drkd import cli_verbs as verbs
 from drkd.cli_errors import FAILED, INTERRUPTED, WRONG, explain
 
@@ -173,6 +174,15 @@ _VERBS: Mapping[tuple[str, ...], _Verb] = {
         ),
         *verbs.recipe_verb("distill"),
     ),
+    ("doctor",): _Verb(
+        "Before a long run: is the teacher good here, is everything alive, how long will it take?",
+        (
+            "doctor --config recipe.yaml",
+            "doctor --config recipe.yaml --images 50 --steps 4 --json",
+        ),
+        cli_ship.doctor_parser,
+        cli_ship.run_doctor,
+    ),
     ("compare",): _Verb(
         "Measure which method is best for your detector and data: methods x pairs x seeds from one file.",
         (
@@ -203,6 +213,16 @@ _VERBS: Mapping[tuple[str, ...], _Verb] = {
         ),
         verbs.predict_parser,
         verbs.run_predict,
+    ),
+    ("export",): _Verb(
+        "Write a student as ONNX, checked against PyTorch on real images.",
+        (
+            "export runs/birds --output birds.onnx --images data/birds/val",
+            "export student.pt --output student.onnx --nms outside --dynamic batch",
+            "export runs/birds --output birds.onnx --images data/birds/val --int8 --calibration data/birds",
+        ),
+        cli_ship.export_parser,
+        cli_ship.run_export,
     ),
     ("data", "check"): _Verb(
         "List every problem of a COCO-format folder at once, with counts.",

@@ -49,6 +49,7 @@ def _arguments(tiny_coco: Path, tiny_detector: Path, output: Path) -> list[str]:
         "--training.accelerator=cpu",
         "--evaluation.split=null",
         "--inherit=false",
+        "--doctor=false",
         "--teacher=drkd.adapters.SavedDetectorBuilder",
         f"--teacher.path={tiny_detector}",
         f"--output={output}",

@@ -112,6 +112,7 @@ class Recipe:
         seed: Of everything random.
         resume: Go on from the run folder's last checkpoint.
         overwrite: Replace what is in the run folder.
+        doctor: Begin a distillation with the short form of `drkd doctor`.
         resolved: The recipe as YAML, every default written out.
     """
 
@@ -129,6 +130,7 @@ class Recipe:
     inherit: bool = False
     resume: bool = False
     overwrite: bool = False
+    doctor: bool = True
     resolved: str = ""
 
 
@@ -178,6 +180,9 @@ def recipe_parser(description: str = "", **settings: Any) -> ArgumentParser:
     )
     parser.add_argument(
         "--overwrite", type=bool, nargs="?", const=True, default=False, help="Replace what is in the run folder."
+    )
+    parser.add_argument(
+        "--doctor", type=bool, nargs="?", const=True, default=True, help="Check the run for seconds before it starts."
     )
     return parser
 

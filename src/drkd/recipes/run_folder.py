@@ -23,7 +23,7 @@ from drkd.contracts import DrkdError
 
 _WRITTEN = (
     *("run.json", "recipe.yaml", "metrics.csv", "evaluation.json", "cost.json", "training.json", "progress.json"),
-    "student.pt",
+    *("student.pt", "doctor.json"),
 )
 _PACKAGES = ("drkd", "torch", "torchvision", "timm", "lightning", "faster-coco-eval", "numpy")
 

@@ -24,6 +24,7 @@ from drkd.engine.training_cost import TrainingCost
 from drkd.evaluation import CocoEvaluator
 from drkd.recipes.evaluation import evaluate_detector
 from drkd.recipes.inheritance import inherit_neck_and_head
+from drkd.recipes.preflight import preflight
 from drkd.recipes.recipe import Recipe
 from drkd.recipes.run_folder import RunFolder, write_json
 from drkd.recipes.teacher_assembly import build_teacher, build_teachers, short_side
@@ -148,6 +149,8 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
     recipe.data.setup("fit")
     module = build_module(recipe, kind=kind)
     folder.start(resolved=recipe.resolved, seed=recipe.seed, kind=kind)
+    if kind == "distill" and recipe.doctor and not recipe.resume:
+        preflight(recipe, module.distiller, folder)
     average = StudentAverage(recipe.training.ema) if recipe.training.ema else None
     last, best = _checkpoints(recipe, folder)
     cost = TrainingCost(folder.note_progress)

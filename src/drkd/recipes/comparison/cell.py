@@ -20,7 +20,7 @@ from drkd.recipes.run_folder import write_json
 State = Literal["done", "missing", "changed"]
 
 # Where a run writes and how it starts says nothing about what it measures.
-_NO_SETTINGS = ("output", "resume", "overwrite")
+_NO_SETTINGS = ("output", "resume", "overwrite", "doctor")
 # What a teacher's scores depend on.
 _TEACHERS_SETTINGS = (
     *("teacher", "data.root", "data.min_size", "data.max_size", "data.size_divisor", "data.pad_to", "data.val_limit"),

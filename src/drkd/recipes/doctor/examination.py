@@ -1,0 +1,142 @@
+"""The two forms of the preflight: the whole one before a long run, and the short one at every run's start."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader
+
+from drkd.contracts import DetectionBatch, Detector, DrkdError
+from drkd.engine.distiller import Distiller
+from drkd.recipes.doctor.classes import compare_classes, count_boxes
+from drkd.recipes.doctor.features import look_at_features
+from drkd.recipes.doctor.finding import Diagnosis, Finding
+from drkd.recipes.doctor.preprocessing import (
+    average_precision,
+    judge_preprocessing,
+    judge_teacher,
+    preprocessing_changes,
+)
+from drkd.recipes.doctor.steps import forecast, judge_cost, judge_gradients, shares, take_steps
+from drkd.recipes.recipe import Recipe
+
+BRIEF_IMAGES = 16
+
+
+def examine(
+    recipe: Recipe, distiller: Distiller, *, images: int | None = 200, steps: int = 8, device: torch.device
+) -> Diagnosis:
+    """The whole preflight. The distiller is changed: take one that will not be trained.
+
+    Args:
+        recipe: The recipe, its data set up.
+        distiller: Student, teacher and method as the run would begin with them.
+        images: Validation images to measure the teacher on; None takes all.
+        steps: Training steps to take, at least two.
+        device: Where to run.
+
+    Raises:
+        DrkdError: If there is no teacher, or a number is out of range.
+    """
+    if steps < 2 or (images is not None and images < 1):
+        raise DrkdError(f"drkd doctor: expected at least 2 steps and 1 image, got {steps} and {images}.")
+    distiller.to(device)
+    findings, numbers = _look(recipe, distiller, images=images, device=device)
+    batch = _batches(recipe, 1)[0].to(device)
+    detect = _detect_seconds(distiller.student, batch)
+    taken = take_steps(recipe, distiller, steps=steps, device=device)
+    weights = distiller.method.weights if distiller.method is not None else {}
+    findings += judge_gradients(taken, weights)
+    numbers["gradients"] = {"ratio_to_task": taken.ratios, "share": shares(taken), "steps": max(1, steps // 2)}
+    if not taken.error:
+        passes = len(recipe.data.train_dataloader())
+        plan = forecast(recipe, taken, detect_seconds=detect, passes=passes)
+        findings.append(judge_cost(plan))
+        numbers["cost"] = {**plan, "detect_seconds_an_image": detect, "steps_taken": asdict(taken)}
+    return Diagnosis(tuple(findings), numbers)
+
+
+def examine_briefly(recipe: Recipe, distiller: Distiller, *, device: torch.device | None = None) -> Diagnosis:
+    """The short form: classes, features, and the teacher on a handful of images. Seconds, and nothing is changed.
+
+    Neither the random state nor the weights, the buffers or the modes of the models are touched, so that a run is the
+    same bit for bit with and without it.
+
+    Args:
+        recipe: The recipe, its data set up.
+        distiller: Student, teacher and method.
+        device: Where to run; where the models are, by default.
+    """
+    where = device or next(distiller.student.parameters()).device
+    modes = {module: module.training for module in distiller.modules()}
+    with isolate_rng():
+        try:
+            findings, numbers = _look(recipe, distiller, images=BRIEF_IMAGES, device=where)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+    return Diagnosis(tuple(findings), numbers, brief=True)
+
+
+def _look(
+    recipe: Recipe, distiller: Distiller, *, images: int | None, device: torch.device
+) -> tuple[list[Finding], dict[str, Any]]:
+    """What both forms look at; nothing is trained."""
+    teacher, student = distiller.teacher, distiller.student
+    if teacher is None:
+        raise DrkdError("drkd doctor: the recipe names no teacher and no method; there is nothing to examine.")
+    train, val = recipe.data.train_split, recipe.data.val_split
+    student.eval()
+    missing = getattr(teacher, "missing_classes", ())
+    findings = compare_classes(student.spec, teacher.spec, recipe.data.class_names, missing=missing)
+    more, counts = count_boxes(train, val)
+    findings += more
+    batches = [batch.to(device) for batch in _batches(recipe, images)]
+    seen = sum(len(batch) for batch in batches)
+    own = average_precision(teacher, batches, val)
+    boxes = sum(len(entry) for batch in batches for entry in batch.boxes)
+    findings.append(judge_teacher(own["ap"], own["ap50"], seen, boxes=boxes))
+    changes = preprocessing_changes(teacher, student)
+    others = {name: average_precision(teacher, batches, val, change)["ap"] for name, change in changes.items()}
+    if boxes:
+        findings.append(judge_preprocessing(own["ap"], others))
+    levels = {}
+    for who, detector in (("teacher", teacher), ("student", student)):
+        more, levels[who] = look_at_features(who, detector, batches[0])
+        findings += more
+    return findings, {
+        "classes": counts,
+        "teacher": {**own, "images": seen, "boxes": boxes, "split": val.name},
+        "preprocessing": others,
+        "features": levels,
+    }
+
+
+def _batches(recipe: Recipe, images: int | None) -> list[DetectionBatch]:
+    """The first validation images, decoded here: starting processes for a handful takes longer."""
+    loader = recipe.data.val_dataloader()
+    dataset: Any = loader.dataset
+    count = len(dataset) if images is None else min(images, len(dataset))
+    size = max(1, min(16, count))
+    plain: DataLoader[Any] = DataLoader(
+        dataset, batch_size=size, collate_fn=loader.collate_fn, generator=torch.Generator().manual_seed(0)
+    )
+    found: Sequence[DetectionBatch] = list(islice(plain, -(-count // size)))
+    if not found:
+        raise DrkdError("drkd doctor: the validation split holds no image.")
+    return list(found)
+
+
+@torch.no_grad()
+def _detect_seconds(detector: Detector, batch: DetectionBatch) -> float:
+    detector.eval()
+    detector.detect(batch)
+    started = time.perf_counter()
+    detector.detect(batch)
+    return (time.perf_counter() - started) / len(batch)

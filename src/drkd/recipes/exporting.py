@@ -1,0 +1,261 @@
+"""Ship a student: write it as ONNX, check it against PyTorch on real images, time both, and quantise it on request."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torchvision import tv_tensors
+
+from drkd.contracts import BoxTargets, DetectionBatch, Detector, DrkdError
+from drkd.data.dataset import Sample
+from drkd.data.digits import build_digits
+from drkd.data.image import decode_image
+from drkd.data.module import DetectionDataModule
+from drkd.data.transforms import collate, eval_transforms
+from drkd.export.agreement import BOX_BOUND_PX, SCORE_BOUND, Agreement, compare
+from drkd.export.onnx_detector import OnnxDetector
+from drkd.export.onnx_file import Dynamic, ImageSize, require_onnx, write_onnx
+from drkd.export.quantization import quantize
+from drkd.recipes.evaluation import evaluate_detector
+from drkd.recipes.loading import find_checkpoint, open_detector
+from drkd.recipes.prediction import find_images
+from drkd.recipes.run_folder import machine, source_commit, versions, write_json
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written and measured.
+
+    Args:
+        output: The ONNX file.
+        report: Everything as plain values; also written beside the file, as ``.json``.
+    """
+
+    output: Path
+    report: dict[str, Any]
+
+
+def export(
+    checkpoint: Path,
+    *,
+    output: Path,
+    images: str = "digits",
+    image_limit: int = 16,
+    nms: Literal["inside", "outside"] = "inside",
+    dynamic: Dynamic = "all",
+    int8: bool = False,
+    calibration: str | None = None,
+    calibration_images: int = 128,
+    evaluation_split: str = "val",
+    evaluation_images: int | None = None,
+    min_size: int | None = None,
+    max_size: int | None = None,
+    repeats: int = 20,
+    json: bool = False,
+) -> Exported:
+    """Write a student as ONNX, checked against PyTorch.
+
+    Args:
+        checkpoint: A student.pt, or a run folder that holds one.
+        output: The ONNX file; its report is written beside it, as .json.
+        images: Check on these: an image, a folder of images, or ``digits`` for the embedded ones.
+        image_limit: Check on the first so many images.
+        nms: Suppression inside the graph, or outside: raw boxes and scores, for a runtime with its own.
+        dynamic: What the graph leaves open: all (batch and image size), the batch, or none.
+        int8: Also write an int8 version, as OUTPUT.int8.onnx.
+        calibration: For int8: a data set's folder, or ``digits``. Calibrated on its train split.
+        calibration_images: Calibrate on the first so many images.
+        evaluation_split: Split of that data set that both versions' AP is measured on.
+        evaluation_images: Measure on the first so many images; all by default.
+        min_size: Short side that images are resized to, px; the checkpoint's own by default.
+        max_size: Limit of the long side, px; the checkpoint's own by default.
+        repeats: Timed calls.
+        json: Print the report as JSON.
+
+    Raises:
+        DrkdError: If the detector cannot be exported, or finds something else than PyTorch: no file is then left.
+    """
+    del json  # the command line's business
+    require_onnx()
+    if int8 != (calibration is not None):
+        raise DrkdError("Expected --int8 together with --calibration DATA: the ranges of activations come from data.")
+    loaded = open_detector(checkpoint, min_size=min_size, max_size=max_size)
+    size = ImageSize(loaded.min_size, loaded.max_size, loaded.size_divisor)
+    batches = list(_read_images(images, image_limit, size, dynamic, output))
+    aside = output.with_name(f".{output.name}.{os.getpid()}.onnx")
+    aside_int8 = output.with_name(f".{output.name}.{os.getpid()}.int8.onnx")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        started = time.perf_counter()
+        write_onnx(loaded.detector, aside, nms=nms == "inside", dynamic=dynamic, image_size=size)
+        seconds = time.perf_counter() - started
+        found = OnnxDetector(aside)
+        agreement = check(loaded.detector, found, batches)
+        report = {
+            "checkpoint": str(find_checkpoint(checkpoint)),
+            "output": str(output),
+            "bytes": aside.stat().st_size,
+            "export_seconds": round(seconds, 1),
+            "exporter": "torch.onnx.export(dynamo=True)",
+            **{name: found.metadata[name] for name in ("family",)},
+            "class_names": list(found.spec.class_names),
+            "nms": nms,
+            "dynamic": dynamic,
+            "agreement": agreement.as_json(),
+            "latency": compare_latency(loaded.detector, found, batches[0][1], repeats=repeats),
+            "machine": machine(),
+            "versions": versions(),
+            "commit": source_commit(),
+        }
+        if int8 and calibration is not None:
+            data = _Calibration(calibration, evaluation_split, calibration_images, evaluation_images, size, dynamic)
+            report["int8"] = _quantize(aside, aside_int8, found, data, batches[0][1], repeats=repeats)
+            target = output.with_name(f"{output.stem}.int8.onnx")
+            report["int8"]["output"] = str(target)
+            aside_int8.replace(target)
+        aside.replace(output)
+    finally:
+        aside.unlink(missing_ok=True)
+        aside_int8.unlink(missing_ok=True)
+    write_json(output.with_name(f"{output.name}.json"), report)
+    return Exported(output, report)
+
+
+@torch.inference_mode()
+def check(detector: Detector, found: OnnxDetector, batches: Iterable[tuple[str, DetectionBatch]]) -> Agreement:
+    """Compare what both find in images, and insist.
+
+    Raises:
+        DrkdError: If they differ by more than the bounds, or there was nothing to compare.
+    """
+    agreement = Agreement()
+    settings = found.postprocessing
+    for name, batch in batches:
+        (reference,), (other,) = detector.detect(batch), found.detect(batch)
+        compare(
+            agreement,
+            reference,
+            other,
+            name=name,
+            class_names=detector.spec.class_names,
+            score_threshold=settings["score_threshold"],
+            nms_threshold=settings["nms_threshold"],
+            most=settings["detections_per_image"],
+        )
+    if agreement.mismatches:
+        raise DrkdError(
+            f"The ONNX file does not find what PyTorch finds: {len(agreement.mismatches)} of {agreement.detections} "
+            f"detections in {agreement.images} images differ by more than {BOX_BOUND_PX} px, {SCORE_BOUND} in score, "
+            f"or in the label. The worst: {agreement.mismatches[0]}. The file was not kept."
+        )
+    if not agreement.matched:
+        raise DrkdError(
+            f"PyTorch detects nothing in the {agreement.images} images of the check, so it would prove nothing. Name "
+            "images that show what the detector knows (--images FOLDER). The file was not kept."
+        )
+    return agreement
+
+
+@torch.inference_mode()
+def compare_latency(detector: Detector, found: OnnxDetector, batch: DetectionBatch, *, repeats: int) -> dict[str, Any]:
+    """Time of one image from the padded tensor to the detections, in PyTorch and in onnxruntime, ms, by turns."""
+    times: dict[str, list[float]] = {"pytorch": [], "onnxruntime": []}
+    runs: dict[str, Callable[[DetectionBatch], Any]] = {"pytorch": detector.detect, "onnxruntime": found.detect}
+    for turn in range(repeats + 3):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run(batch)
+            if turn >= 3:
+                times[name].append(1000 * (time.perf_counter() - started))
+    return {
+        **{f"{name}_ms": round(statistics.median(values), 3) for name, values in times.items()},
+        "repeats": repeats,
+        "threads": torch.get_num_threads(),
+        "image_size": list(batch.image_size),
+        "batch": len(batch),
+        "device": "cpu",
+    }
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    root: str
+    split: str
+    train_limit: int
+    limit: int | None
+    size: ImageSize
+    dynamic: Dynamic
+
+    def module(self, class_names: tuple[str, ...]) -> DetectionDataModule:
+        return DetectionDataModule(
+            self.root,
+            val_split=self.split,
+            val_limit=self.limit,
+            batch_size=1 if self.dynamic == "none" else 8,
+            min_size=self.size.min_size,
+            max_size=self.size.max_size,
+            size_divisor=self.size.multiple,
+            pad_to=None if self.dynamic == "all" else self.size.fixed,
+            workers=0,
+            class_names=class_names,
+        )
+
+
+def _quantize(
+    source: Path, target: Path, plain: OnnxDetector, data: _Calibration, example: DetectionBatch, *, repeats: int
+) -> dict[str, Any]:
+    module = data.module(plain.spec.class_names)
+    calibration = DetectionDataModule(
+        data.root,
+        train_split="val",
+        val_split="train",
+        val_limit=data.train_limit,
+        batch_size=1,
+        min_size=data.size.min_size,
+        max_size=data.size.max_size,
+        size_divisor=data.size.multiple,
+        pad_to=None if data.dynamic == "all" else data.size.fixed,
+        workers=0,
+        class_names=plain.spec.class_names,
+    )
+    quantize(source, target, calibration.val_dataloader())
+    small = OnnxDetector(target)
+    metrics = {}
+    for name, detector in (("fp32", plain), ("int8", small)):
+        evaluated = evaluate_detector(detector, module.val_split, loader=module.val_dataloader())
+        metrics[name] = {key: evaluated.metrics[key] for key in ("ap", "ap50", "ap_small")}
+    return {
+        "bytes": target.stat().st_size,
+        "calibration": {"data": data.root, "split": "train", "images": len(calibration.val_split)},
+        "evaluation": {"data": data.root, "split": data.split, "images": len(module.val_split)},
+        "metrics": metrics,
+        "ap_cost": (metrics["fp32"]["ap"] or 0.0) - (metrics["int8"]["ap"] or 0.0),
+        "latency": compare_latency(small, small, example, repeats=repeats)["onnxruntime_ms"],
+    }
+
+
+def _read_images(
+    source: str, limit: int, size: ImageSize, dynamic: Dynamic, output: Path
+) -> Iterator[tuple[str, DetectionBatch]]:
+    if limit < 1:
+        raise DrkdError(f"image_limit: expected at least 1, got {limit}.")
+    folder = build_digits() / "val" if source == "digits" else Path(source)
+    if source == "digits" and not folder.is_dir():
+        folder = build_digits()
+    files = find_images(folder, output=output)
+    transforms = eval_transforms(min_size=size.min_size, max_size=size.max_size)
+    nothing = BoxTargets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+    for number, (name, file) in enumerate(list(files.items())[:limit]):
+        pixels = decode_image(file)
+        original = int(pixels.shape[1]), int(pixels.shape[2])
+        image = torch.Tensor(transforms(tv_tensors.Image(pixels)))
+        sample = Sample(image, nothing, original, number)
+        pad_to = None if dynamic == "all" else size.fixed
+        yield name, collate([sample], size_divisor=size.multiple, pad_to=pad_to)

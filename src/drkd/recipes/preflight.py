@@ -1,0 +1,59 @@
+"""`drkd doctor`, and the short form of it that a distillation begins with."""
+
+from __future__ import annotations
+
+import sys
+
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from drkd.contracts import DrkdError
+from drkd.engine.distiller import Distiller
+from drkd.recipes.doctor import Diagnosis, Finding, examine, examine_briefly
+from drkd.recipes.loading import choose_device
+from drkd.recipes.recipe import Recipe
+from drkd.recipes.run_folder import RunFolder, write_json
+
+REPORT = "doctor.json"
+
+
+def doctor(recipe: Recipe, *, images: int | None = 200, steps: int = 8) -> Diagnosis:
+    """Examine a run before it is started, and write ``doctor.json`` into its run folder.
+
+    Args:
+        recipe: The recipe.
+        images: Validation images to measure the teacher on; None takes all.
+        steps: Training steps to take.
+
+    Raises:
+        DrkdError: If the recipe names no teacher or method, or something in it cannot be used.
+    """
+    from drkd.recipes.training import build_module
+
+    if recipe.teacher is None or recipe.method is None:
+        raise DrkdError("drkd doctor: the recipe names no teacher or no method, so there is nothing to examine.")
+    recipe.data.setup("fit")
+    on_gpu = recipe.training.accelerator in ("auto", "gpu", "cuda")
+    device = choose_device("auto" if on_gpu else "cpu")
+    with isolate_rng():
+        try:
+            distiller = build_module(recipe, kind="distill").distiller
+        except DrkdError as error:
+            # Classes that differ, weights that do not fit: whatever keeps the run from being built at all.
+            diagnosis = Diagnosis((Finding("stop", "build", str(error)),), {})
+        else:
+            diagnosis = examine(recipe, distiller, images=images, steps=steps, device=device)
+    write_json(recipe.output / REPORT, diagnosis.as_json())
+    return diagnosis
+
+
+def preflight(recipe: Recipe, distiller: Distiller, folder: RunFolder) -> None:
+    """The short form: writes ``doctor.json`` and says on standard error what speaks against the run.
+
+    It never stops a run: a control with a random teacher, say, is meant to look hopeless.
+    """
+    if not folder.writes:
+        return
+    diagnosis = examine_briefly(recipe, distiller)
+    write_json(folder.path / REPORT, diagnosis.as_json())
+    if diagnosis.severity != "ok":
+        print(f"drkd doctor: {diagnosis.verdict} (--doctor=false turns this check off.)", file=sys.stderr)

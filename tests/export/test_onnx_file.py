@@ -1,0 +1,137 @@
+"""Files as onnxruntime runs them, and the whole verb on a tiny detector."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.export.test_graph import make_batch, make_detector
+
+from drkd import cli
+from drkd.contracts import DrkdError
+from drkd.export import onnx_file
+from drkd.export.agreement import Agreement, compare
+from drkd.export.onnx_detector import OnnxDetector
+from drkd.export.onnx_file import ImageSize, write_onnx
+from drkd.recipes import exporting
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+SIZE = ImageSize(64, 96, 32)
+
+
+def _agreement(detector: Any, found: OnnxDetector, *shapes: tuple[int, int, int]) -> Agreement:
+    agreement = Agreement()
+    for shape in shapes:
+        batch = make_batch(*shape)
+        for expected, other in zip(detector.detect(batch), found.detect(batch), strict=True):
+            compare(
+                agreement,
+                expected,
+                other,
+                name=str(shape),
+                class_names=detector.spec.class_names,
+                score_threshold=0.02,
+                nms_threshold=0.5,
+                most=100,
+            )
+    return agreement
+
+
+@pytest.mark.parametrize(
+    ("family", "nms", "dynamic", "shapes"),
+    [
+        ("faster_rcnn", True, "none", [(2, 96, 96)]),
+        ("fcos", False, "batch", [(1, 96, 96), (3, 96, 96)]),
+        pytest.param("retinanet", True, "all", [(2, 64, 96), (1, 128, 64)], marks=pytest.mark.slow),
+        pytest.param("faster_rcnn", True, "all", [(2, 64, 96), (1, 128, 64)], marks=pytest.mark.slow),
+    ],
+)
+def test_onnxruntime_finds_what_pytorch_finds(
+    family: str, nms: bool, dynamic: Any, shapes: list[tuple[int, int, int]], tmp_path: Path
+) -> None:
+    detector = make_detector(family)
+    path = tmp_path / "student.onnx"
+    write_onnx(detector, path, nms=nms, dynamic=dynamic, image_size=SIZE)
+    found = OnnxDetector(path)
+    assert found.spec.class_names == ("cat", "dog", "owl") and found.spec.family == family
+    preprocessing = json.loads(found.metadata["preprocessing"])
+    assert preprocessing["color"] == "RGB" and preprocessing["min_size"] == 64
+    agreement = _agreement(detector, found, *shapes)
+    assert agreement.good and agreement.ties == 0, agreement.mismatches
+
+
+@pytest.fixture(scope="module")
+def shipped(tiny_coco: Path, tiny_detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The verb's output folder: fp32, int8 and report of the tiny detector."""
+    folder = tmp_path_factory.mktemp("shipped")
+    code = cli.main(
+        [
+            *("export", str(tiny_detector), "--output", str(folder / "tiny.onnx"), "--dynamic=none", "--repeats=2"),
+            *(f"--images={tiny_coco / 'val'}", "--image_limit=2"),
+            *("--int8", f"--calibration={tiny_coco}", "--calibration_images=2", "--evaluation_images=2"),
+        ]
+    )
+    assert code == 0
+    return folder
+
+
+def test_the_verb_leaves_both_files_and_a_report(shipped: Path) -> None:
+    assert {path.name for path in shipped.iterdir()} == {"tiny.onnx", "tiny.int8.onnx", "tiny.onnx.json"}
+    report = json.loads((shipped / "tiny.onnx.json").read_text())
+    assert report["agreement"]["matched"] > 0 and report["agreement"]["mismatches"] == []
+    assert report["agreement"]["worst_box_px"] <= report["agreement"]["bounds"]["box_px"]
+    assert report["latency"]["onnxruntime_ms"] > 0 and report["latency"]["pytorch_ms"] > 0
+    small = report["int8"]
+    assert small["bytes"] < report["bytes"] and small["calibration"]["images"] == 2
+    assert small["ap_cost"] == pytest.approx(small["metrics"]["fp32"]["ap"] - small["metrics"]["int8"]["ap"])
+
+
+def test_the_int8_file_is_quantised_and_detects(shipped: Path) -> None:
+    import onnx
+
+    operators = {node.op_type for node in onnx.load(shipped / "tiny.int8.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+    assert OnnxDetector(shipped / "tiny.int8.onnx").spec.class_names == ("cat", "dog")
+
+
+def test_a_file_that_finds_something_else_is_an_error_and_is_not_kept(
+    tiny_coco: Path, tiny_detector: Path, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_copy(detector: Any, path: Path, **_: Any) -> None:
+        path.write_bytes((shipped / "tiny.onnx").read_bytes())
+        torch.nn.init.normal_(detector.model.head.regression_head.bbox_reg.weight)
+
+    monkeypatch.setattr(exporting, "write_onnx", write_copy)
+    output = tmp_path / "wrong.onnx"
+    with pytest.raises(DrkdError, match=r"does not find what PyTorch finds.*The worst: .*px away"):
+        exporting.export(tiny_detector, output=output, images=str(tiny_coco / "val"), dynamic="none")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_show_nothing_prove_nothing(
+    tiny_coco: Path, tiny_detector: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = OnnxDetector(shipped / "tiny.onnx")
+    with pytest.raises(DrkdError, match="would prove nothing"):
+        exporting.check(make_detector("retinanet"), found, [])
+
+
+def test_int8_wants_data_and_missing_packages_are_named(
+    tiny_detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DrkdError, match="--calibration"):
+        exporting.export(tiny_detector, output=tmp_path / "a.onnx", int8=True)
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(DrkdError, match=r"drkd\[export\]"):
+        onnx_file.require_onnx()
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(DrkdError, match=r"foreign\.onnx"):
+        OnnxDetector(path)

@@ -1,0 +1,107 @@
+"""The doctor on runs that are built and data that is read, and what it leaves untouched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import write_detector
+
+from drkd import cli
+from drkd.adapters import TorchvisionDetector, load_detector
+from drkd.data.digits import DigitsConfig, build_digits
+from drkd.data.module import DetectionDataModule
+from drkd.recipes.doctor.preprocessing import average_precision, judge_preprocessing, preprocessing_changes
+from drkd.recipes.preflight import doctor
+from drkd.recipes.recipe import Recipe, load_recipe
+from drkd.recipes.training import distill
+
+
+def _options(tiny_coco: Path, teacher: Path, output: Path, *extra: str) -> list[str]:
+    return [
+        f"--data.root={tiny_coco}",
+        "--data.val_split=val",
+        "--data.pad_to=null",
+        "--data.batch_size=2",
+        "--data.min_size=64",
+        "--data.max_size=96",
+        "--data.workers=0",
+        "--student.fpn_channels=32",
+        "--student.backbone_weights=null",
+        f"--teacher.path={teacher}",
+        "--training.steps=null",
+        "--training.epochs=1",
+        "--training.validate_every=0",
+        "--evaluation.split=null",
+        "--inherit=false",
+        f"--output={output}",
+        *extra,
+    ]
+
+
+def _recipe(*arguments: object) -> Recipe:
+    return load_recipe(["digits/retinanet"], _options(*arguments))  # type: ignore[arg-type]
+
+
+def test_a_run_is_the_same_bit_for_bit_with_and_without_it(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = []
+    for doctor_on in ("true", "false"):
+        output = tmp_path / doctor_on
+        result = distill(_recipe(tiny_coco, tiny_detector, output, f"--doctor={doctor_on}"))
+        assert (output / "doctor.json").exists() == (doctor_on == "true")
+        assert ("drkd doctor: stop" in capsys.readouterr().err) == (doctor_on == "true")
+        states.append(result.distiller.state_dict())
+    assert set(states[0]) == set(states[1])
+    for name, value in states[0].items():
+        if torch.is_tensor(value):
+            assert torch.equal(value, states[1][name]), name
+
+
+def test_the_whole_form_measures_everything_and_says_that_this_teacher_is_bad(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = _options(tiny_coco, tiny_detector, tmp_path / "run", "--images=2", "--steps=4", "--json")
+    code = cli.main(["doctor", "--config=digits/retinanet", *options])
+    printed = json.loads(capsys.readouterr().out)
+    assert code == 2 and printed["verdict"] == "stop" and "AP is" in printed["reasons"]
+    assert printed == json.loads((tmp_path / "run" / "doctor.json").read_text())
+    numbers = printed["numbers"]
+    assert numbers["teacher"]["images"] == 2 and numbers["classes"]["train"]["boxes"]["dog"] > 0
+    shares = numbers["gradients"]["share"]
+    assert sum(shares.values()) == pytest.approx(1.0) and min(shares.values()) > 0
+    assert numbers["cost"]["steps"] == 3 and numbers["cost"]["seconds"] > 0
+
+
+def test_models_that_cannot_be_built_are_a_finding(tiny_coco: Path, tmp_path: Path) -> None:
+    other = write_detector(tmp_path / "teacher.pt", classes=("cat", "horse"))
+    diagnosis = doctor(_recipe(tiny_coco, other, tmp_path / "run"), images=2, steps=2)
+    assert diagnosis.severity == "stop" and "horse" in diagnosis.verdict
+
+
+def test_a_teacher_under_a_wrong_normalisation_is_found_out(tmp_path: Path) -> None:
+    folder = build_digits(tmp_path, config=DigitsConfig(train=2, tune=2, val=16))
+    right = load_detector("drkd:digits_retinanet")
+    wrong_model = right.model
+    transform = wrong_model.transform
+    trained_with = list(transform.image_mean), list(transform.image_std)
+    transform.image_mean, transform.image_std = [0.0] * 3, [1 / 255] * 3
+    wrong = TorchvisionDetector(wrong_model, right.spec.class_names, label_ids=right.label_ids).eval()
+    data = DetectionDataModule(str(folder), min_size=128, max_size=128, workers=0, pad_to=(128, 128))
+    batches = list(data.val_dataloader())
+    own = average_precision(wrong, batches, data.val_split)["ap"]
+    changes = preprocessing_changes(wrong, None)
+    found = {name: average_precision(wrong, batches, data.val_split, change)["ap"] for name, change in changes.items()}
+    cure = "mean and std 0.5" if trained_with[0][0] == 0.5 else "ImageNet's mean and std"
+    assert found[cure] == pytest.approx(average_precision(right, batches, data.val_split)["ap"], abs=1e-6)
+    finding = judge_preprocessing(own, {name: found[name] for name in (cure, "BGR instead of RGB")})
+    assert finding.severity == "stop" and cure in finding.text
+
+
+def test_channels_in_the_other_order_are_undone() -> None:
+    images = torch.rand(1, 3, 2, 2)
+    change = preprocessing_changes(load_detector("drkd:digits_retinanet"), None)["BGR instead of RGB"]
+    assert torch.equal(change(images)[:, 0], images[:, 2])
