@@ -1,6 +1,7 @@
 """Detectors: how to build, wrap, save and load them."""
 
 from drkd.adapters.checkpoint import SavedDetectorBuilder, load_detector, save_student
+from drkd.adapters.mmdetection import MMDetectionBuilder
 from drkd.adapters.torchvision import (
     FasterRCNNBuilder,
     FCOSBuilder,
@@ -14,6 +15,7 @@ from drkd.adapters.weights import load_state
 __all__ = [
     "FCOSBuilder",
     "FasterRCNNBuilder",
+    "MMDetectionBuilder",
     "RetinaNetBuilder",
     "SavedDetectorBuilder",
     "TorchvisionDetector",
