@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,16 +13,38 @@ from released import ReleasedLosses
 from steps import peak_bytes, time_once
 from torch import Tensor, nn
 
-from drkd.losses import GraphReasoningUnit, InstanceLayout, InstanceRelationLoss, NonLocalBlock, PixelRelationLoss
+from drkd.losses import GraphReasoningUnit, InstanceRelationLoss, PixelRelationLoss
 from drkd.methods import DRKD, ReleasedDRKD
 
 Clock = Callable[[], float]
 
 
+class NonLocal(nn.Module):
+    """The embedded Gaussian non-local block (Wang et al., CVPR 2018): every pixel beside every other."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.theta, self.phi, self.value = (nn.Conv2d(channels, channels // 2, 1) for _ in range(3))
+        self.output = nn.Conv2d(channels // 2, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add to each pixel what all others say of it."""
+        theta, phi, value = (layer(x).flatten(2) for layer in (self.theta, self.phi, self.value))
+        weights = (theta.transpose(1, 2) @ phi).softmax(dim=2)
+        related = (value @ weights.transpose(1, 2)).unflatten(2, x.shape[2:])
+        return x + self.output(related)
+
+
 def compare_with_released(
-    size: tuple[int, int], boxes: Sequence[int], device: torch.device, *, repeats: int, clock: Clock, channels: int = 256
+    size: tuple[int, int],
+    boxes: Sequence[int],
+    device: torch.device,
+    *,
+    repeats: int,
+    clock: Clock,
+    channels: int = 256,
 ) -> list[dict[str, Any]]:
-    """Forward and backward of all three losses on five levels of stride 4 to 64, two images; one row a count of boxes."""
+    """Forward and backward of all losses on five levels of stride 4 to 64, two images; a row for each count of boxes."""
     rows = []
     for count in boxes:
         torch.manual_seed(0)
@@ -59,7 +82,13 @@ def compare_with_released(
 
 
 def growth(
-    sides: Sequence[int], counts: Sequence[int], device: torch.device, *, repeats: int, clock: Clock, channels: int = 256
+    sides: Sequence[int],
+    counts: Sequence[int],
+    device: torch.device,
+    *,
+    repeats: int,
+    clock: Clock,
+    channels: int = 256,
 ) -> dict[str, list[dict[str, Any]]]:
     """Seconds and peak bytes, forward and backward, against the pixels of a map and against the instances of an image.
 
@@ -81,13 +110,9 @@ def growth(
             "graph unit": GraphReasoningUnit(channels, nodes=32, states=64).to(device),
         }
         if side**4 * 4 <= 2**31:
-            modules["non-local block"] = NonLocalBlock(channels, pool=1).to(device)
+            modules["non-local block"] = NonLocal(channels).to(device)
         runs = {
-            name: _with_backward(
-                (lambda m=module: m(student, teacher))
-                if name == "pixel relation"
-                else (lambda m=module: m(student).square().mean())
-            )
+            name: _with_backward(partial(_apply, module, student, teacher if name == "pixel relation" else None))
             for name, module in modules.items()
         }
         for name, seconds in _in_turns(runs, device, repeats, clock).items():
@@ -105,6 +130,12 @@ def growth(
         row = {"what": "instance relation", "instances": count, "seconds": statistics.median(seconds)}
         instances.append({**row, "peak_bytes": peak_bytes(run, device)})
     return {"pixels": pixels, "instances": instances}
+
+
+def _apply(module: nn.Module, student: Tensor, teacher: Tensor | None) -> Tensor:
+    """A loss of two maps, or the mean square of what a block makes of one."""
+    value: Tensor = module(student).square().mean() if teacher is None else module(student, teacher)
+    return value
 
 
 def exponent(rows: Sequence[dict[str, Any]], what: str, by: str, value: str) -> float:

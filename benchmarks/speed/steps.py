@@ -1,4 +1,4 @@
-"""A distillation step beside its floor: the student's plain training step and the teacher's features without gradient."""
+"""A distillation step beside its floor: the student's plain training step and the teacher's features, no gradient."""
 
 from __future__ import annotations
 
@@ -188,7 +188,11 @@ def measure_steps(
         shuffle.shuffle(order)
         for name in order:
             times[name].append(time_once(steps[name], device, clock))
-    peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
+    peaks = {}
+    for name, step in steps.items():
+        # Gradients belong to the step that makes them.
+        step.optimizer.zero_grad(set_to_none=True)
+        peaks[name] = peak_bytes(step, device) + step.held_bytes()
     found: dict[str, dict[str, Any]] = {}
     for name, own in times.items():
         ratios = sorted(ours / floor for ours, floor in zip(own, times["floor"], strict=True))

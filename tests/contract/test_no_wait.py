@@ -111,9 +111,7 @@ def test_the_teachers_forward(kind: str, device: str) -> None:
     assert len(found.features) == len(teacher.spec.levels)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA GPU; test_methods.py has the CPU"
-)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; test_methods.py has the CPU")
 @pytest.mark.parametrize("counts", [(3, 2), (0, 1), (0, 0)])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_methods_forward_and_backward_on_a_gpu(method: type[KDMethod], counts: tuple[int, ...]) -> None:

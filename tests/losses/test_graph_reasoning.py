@@ -17,13 +17,13 @@ def layer_by_layer(unit, feature):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("size", [(9, 13), (1, 1)])
+@pytest.mark.parametrize("cells", [(9, 13), (1, 1)])
 @pytest.mark.parametrize("residual", [True, False])
-def test_one_product_equals_the_layers(dtype, tolerance, channels_last, size, residual):
+def test_one_product_equals_the_layers(dtype, tolerance, channels_last, cells, residual):
     torch.manual_seed(0)
     unit = GraphReasoningUnit(64, nodes=8, states=16, gain=0.3, residual=residual).to(dtype)
     torch.nn.init.normal_(unit.norm.bias)
-    feature, weight = torch.randn(2, 64, *size, dtype=dtype) + 1, torch.randn(2, 64, *size, dtype=dtype)
+    feature, weight = torch.randn(2, 64, *cells, dtype=dtype) + 1, torch.randn(2, 64, *cells, dtype=dtype)
     if channels_last:
         feature = feature.contiguous(memory_format=torch.channels_last)
     feature.requires_grad_()
@@ -35,6 +35,8 @@ def test_one_product_equals_the_layers(dtype, tolerance, channels_last, size, re
         (related * weight).sum().backward()
         found.append([related.detach(), feature.grad, *(parameter.grad for parameter in unit.parameters())])
     for expected, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, expected, rtol=10 * tolerance, atol=tolerance * (1 + float(expected.abs().max())))
+        torch.testing.assert_close(
+            got, expected, rtol=10 * tolerance, atol=tolerance * (1 + float(expected.abs().max()))
+        )
     if channels_last and residual:
         assert related.is_contiguous(memory_format=torch.channels_last)
