@@ -44,7 +44,7 @@ def compare_with_released(
     clock: Clock,
     channels: int = 256,
 ) -> list[dict[str, Any]]:
-    """Forward and backward of all losses on five levels of stride 4 to 64, two images; a row for each count of boxes."""
+    """Forward and backward of all losses on five levels of stride 4 to 64, two images; a row a count of boxes."""
     rows = []
     for count in boxes:
         torch.manual_seed(0)
