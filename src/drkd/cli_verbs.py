@@ -60,13 +60,23 @@ def recipe_verb(kind: str) -> tuple[Callable[..., ArgumentParser], Callable[[Any
     def parser(description: str, **settings: Any) -> ArgumentParser:
         from drkd.recipes.recipe import recipe_parser
 
-        return recipe_parser(description, **settings)
+        made = recipe_parser(description, **settings)
+        _flag(made, "dry_run", "Build everything, take two real steps, print projected time and memory, write nothing.")
+        made.add_argument("--price", type=float | None, default=None, help="Of an hour of this machine, for --dry_run.")
+        return made
 
     def run(config: Any, own: ArgumentParser, console: Console) -> int:
         from drkd.cli_output import print_run
         from drkd.recipes import training
         from drkd.recipes.recipe import instantiate
 
+        dry, price = config.pop("dry_run"), config.pop("price")
+        if dry:
+            from drkd.recipes.dry_run import dry_run
+
+            for line in dry_run(instantiate(own, config), kind=kind, price=price).lines():
+                console.print(line)
+            return 0
         use_case = training.train if kind == "train" else training.distill
         result = use_case(instantiate(own, config))
         print_run(result, console)

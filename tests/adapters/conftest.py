@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from drkd.adapters import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder
 from drkd.adapters.torchvision import PyramidBuilder
 from drkd.contracts import BoxTargets, DetectionBatch, Size
 
+sys.path.insert(0, str(Path(__file__).parent))
 CLASSES = ("cat", "dog", "cup")
 
 

@@ -2,6 +2,7 @@
 
 from drkd.adapters.checkpoint import SavedDetectorBuilder, load_detector, save_student
 from drkd.adapters.mask_rcnn import MaskRCNNBuilder
+from drkd.adapters.mmdetection import MMDetectionBuilder
 from drkd.adapters.ssd import SSD300Builder, SSDLiteBuilder
 from drkd.adapters.torchvision import (
     FasterRCNNBuilder,
@@ -24,6 +25,7 @@ __all__ = [
     "DetrBuilder",
     "FCOSBuilder",
     "FasterRCNNBuilder",
+    "MMDetectionBuilder",
     "MaskRCNNBuilder",
     "PretrainedDetrBuilder",
     "RetinaNetBuilder",

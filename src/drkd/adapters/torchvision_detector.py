@@ -18,6 +18,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from drkd.adapters.backbones import probe_features
 from drkd.adapters.labels import SSD_FAMILIES, TWO_STAGE, WITH_BACKGROUND, count_outputs, family_of, infer_labels
+from drkd.adapters.normalisation import normalise_images
 from drkd.adapters.torchvision_predictions import (
     ClassOrder,
     DenseHead,
@@ -196,15 +197,7 @@ class TorchvisionDetector(Detector):
 
     def _normalise(self, batch: DetectionBatch) -> ImageList:
         """Normalise as the model's transform does, and set the padding back to zero."""
-        images = batch.images
-        height, width = batch.image_size
-        values = (images - self._mean.to(images.dtype)) / self._std.to(images.dtype)
-        if any(size != (height, width) for size in batch.sizes):
-            sizes = torch.tensor(batch.sizes).to(images.device, non_blocking=True)
-            rows = torch.arange(height, device=images.device) < sizes[:, :1]
-            columns = torch.arange(width, device=images.device) < sizes[:, 1:]
-            values = values * (rows[:, None, :, None] & columns[:, None, None, :])
-        return ImageList(values, list(batch.sizes))
+        return ImageList(normalise_images(batch, self._mean, self._std), list(batch.sizes))
 
     def _pyramid(self, images: Tensor) -> OrderedDict[str, Tensor]:
         features = _backbone(self.model)(images)

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Distance = Literal["frobenius", "relative", "mse", "standardised"]
 """How two tensors of one shape are compared; see `tensor_distance`."""
@@ -33,7 +34,7 @@ def standardise(feature: Tensor, *, eps: float = 1e-5) -> Tensor:
     """Give every channel zero mean and unit variance over batch and space together (PKD, arXiv:2207.02039).
 
     Deviation from PKD: the variance is biased and ``eps`` is added to it inside the root, so that one value a channel,
-    or a constant channel, gives zeros and a bounded gradient (PKD: NaN, and a gradient of 1e6).
+    or a constant channel, gives zeros (to rounding) and a bounded gradient (PKD: NaN, and a gradient of 1e6).
 
     Args:
         feature: (B, C, ...), any float dtype.
@@ -46,9 +47,8 @@ def standardise(feature: Tensor, *, eps: float = 1e-5) -> Tensor:
         feature = at_least_float32(feature)
         if feature.numel() == 0:
             return feature
-        axes = [axis for axis in range(feature.ndim) if axis != 1]
-        variance, mean = torch.var_mean(feature, dim=axes, correction=0, keepdim=True)
-        return (feature - mean) * torch.rsqrt(variance + eps)
+        # What batch norm computes in one pass each way, keeping no map of its own for the backward pass.
+        return torch.native_batch_norm(feature, None, None, None, None, True, 0.0, eps)[0]
 
 
 def tensor_distance(
@@ -81,9 +81,12 @@ def tensor_distance(
     with full_precision(student):
         if kind == "standardised":
             return 0.5 * _mean_square(standardise(student) - standardise(teacher))
-        difference = at_least_float32(student) - at_least_float32(teacher)
         if kind == "mse":
-            return _mean_square(difference) if weights is None else (difference.square() * weights).mean()
+            ours, theirs = at_least_float32(student), at_least_float32(teacher)
+            if weights is not None:
+                return ((ours - theirs).square() * weights).mean()
+            return functional.mse_loss(ours, theirs, reduction="sum") / max(student.numel(), 1)
+        difference = at_least_float32(student) - at_least_float32(teacher)
         if kind == "frobenius":
             return torch.linalg.vector_norm(difference)
         if kind == "relative":

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from drkd.losses.distance import at_least_float32, full_precision
 
@@ -74,23 +75,59 @@ class GraphReasoningUnit(nn.Module):
         if feature.ndim != 4 or feature.shape[1] != self.state.in_channels:
             raise ValueError(f"Expected a map (B, {self.state.in_channels}, h, w), got {tuple(feature.shape)}")
         feature = feature.to(self.state.weight.dtype)
-        height, width = feature.shape[-2:]
-        states = self.state(feature).flatten(2)
-        assignment = self.projection(feature).flatten(2)
+        # One convolution reads the map for both.
+        weight = torch.cat([self.state.weight, self.projection.weight])
+        bias = torch.cat([self.state.bias, self.projection.bias])  # type: ignore[list-item]  # both have one
+        both = functional.conv2d(feature, weight, bias).flatten(2)
         with full_precision(feature):
             # A sum over all positions leaves half precision's range and digits.
-            mixed = self._reason(at_least_float32(states), at_least_float32(assignment))
-        relations = self.norm(self.expansion(mixed.unflatten(2, (height, width))))
+            both = at_least_float32(both)
+            states, assignment = both.split([self.state.out_channels, self.projection.out_channels], dim=1)
+            nodes = self._reason(states, assignment)
+            if isinstance(self.norm, nn.GroupNorm):
+                return self._reproject(feature, nodes, assignment, self.norm)
+            mixed = nodes @ assignment
+        relations = self.norm(self.expansion(mixed.unflatten(2, feature.shape[-2:])))
         return feature + relations if self.residual else relations
 
     def _reason(self, states: Tensor, assignment: Tensor) -> Tensor:
+        """The nodes after graph convolution, (B, C1, C2)."""
         nodes = states @ assignment.transpose(1, 2)
         if self.normalise:
             nodes = nodes / states.shape[2]
         nodes = nodes + self.node_mixing(nodes)
         if self.activation_before_update:
             nodes = torch.relu(nodes)
-        return self.state_update.weight @ nodes @ assignment
+        return self.state_update.weight @ nodes
+
+    def _reproject(self, feature: Tensor, nodes: Tensor, assignment: Tensor, norm: nn.GroupNorm) -> Tensor:
+        r"""Expansion, group norm and residual in one product.
+
+        The expansion :math:`E = A Q`, :math:`A = W_e U` (C, C2), is linear in the assignment, so the mean and the
+        variance of its groups follow from the mean and the covariance of Q over the positions, and the normalised E is
+        another such product. No map of C channels is made but the result.
+        """
+        expanded = self.expansion.weight.flatten(1) @ nodes
+        mean = assignment.mean(dim=2, keepdim=True)
+        centred = assignment - mean
+        covariance = centred @ centred.transpose(1, 2) / assignment.shape[2]
+        groups = (norm.num_groups, -1)
+        channel_means = (expanded @ mean).squeeze(2).unflatten(1, groups)
+        within = ((expanded @ covariance) * expanded).sum(dim=2).unflatten(1, groups).mean(dim=2, keepdim=True)
+        between, group_means = torch.var_mean(channel_means, dim=2, correction=0, keepdim=True)
+        scale = torch.rsqrt(within + between + norm.eps) * norm.weight.unflatten(0, groups)
+        offset = norm.bias.unflatten(0, groups) - scale * group_means
+        factors = torch.cat([expanded * scale.flatten(1).unsqueeze(2), offset.flatten(1).unsqueeze(2)], dim=2)
+        terms = torch.cat([assignment, torch.ones_like(assignment[:, :1])], dim=1)
+        shape = feature.shape[-2:]
+        if not self.residual:
+            return (factors @ terms).unflatten(2, shape)
+        flat = at_least_float32(feature).flatten(2)
+        if feature.is_contiguous(memory_format=torch.channels_last):
+            # Position by position, so that the result is channels-last too.
+            related = torch.baddbmm(flat.transpose(1, 2), terms.transpose(1, 2), factors.transpose(1, 2))
+            return related.transpose(1, 2).unflatten(2, shape)
+        return torch.baddbmm(flat, factors, terms).unflatten(2, shape)
 
 
 def make_norm(norm: GraphNorm, channels: int, *, eps: float = 1e-4) -> nn.Module:

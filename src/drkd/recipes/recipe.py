@@ -39,6 +39,7 @@ class Training:
         keep: Which student is saved: the "last", or the "best" on the validation split (an optimistic choice if you
             also report that split).
         channels_last: Use the channels-last memory layout.
+        compile: Backend of torch.compile for the backbones and the method (inductor, ...); None = off.
         monitor_interval: Steps between measurements of the gradient ratios.
         calibration_steps: Steps after which balanced weights are frozen.
         log_interval: Steps between rows of metrics.csv.
@@ -60,6 +61,7 @@ class Training:
     patience: int | None = None
     keep: Literal["last", "best"] = "last"
     channels_last: bool = True
+    compile: str | None = None
     monitor_interval: int = 50
     calibration_steps: int = 100
     log_interval: int = 10

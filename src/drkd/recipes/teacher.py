@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from drkd.adapters.checkpoint import FORMAT, SavedDetectorBuilder, read_preprocessing
+from drkd.adapters.mmdetection import MMDetectionBuilder, read_architecture
 from drkd.adapters.ultralytics import UltralyticsBuilder
 from drkd.adapters.ultralytics_files import is_ultralytics_file
 from drkd.adapters.weights import read_checkpoint, read_state
@@ -78,7 +79,15 @@ def look_at_teacher(source: str, class_names: Sequence[str], *, trust_pickle: bo
 
 
 def _look_at_state(file: Path, state: Mapping[str, Tensor], class_names: Sequence[str]) -> Teacher:
-    """Find the torchvision detector that a bare state dict belongs to."""
+    """Find the torchvision detector that a bare state dict belongs to, or read it as one of MMDetection's."""
+    if any(key.startswith("neck.lateral_convs.") for key in state):
+        part: Literal["detector", "features"] = "detector" if read_architecture(state, str(file)).family else "features"
+        spec = MMDetectionBuilder(path=str(file), part=part).build(class_names).spec
+        init_args: dict[str, object] = {"path": str(file), "part": part}
+        note = " (trained in MMDetection; give teacher.style: caffe if its configuration says so)"
+        return Teacher(
+            str(file), "drkd.adapters.MMDetectionBuilder", init_args, _describe(str(file), spec, note=note), (800, 1333)
+        )
     candidates = [name for name in ZOO_NAMES if name.startswith(_zoo_prefix(state))]
     outputs = _count_outputs(state)
     reasons = []

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from drkd.adapters.checkpoint import save_student
 from drkd.contracts import Detector, DrkdError
 from drkd.engine.callbacks import FiniteLossGuard, LineProgress, StudentAverage
+from drkd.engine.compilation import compile_distiller
 from drkd.engine.distiller import Distiller
 from drkd.engine.module import DistillationModule
 from drkd.engine.quiet import quiet_lightning
@@ -109,6 +110,8 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
             else None
         ),
     )
+    if recipe.training.compile is not None:
+        compile_distiller(distiller, backend=recipe.training.compile)
     validation = recipe.data.val_split
 
     def make_evaluator() -> CocoEvaluator:

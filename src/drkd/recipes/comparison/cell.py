@@ -264,7 +264,9 @@ def _make_cell(comparison: Comparison, pair: tuple[str, Pair], arm: tuple[str, A
 
 def _make_teacher(comparison: Comparison, name: str, pair: Pair) -> Cell | None:
     cell = _make_cell(comparison, (name, pair), (TEACHER, Arm()))
-    if cell.settings.get("teacher") is None:
+    teacher = cell.settings.get("teacher")
+    # A teacher without heads cannot be scored.
+    if teacher is None or (teacher.get("init_args") or {}).get("part") == "features":
         return None
     leaves = _leaves(cell.settings, plain=False)
     kept = {key: value for key, value in leaves.items() if key.startswith(_TEACHERS_SETTINGS)}
