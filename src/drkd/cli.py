@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        0; 1 for a fault of the machine (no disk, no memory); 2 for what the user can put right; 130 if interrupted.
+        0; 1 for a fault of the machine (no disk, no memory); 2 for what the user can put right; 130 if interrupted;
+        143 if SIGTERM asked a run to stop (128 + the signal's number).
     """
     from rich.console import Console
 

@@ -8,7 +8,7 @@ import re
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 """Exit codes: a fault of the machine, something the user can put right, Ctrl-C."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:
