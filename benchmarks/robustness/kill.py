@@ -3,10 +3,11 @@
     python benchmarks/robustness/kill.py --kills 40 --seed 0
 
 Every run is `drkd distill` of a small RetinaNet with DRKD, a moving average, warm-up and balanced weights, on the
-embedded digits, with a checkpoint every three steps. SIGKILL comes at a random moment: one in four of the process' whole life, imports
-included, the others of the time since its run folder was taken (training, saving, validation, the final evaluation).
-The same command with `--resume=auto` then goes on. After each kill every checkpoint that is there must load whole. A
-finished run's student.pt must be bit-identical to the undisturbed one's. The record goes to `benchmarks/results/robustness/kill.json`.
+embedded digits, with a checkpoint every three steps. SIGKILL comes at a random moment: one in four of the process'
+whole life, imports included, the others of the time since its run folder was taken (training, saving, validation, the
+final evaluation). The same command with `--resume=auto` then goes on. After each kill every checkpoint that is there
+must load whole. A finished run's student.pt must be bit-identical to the undisturbed one's. The record goes to
+`benchmarks/results/robustness/kill.json`.
 """
 
 from __future__ import annotations

@@ -115,6 +115,7 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
         evaluator=make_evaluator,
         seed=recipe.seed,
         channels_last=recipe.training.channels_last,
+        batch_size=recipe.data.batch_size,
     )
 
 
