@@ -91,7 +91,9 @@ def step(module: nn.Module, batch: DetectionBatch, *, seed: int) -> dict[str, to
     losses = module(batch)
     torch.stack([value.double() for value in losses.values()]).sum().backward()
     gradients = [
-        (p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in module.parameters() if p.requires_grad
+        (p.grad if p.grad is not None else torch.zeros_like(p)).flatten()
+        for p in module.parameters()
+        if p.requires_grad
     ]
     return {**{key: value.detach() for key, value in losses.items()}, "gradient": torch.cat(gradients)}
 
@@ -152,9 +154,7 @@ def main() -> None:
     if "RANK" in os.environ:
         folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
         store = distributed.FileStore(str(folder / "store"), 2)
-        distributed.init_process_group(
-            "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120)
-        )
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
         torch.save(compute(rank), folder / f"{rank}.pt")
         distributed.barrier()
         distributed.destroy_process_group()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drkd.adapters.damage import explained_by_file
 from drkd.adapters.plain_code import write_plain_code
 from drkd.adapters.torchvision import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder, ZooBuilder
 from drkd.adapters.torchvision_detector import TorchvisionDetector
@@ -89,6 +90,7 @@ def save_student(
     _write(file, content)
 
 
+@explained_by_file
 def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None) -> TorchvisionDetector:
     """Load what ``save_student`` wrote, in eval mode on the CPU.
 
@@ -117,6 +119,7 @@ def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None)
     return TorchvisionDetector(model, names, label_ids=label_ids, plan=build).eval()
 
 
+@explained_by_file
 def read_preprocessing(path: str | Path) -> dict[str, Any]:
     """Mean, std, min_size, max_size, size_divisor and colour order of a saved detector.
 
