@@ -3,8 +3,8 @@
     python benchmarks/robustness/fuzz.py --count 1000 --seed 0
 
 Each input is a valid file in which bytes or values were changed at random. It must work or end in one paragraph
-(`DrkdError`); any other exception, ten seconds without an answer, or a file that appears outside the working folder is a
-failure and is printed. The record goes to `benchmarks/results/robustness/fuzz.json`.
+(`DrkdError`); any other exception, ten seconds without an answer, or a file that appears outside the working folder is
+a failure and is printed. The record goes to `benchmarks/results/robustness/fuzz.json`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def mutate_value(chance: random.Random, value: Any) -> Any:
 
 
 def guarded(action: Callable[[], Any], *, seconds: float = 10.0) -> str:
-    """ "works", "refused", or what went wrong."""
+    """Say "works", "refused", or what went wrong."""
 
     def late(number: int, frame: FrameType | None) -> None:
         raise Hang
@@ -214,6 +214,7 @@ class Attacks:
         kind = self.chance.choice(("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM"))
         mode = self.chance.choice(("RGB", "L", "P")) if kind != "JPEG" else "RGB"
         file = self.file.with_suffix(f".{kind.lower()}")
+        mode = "RGB" if kind == "PPM" else mode
         Image.effect_noise((31, 17), 60).convert(mode).save(file, format=kind)
         file.write_bytes(mutate_bytes(self.chance, file.read_bytes()))
         return guarded(lambda: _read_pixels(file))

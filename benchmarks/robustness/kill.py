@@ -156,7 +156,7 @@ def main() -> None:
             runs.append({**record, "tensors_that_differ": different})
             print(
                 f"run {len(runs)}: {len(record['kills'])} kills, {record['failed'] or 'finished'}, "
-                f"differ: {different}, broken: {record['broken']}",
+                f"tensors that differ: {None if different is None else len(different)}, broken: {record['broken']}",
                 flush=True,
             )
             if record["failed"]:
