@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 1 for a fault of the machine (no disk, no memory); 2 for what the user can put right; 3 for a method that
-        cannot work with this pair of detectors; 130 if interrupted.
+        cannot work with this pair of detectors; 130 if interrupted; 143 if SIGTERM asked a run to stop (128 + the
+        signal's number).
     """
     from rich.console import Console
 

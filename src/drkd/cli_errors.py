@@ -8,7 +8,7 @@ import re
 FAILED, WRONG, NOT_APPLICABLE, INTERRUPTED = 1, 2, 3, 130
 """Exit codes: a fault of the machine, what the user can put right, a method that does not fit the pair, Ctrl-C."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:

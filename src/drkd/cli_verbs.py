@@ -67,8 +67,10 @@ def recipe_verb(kind: str) -> tuple[Callable[..., ArgumentParser], Callable[[Any
 
     def run(config: Any, own: ArgumentParser, console: Console) -> int:
         from drkd.cli_output import print_run
+        from drkd.engine.interruption import StoppedBySignal
         from drkd.recipes import training
         from drkd.recipes.recipe import instantiate
+        from drkd.recipes.run_folder import is_first_process
 
         dry, price = config.pop("dry_run"), config.pop("price")
         if dry:
@@ -78,7 +80,13 @@ def recipe_verb(kind: str) -> tuple[Callable[..., ArgumentParser], Callable[[Any
                 console.print(line)
             return 0
         use_case = training.train if kind == "train" else training.distill
-        result = use_case(instantiate(own, config))
+        try:
+            result = use_case(instantiate(own, config))
+        except StoppedBySignal as stop:
+            if not is_first_process():
+                return 0  # one report is enough, and a launcher takes another process' code for a crash
+            print(f"drkd: {stop}. Go on with --resume.", file=sys.stderr)
+            return 128 + stop.signal_number
         print_run(result, console)
         return 0
 

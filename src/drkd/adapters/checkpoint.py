@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drkd.adapters.damage import explained_by_file
 from drkd.adapters.mask_rcnn import MaskRCNNBuilder
 from drkd.adapters.plain_code import write_plain_code
 from drkd.adapters.ssd import SSD300Builder, SSDLiteBuilder
@@ -112,6 +113,7 @@ def save_student(
     _write(file, content)
 
 
+@explained_by_file
 def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None) -> Detector:
     """Load what ``save_student`` wrote, in eval mode on the CPU.
 
@@ -145,6 +147,7 @@ def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None)
     return TorchvisionDetector(model, names, label_ids=label_ids, plan=build).eval()
 
 
+@explained_by_file
 def read_preprocessing(path: str | Path) -> dict[str, Any]:
     """Mean, std, min_size, max_size, size_divisor and colour order of a saved detector.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from drkd.contracts import BoxTargets, DrkdError, Size
+from drkd.contracts import BoxTargets, DrkdError, ImageRecord, Size
 from drkd.data.formats.coco import read_coco
 from drkd.data.image import decode_image
 from drkd.data.masks import unpack_masks
@@ -179,6 +180,11 @@ class DetectionDataset(Dataset[Sample]):
         seed: Of the augmentation.
         keep_crowds: Keep crowds in the targets, flagged to be ignored, rather than leaving them out.
         minimum_side: Boxes with a side shorter than this after the transforms are left out, px.
+        substitutes: Where an image cannot be read, take the next one in the split, up to so many times, and note it in
+            ``unreadable``; 0 = raise. Which image stands in depends on nothing but the files.
+
+    Attributes:
+        unreadable: (images,) uint8 in shared memory, so that workers write into it: 1 where an image was replaced.
     """
 
     def __init__(
@@ -189,20 +195,23 @@ class DetectionDataset(Dataset[Sample]):
         seed: int = 0,
         keep_crowds: bool = False,
         minimum_side: float = 0.0,
+        substitutes: int = 0,
     ) -> None:
         self.split = split
         self._transforms = transforms
         self._seed = seed
         self._keep_crowds = keep_crowds
         self._minimum_side = minimum_side
+        self._substitutes = substitutes
+        self.unreadable = torch.zeros(len(split.records), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return len(self.split.records)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Sample:
         epoch, position = (0, index) if isinstance(index, int) else index
-        record = self.split.records[position]
-        image = tv_tensors.Image(decode_image(record.path, record.size))
+        record, pixels = self._decode(position)
+        image = tv_tensors.Image(pixels)
         chosen = torch.ones_like(record.crowd) if self._keep_crowds else ~record.crowd
         target = {
             "boxes": tv_tensors.BoundingBoxes(
@@ -218,6 +227,25 @@ class DetectionDataset(Dataset[Sample]):
             torch.random.default_generator.manual_seed(_mix(self._seed, epoch, record.image_id))
             moved, target = self._transforms(image, target)
         return Sample(torch.Tensor(moved), self._targets(target, moved), record.size, record.image_id)
+
+    def _decode(self, position: int) -> tuple[ImageRecord, Tensor]:
+        """The image at a position, or the one that stands in for it."""
+        for offset in range(self._substitutes + 1):
+            place = (position + offset) % len(self.split.records)
+            record = self.split.records[place]
+            try:
+                return record, decode_image(record.path, record.size)
+            except DrkdError as error:
+                if not self._substitutes:
+                    raise
+                if offset == self._substitutes or offset + 1 == len(self.split.records):
+                    raise DrkdError(
+                        f"{offset + 1} images in a row cannot be read, which is no chance any more; the last: {error}"
+                    ) from error
+                if not self.unreadable[place]:
+                    self.unreadable[place] = 1
+                    print(f"drkd: left out, the next image stands in: {error}", file=sys.stderr, flush=True)
+        raise AssertionError("unreachable: the last substitute raises")
 
     def _targets(self, target: dict[str, Any], image: Tensor) -> BoxTargets:
         height, width = image.shape[-2:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -17,6 +17,9 @@ from drkd.data.digits import EMBEDDED, build_digits
 from drkd.data.sampler import EvaluationBatchSampler, TrainBatchSampler, aspect_group
 from drkd.data.split import DatasetSplit
 from drkd.data.transforms import collate, eval_transforms, train_transforms
+
+# So many unreadable images in a row are no few bad files but a disk that is gone.
+_MOST_SUBSTITUTES = 16
 
 
 class TrainLoader(DataLoader[Any]):
@@ -77,6 +80,9 @@ class DetectionDataModule(LightningDataModule):
         keep_empty: Train on images without boxes too.
         class_names: Classes whose order the labels follow; the training file's by default.
         masks: Serve the training images' instance masks too, for a student that trains them (Mask R-CNN).
+        unreadable: What to do with a training image that cannot be read or has another size than its annotations say:
+            "fail" with the file's name, or "skip" it (the next image of the split stands in), name it and count it.
+            Evaluation always fails: a score over other images is another score.
     """
 
     def __init__(
@@ -101,8 +107,11 @@ class DetectionDataModule(LightningDataModule):
         keep_empty: bool = True,
         class_names: Sequence[str] | None = None,
         masks: bool = False,
+        unreadable: Literal["fail", "skip"] = "fail",
     ) -> None:
         super().__init__()
+        self._substitutes = _MOST_SUBSTITUTES if unreadable == "skip" else 0
+        self._train_dataset: DetectionDataset | None = None
         self._root = root
         self._names = (train_split, val_split)
         self._batch_size = batch_size
@@ -173,11 +182,26 @@ class DetectionDataModule(LightningDataModule):
         """Shuffled, augmented batches; resumable."""
         split = self.train_split
         groups = [aspect_group(record) if self._group_by_aspect else 0 for record in split.records]
+        self._train_dataset = DetectionDataset(
+            split, self._train_transforms, seed=self._seed, minimum_side=1.0, substitutes=self._substitutes
+        )
         return TrainLoader(
-            DetectionDataset(split, self._train_transforms, seed=self._seed, minimum_side=1.0),
+            self._train_dataset,
             TrainBatchSampler(groups, self._batch_size, seed=self._seed),
             **self._loader_options(),
         )
+
+    @property
+    def batch_size(self) -> int:
+        """Images a batch and process."""
+        return self._batch_size
+
+    def unreadable_files(self) -> list[str]:
+        """Training images that this process could not read and replaced, so far."""
+        if self._train_dataset is None:
+            return []
+        places = self._train_dataset.unreadable.nonzero().flatten().tolist()
+        return [str(self._train_dataset.split.records[place].path) for place in places]
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every image of the validation split once, in order, crowds flagged."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import math
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -44,6 +45,9 @@ class Optimization:
         gamma: Factor at each milestone.
         warmup_steps: Steps of linear warm-up.
         warmup_factor: Share of the learning rate at step 0.
+        reference_batch: Images an optimizer step that the learning rates are meant for; both are multiplied by the
+            images that a step really takes, over all processes and accumulated batches, over this number (Goyal et
+            al., arXiv:1706.02677), and the result is printed. None = the rates as they are.
     """
 
     optimizer: str = "sgd"
@@ -57,8 +61,13 @@ class Optimization:
     gamma: float = 0.1
     warmup_steps: int = 500
     warmup_factor: float = 0.001
+    reference_batch: int | None = None
 
     def __post_init__(self) -> None:
+        if self.reference_batch is not None and self.reference_batch < 1:
+            raise DrkdError(
+                f"training.optimization.reference_batch: expected images or null, got {self.reference_batch}"
+            )
         if self.learning_rate <= 0 or self.weight_decay < 0:
             raise DrkdError(
                 "training.optimization: expected learning_rate > 0 and weight_decay >= 0, "
@@ -103,6 +112,7 @@ class DistillationModule(LightningModule):
         seed: Every step's randomness is a function of it, the step and the rank, so a resumed run draws what an
             uninterrupted one would.
         channels_last: Use the channels-last memory layout.
+        batch_size: Images a batch and process, for ``optimization.reference_batch``.
     """
 
     def __init__(
@@ -113,8 +123,10 @@ class DistillationModule(LightningModule):
         evaluator: Callable[[], Evaluator] | None = None,
         seed: int = 0,
         channels_last: bool = True,
+        batch_size: int = 1,
     ) -> None:
         super().__init__()
+        self._batch_size = batch_size
         self.distiller = distiller
         self.optimization = optimization
         self.evaluation_model: nn.Module | None = None
@@ -179,7 +191,7 @@ class DistillationModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer over student and connectors, and the learning-rate schedule by optimizer step."""
-        settings = self.optimization
+        settings = self._scaled(self.optimization)
         groups = _parameter_groups(self.distiller, settings)
         if not groups:
             raise DrkdError("Nothing to train: every parameter of the student is frozen. Lower frozen_stages.")
@@ -194,6 +206,21 @@ class DistillationModule(LightningModule):
         total = int(self.trainer.estimated_stepping_batches)
         schedule = LambdaLR(optimizer, lambda step: settings.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _scaled(self, settings: Optimization) -> Optimization:
+        """The settings with their learning rates scaled to the images that a step takes."""
+        if settings.reference_batch is None:
+            return settings
+        images = self._batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        scaled = scale_rates(settings, images)
+        if self.global_rank == 0:
+            print(
+                f"learning rate {scaled.learning_rate:g} = {settings.learning_rate:g} x {images} / "
+                f"{settings.reference_batch} images a step",
+                file=sys.stderr,
+                flush=True,
+            )
+        return scaled
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the teacher out."""
@@ -211,6 +238,19 @@ class DistillationModule(LightningModule):
                 f"The checkpoint belongs to another student or method: {len(missing)} keys missing "
                 f"({', '.join(missing[:3])} ...), {len(unexpected)} unexpected ({', '.join(unexpected[:3])} ...)."
             )
+
+
+def scale_rates(settings: Optimization, images: int) -> Optimization:
+    """Settings for steps of so many images, their rates in proportion to ``reference_batch``."""
+    if settings.reference_batch is None:
+        return settings
+    factor = images / settings.reference_batch
+    method = settings.method_learning_rate
+    return replace(
+        settings,
+        learning_rate=settings.learning_rate * factor,
+        method_learning_rate=None if method is None else method * factor,
+    )
 
 
 def _with_images(batch: DetectionBatch, images: Tensor) -> DetectionBatch:

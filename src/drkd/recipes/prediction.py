@@ -87,7 +87,7 @@ def predict(
     unreadable: list[str] = []
     for number, (name, target) in enumerate(targets.items(), start=1):
         try:
-            pixels = decode_image(sources[name])
+            pixels = _read_pixels(sources[name])
         except DrkdError as error:
             unreadable.append(str(error))
             continue
@@ -99,6 +99,21 @@ def predict(
     write_json(output / "images.json", {"images": images, "categories": categories})
     write_json(output / "detections.json", results)
     return Predicted(output, len(images), len(results), tuple(unreadable))
+
+
+def _read_pixels(path: Path) -> Tensor:
+    """Decode an image of unknown origin, (3, H, W) uint8.
+
+    Raises:
+        DrkdError: Whatever is wrong with the file: a decoder can raise anything on a damaged or hostile one.
+    """
+    try:
+        return decode_image(path)
+    except DrkdError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise DrkdError(f"{path}: the image cannot be decoded ({reason}). The file may be damaged.") from error
 
 
 def find_images(path: Path, *, output: Path) -> dict[str, Path]:

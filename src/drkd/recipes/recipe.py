@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from drkd.contracts import DetectorBuilder, DetectorSpec, DrkdError, KDMethod
 from drkd.data.module import DetectionDataModule
 from drkd.engine.module import Optimization
+from drkd.recipes.limits import check_training
 from drkd.recipes.recipe_error import readable
 from drkd.recipes.recipe_file import RecipeFile
 from drkd.recipes.teacher_assembly import WeightedTeacher
@@ -43,6 +44,11 @@ class Training:
         monitor_interval: Steps between measurements of the gradient ratios.
         calibration_steps: Steps after which balanced weights are frozen.
         log_interval: Steps between rows of metrics.csv.
+        checkpoint_every: Also write the checkpoint to resume from every so many optimizer steps within an epoch;
+            None = not by steps.
+        checkpoint_minutes: Also write it when the last one is so many minutes old; None = not by time.
+        skip_nonfinite: Leave out up to so many optimizer steps whose loss or gradient is NaN or infinite, and count
+            them; 0 = the first one stops the run.
     """
 
     steps: int | None = None
@@ -65,8 +71,12 @@ class Training:
     monitor_interval: int = 50
     calibration_steps: int = 100
     log_interval: int = 10
+    checkpoint_every: int | None = None
+    checkpoint_minutes: float | None = 10.0
+    skip_nonfinite: int = 0
 
     def __post_init__(self) -> None:
+        check_training(self)
         if (self.steps is None) == (self.epochs is None):
             raise DrkdError(
                 f"training: expected exactly one of steps and epochs, got steps={self.steps}, epochs={self.epochs}"
@@ -112,7 +122,7 @@ class Recipe:
             that both arms of a comparison start alike.
         output: Run folder.
         seed: Of everything random.
-        resume: Go on from the run folder's last checkpoint.
+        resume: Go on from the run folder's last checkpoint; "auto" starts where there is nothing to go on from.
         overwrite: Replace what is in the run folder.
         doctor: Begin a distillation with the short form of `drkd doctor`.
         resolved: The recipe as YAML, every default written out.
@@ -130,7 +140,7 @@ class Recipe:
     teacher_size: int | None = None
     teachers: dict[str, WeightedTeacher] | None = None
     inherit: bool = False
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     overwrite: bool = False
     doctor: bool = True
     resolved: str = ""
@@ -178,7 +188,12 @@ def recipe_parser(description: str = "", **settings: Any) -> ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="Seed of everything random.")
     parser.link_arguments("seed", "data.seed")
     parser.add_argument(
-        "--resume", type=bool, nargs="?", const=True, default=False, help="Go on from the run folder's last checkpoint."
+        "--resume",
+        type=bool | Literal["auto"],
+        nargs="?",
+        const=True,
+        default=False,
+        help="Go on from the run folder's last checkpoint; auto: or start, where there is none.",
     )
     parser.add_argument(
         "--overwrite", type=bool, nargs="?", const=True, default=False, help="Replace what is in the run folder."

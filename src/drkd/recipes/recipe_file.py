@@ -88,7 +88,7 @@ def _chain(path: Path, above: tuple[Path, ...]) -> list[tuple[Path, dict[str, An
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
         raise DrkdError(f"{path}: not valid YAML: {where}{getattr(error, 'problem', None) or error}.") from error

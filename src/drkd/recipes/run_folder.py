@@ -14,12 +14,13 @@ import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from drkd.contracts import DrkdError
+from drkd.engine.checkpoint_io import remove_leftovers
 
 _WRITTEN = (
     *("run.json", "recipe.yaml", "metrics.csv", "evaluation.json", "cost.json", "training.json", "progress.json"),
@@ -65,35 +66,46 @@ class RunFolder:
 
     Args:
         path: The folder.
-        resume: Go on in a folder that has a checkpoint.
+        resume: Go on in a folder that has a checkpoint, or in which a run began and was ended before its first one;
+            "auto" starts where there is neither.
         overwrite: Remove what an earlier run left.
+
+    Attributes:
+        resumes: Whether there is a checkpoint to go on from and that was asked for.
 
     Raises:
         DrkdError: If the folder holds a run and neither resume nor overwrite was said, or there is nothing to resume.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, *, resume: bool | Literal["auto"] = False, overwrite: bool = False) -> None:
         self.path = path
+        self.resumes = bool(resume) and self.last_checkpoint.exists()
         self._run: dict[str, Any] = {}
         self._clock = time.monotonic()
         # Of several processes only the first looks and writes: the others come when the folder is taken already.
-        self.writes: bool = getattr(rank_zero_only, "rank", 0) == 0
+        self.writes: bool = is_first_process()
         if not self.writes:
             return
         taken = (path / "run.json").exists()
-        if resume and not self.last_checkpoint.exists():
+        if resume and resume != "auto" and not self.resumes and not taken and not self.checkpoints.is_dir():
             raise DrkdError(f"Nothing to resume: {self.last_checkpoint} does not exist. Start without --resume.")
         if taken and not resume and not overwrite:
             raise DrkdError(
                 f"{path} already holds a run. Go on with it (--resume=true), replace it (--overwrite=true), or choose "
                 "another folder (--output)."
             )
-        if taken and overwrite and not resume:
-            for name in _WRITTEN:
-                (path / name).unlink(missing_ok=True)
-            for name in ("checkpoints", "logs"):
-                shutil.rmtree(path / name, ignore_errors=True)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        try:
+            if taken and overwrite and not resume:
+                for name in _WRITTEN:
+                    (path / name).unlink(missing_ok=True)
+                for name in ("checkpoints", "logs"):
+                    shutil.rmtree(path / name, ignore_errors=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DrkdError(
+                f"{path}: the run folder cannot be made ({error.strerror}). Choose another one with --output."
+            ) from error
+        remove_leftovers(self.checkpoints)
 
     @property
     def checkpoints(self) -> Path:
@@ -158,8 +170,7 @@ class RunFolder:
             return
         rows: list[dict[str, str]] = []
         for part in sorted((self.path / "logs").glob("part-*/metrics.csv")):
-            with part.open(newline="") as file:
-                new = list(csv.DictReader(file))
+            new = _whole_rows(part)
             first = min((int(row["step"]) for row in new if row.get("step")), default=0)
             rows = [row for row in rows if int(row["step"] or 0) < first] + new
         if not rows:
@@ -168,6 +179,22 @@ class RunFolder:
         lines = [",".join(["step", "epoch", *names])]
         lines += [",".join(row.get(name) or "" for name in ["step", "epoch", *names]) for row in rows]
         write_text(self.path / "metrics.csv", "\n".join(lines) + "\n")
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes, of those of torchrun, SLURM or Lightning, before they have met."""
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        return False
+    # Lightning's own launcher gives the first process of a second machine no rank, only the machine's number.
+    alone = not any(name in os.environ for name in ("RANK", "SLURM_PROCID"))
+    return not (alone and os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")) != "0")
+
+
+def _whole_rows(file: Path) -> list[dict[str, str]]:
+    """Rows of a log, without a last one that was cut short when its run was killed."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [row for row in csv.DictReader(lines) if None not in row and None not in row.values()]
 
 
 def source_commit() -> str | None:

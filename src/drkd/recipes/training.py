@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +18,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from drkd.adapters.checkpoint import save_student
 from drkd.contracts import Detector, DrkdError
 from drkd.engine.callbacks import FiniteLossGuard, LineProgress, StudentAverage
+from drkd.engine.checkpoint_io import AtomicCheckpoints
 from drkd.engine.compilation import compile_distiller
 from drkd.engine.distiller import Distiller
+from drkd.engine.interruption import Interruptible, StoppedBySignal, stop_signals
 from drkd.engine.module import DistillationModule
+from drkd.engine.nonfinite import NonFiniteSteps
 from drkd.engine.quiet import quiet_lightning
 from drkd.engine.training_cost import TrainingCost
 from drkd.evaluation import CocoEvaluator
@@ -27,6 +31,8 @@ from drkd.recipes.evaluation import evaluate_detector
 from drkd.recipes.inheritance import inherit_neck_and_head
 from drkd.recipes.preflight import preflight
 from drkd.recipes.recipe import Recipe
+from drkd.recipes.requeue import requeue, under_slurm
+from drkd.recipes.restoring import Restoring
 from drkd.recipes.run_folder import RunFolder, write_json
 from drkd.recipes.teacher_assembly import build_teacher, build_teachers, short_side
 
@@ -123,6 +129,7 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
         evaluator=make_evaluator,
         seed=recipe.seed,
         channels_last=recipe.training.channels_last,
+        batch_size=recipe.data.batch_size,
     )
 
 
@@ -157,20 +164,20 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
     average = StudentAverage(recipe.training.ema) if recipe.training.ema else None
     last, best = _checkpoints(recipe, folder)
     cost = TrainingCost(folder.note_progress)
+    restoring = Restoring(folder.last_checkpoint if folder.resumes else None)
     callbacks = [cost, *_callbacks(recipe), *([average] if average else []), *([best] if best else []), last]
+    callbacks += [restoring, _interruptible(recipe, folder)]
     with quiet_lightning():
         trainer = _trainer(recipe, folder, callbacks)
     try:
-        with quiet_lightning():
+        with quiet_lightning(), restoring:
             trainer.fit(
                 module,
                 datamodule=recipe.data,
-                ckpt_path=str(folder.last_checkpoint) if recipe.resume else None,
+                ckpt_path=str(folder.last_checkpoint) if folder.resumes else None,
                 weights_only=True,
             )
         folder.merge_metrics()
-        if trainer.interrupted:
-            raise KeyboardInterrupt
         if folder.writes and cost.measured:
             write_json(folder.path / "training.json", cost.measured)
         # On all processes: it is collective.
@@ -179,11 +186,21 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
         student = module.distiller.student.eval()
         metrics = _finish(recipe, folder, student, device=trainer.strategy.root_device)
     except BaseException as error:
-        folder.merge_metrics()
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        folder.finish(status, steps=trainer.global_step, error=f"{type(error).__name__}: {error}")
+        # Ctrl-C reaches us as Lightning's SystemExit.
+        pressed = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and trainer.interrupted)
+        stopped = isinstance(error, StoppedBySignal)
+        # The disk may be full: what went wrong first is what the user must hear.
+        with contextlib.suppress(DrkdError, OSError):
+            folder.merge_metrics()
+        with contextlib.suppress(DrkdError, OSError):
+            status = "interrupted" if pressed or stopped else "failed"
+            folder.finish(status, steps=trainer.global_step, error=f"{type(error).__name__}: {error}")
+        if isinstance(error, StoppedBySignal) and folder.writes:
+            requeue(error.signal_number)
+        if pressed:
+            raise KeyboardInterrupt from error
         raise
-    folder.finish("finished", steps=trainer.global_step, epochs=trainer.current_epoch)
+    folder.finish("finished", steps=trainer.global_step, epochs=trainer.current_epoch, **_left_out(recipe, callbacks))
     return RunResult(folder.path, student, metrics, module.distiller)
 
 
@@ -249,8 +266,26 @@ def _checkpoints(recipe: Recipe, folder: RunFolder) -> tuple[ModelCheckpoint, Mo
     return last, best
 
 
+def _left_out(recipe: Recipe, callbacks: list[Callback]) -> dict[str, Any]:
+    """What the run went on without, for its record; empty for a run that had everything."""
+    skipped = sum(callback.skipped for callback in callbacks if isinstance(callback, NonFiniteSteps))
+    found = {"unreadable": recipe.data.unreadable_files(), "skipped_steps": skipped}
+    return {name: value for name, value in found.items() if value}
+
+
+def _interruptible(recipe: Recipe, folder: RunFolder) -> Interruptible:
+    return Interruptible(
+        folder.last_checkpoint,
+        every_steps=recipe.training.checkpoint_every,
+        every_minutes=recipe.training.checkpoint_minutes,
+        signals=stop_signals(requeue=under_slurm()),
+    )
+
+
 def _callbacks(recipe: Recipe) -> list[Callback]:
-    callbacks: list[Callback] = [FiniteLossGuard(), LearningRateMonitor(logging_interval="step")]
+    limit = recipe.training.skip_nonfinite
+    guard: Callback = NonFiniteSteps(limit) if limit else FiniteLossGuard()
+    callbacks: list[Callback] = [guard, LearningRateMonitor(logging_interval="step")]
     callbacks.append(TQDMProgressBar(refresh_rate=5) if sys.stderr.isatty() else LineProgress())
     if recipe.training.patience is not None:
         callbacks.append(EarlyStopping("val/ap", mode="max", patience=recipe.training.patience))
@@ -276,8 +311,10 @@ def _trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) -> Tr
         limit_val_batches=1.0 if settings.validate_every else 0,
         sync_batchnorm=settings.sync_batchnorm,
         callbacks=callbacks,
+        plugins=[AtomicCheckpoints()],
         logger=[
-            CSVLogger(part.parent, name="", version=part.name),
+            # Every row goes to the disk at once: a killed run's curve then reaches as far as its checkpoint.
+            CSVLogger(part.parent, name="", version=part.name, flush_logs_every_n_steps=1),
             TensorBoardLogger(part.parent, name="", version=part.name),
         ],
         log_every_n_steps=settings.log_interval,

@@ -90,6 +90,8 @@ def _load_json(path: Path) -> dict[str, Any]:
             f"{path}: this is no complete JSON (line {error.lineno}, column {error.colno}: {error.msg}). "
             "The file may be cut short; copy or download it again."
         ) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DrkdError(f"{path}: the annotation file cannot be read ({str(error).splitlines()[0]}).") from None
     except RecursionError:
         raise DrkdError(f"{path}: the JSON is nested too deeply to be COCO annotations.") from None
     if not isinstance(document, dict):

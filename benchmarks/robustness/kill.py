@@ -1,0 +1,185 @@
+"""Kill a run at random moments until it has finished in spite of it, again and again; compare with a run left alone.
+
+    python benchmarks/robustness/kill.py --kills 40 --seed 0
+
+Every run is `drkd distill` of a small RetinaNet with DRKD, a moving average, warm-up and balanced weights, on the
+embedded digits, with a checkpoint every three steps. SIGKILL comes at a random moment: one in four of the process'
+whole life, imports included, the others of the time since its run folder was taken (training, saving, validation, the
+final evaluation). The same command with `--resume=auto` then goes on. After each kill every checkpoint that is there
+must load whole. A finished run's student.pt must be bit-identical to the undisturbed one's. The record goes to
+`benchmarks/results/robustness/kill.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drkd.adapters import RetinaNetBuilder, save_student
+from drkd.contracts import DrkdError
+from drkd.data.digits import DigitsConfig, build_digits
+from drkd.engine.checkpoint_io import AtomicCheckpoints
+from drkd.recipes.run_folder import machine, source_commit, versions, write_json
+
+HERE = Path(__file__).resolve().parent
+
+
+def command(data: Path, teacher: Path, output: Path, *extra: str) -> list[str]:
+    """The run: 3 epochs of 8 steps, some seconds of training."""
+    return [
+        *(sys.executable, "-m", "drkd", "distill", "--config=digits/retinanet"),
+        *(f"--data.root={data}", "--data.batch_size=4", "--data.min_size=64", "--data.max_size=64"),
+        *("--data.pad_to=[64,64]", "--data.horizontal_flip=0.5", "--data.zoom_out=0.3"),
+        *("--student.fpn_channels=32", "--student.backbone_weights=null", f"--teacher.path={teacher}"),
+        *("--inherit=false", "--method.warmup_steps=10", "--training.epochs=3", "--training.ema=0.9"),
+        *("--training.optimization.warmup_steps=5", "--training.calibration_steps=12", "--training.monitor_interval=4"),
+        *("--training.validate_every=1", "--training.keep=best", "--training.checkpoint_every=3"),
+        *("--training.log_interval=1", "--training.accelerator=cpu", "--evaluation.split=val"),
+        *(f"--output={output}", "--resume=auto", *extra),
+    ]
+
+
+def prepare(folder: Path) -> tuple[Path, Path]:
+    """A small data set and a teacher of no skill."""
+    data = build_digits(folder / "data", config=DigitsConfig(train=32, tune=8, val=8))
+    builder = RetinaNetBuilder(width=0.25, fpn_channels=48, extra="none", head_norm="none")
+    torch.manual_seed(7)
+    names = json.loads((data / "annotations" / "instances_train.json").read_text())["categories"]
+    detector = builder.build([row["name"] for row in names])
+    teacher = folder / "teacher.pt"
+    save_student(
+        teacher, detector, builder=builder, image_settings={"min_size": 64, "max_size": 64, "size_divisor": 32}
+    )
+    return data, teacher
+
+
+def broken_files(run: Path) -> list[str]:
+    """Checkpoints and JSON files of a run folder that do not load whole."""
+    broken = []
+    for file in [*run.glob("checkpoints/*.ckpt"), *run.glob("student.pt")]:
+        try:
+            if file.suffix == ".ckpt":
+                AtomicCheckpoints().load_checkpoint(file)
+            else:
+                torch.load(file, map_location="cpu", weights_only=True)
+        except (DrkdError, RuntimeError) as error:
+            broken.append(f"{file.name}: {error}")
+    for file in run.glob("*.json"):
+        try:
+            json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            broken.append(f"{file.name}: {error}")
+    return broken
+
+
+def differences(ours: Path, theirs: Path) -> list[str]:
+    """Names of the tensors that are not bit-identical."""
+    first, second = (torch.load(path, map_location="cpu", weights_only=True)["state_dict"] for path in (ours, theirs))
+    return [name for name in first.keys() | second.keys() if not torch.equal(first[name], second[name])]
+
+
+def wait_for_run(process: subprocess.Popen[bytes], run: Path) -> None:
+    """Return when the process has taken its run folder, or has ended."""
+    note, before = run / "run.json", time.time()
+    while process.poll() is None and not (note.exists() and note.stat().st_mtime >= before):
+        time.sleep(0.02)
+
+
+def disturb(
+    arguments: list[str], run: Path, chance: random.Random, *, seconds: tuple[float, float], most: int
+) -> dict[str, Any]:
+    """Start, kill, resume, until the run ends by itself; at most so many kills. Seconds: whole life, run alone."""
+    record: dict[str, Any] = {"kills": [], "broken": [], "failed": []}
+    while True:
+        anywhere = chance.random() < 0.25
+        moment = chance.uniform(0.0, seconds[0] if anywhere else 1.1 * seconds[1])
+        moment = moment if len(record["kills"]) < most else None
+        with (run.parent / f"{run.name}.log").open("ab") as log:
+            started = time.monotonic()
+            process = subprocess.Popen(arguments, stdout=log, stderr=log, start_new_session=True)
+            if not anywhere:
+                wait_for_run(process, run)
+            try:
+                code = process.wait(timeout=moment if moment is not None else 600)
+            except subprocess.TimeoutExpired:
+                if moment is None:
+                    record["failed"].append("hung for ten minutes")
+                os.killpg(process.pid, signal.SIGKILL)
+                code = process.wait()
+        if code == 0:
+            return record
+        if code != -signal.SIGKILL or moment is None:
+            record["failed"].append(f"exit code {code}")
+            return record
+        note = run / "progress.json"
+        step = json.loads(note.read_text())["step"] if note.exists() else None
+        record["kills"].append({"after_s": round(time.monotonic() - started, 2), "step": step})
+        record["broken"] += broken_files(run)
+
+
+def main() -> None:
+    """Run the campaign."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--kills-per-run", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "robustness" / "kill.json")
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        data, teacher = prepare(folder)
+        whole = folder / "whole"
+        started = time.monotonic()
+        subprocess.run(command(data, teacher, whole), check=True, capture_output=True)
+        life = time.monotonic() - started
+        seconds = (life, float(json.loads((whole / "run.json").read_text())["seconds"]))
+        runs: list[dict[str, Any]] = []
+        while sum(len(run["kills"]) for run in runs) < options.kills:
+            output = folder / f"run{len(runs)}"
+            record = disturb(
+                command(data, teacher, output), output, chance, seconds=seconds, most=options.kills_per_run
+            )
+            different = differences(output / "student.pt", whole / "student.pt") if not record["failed"] else None
+            runs.append({**record, "tensors_that_differ": different})
+            print(
+                f"run {len(runs)}: {len(record['kills'])} kills, {record['failed'] or 'finished'}, "
+                f"tensors that differ: {None if different is None else len(different)}, broken: {record['broken']}",
+                flush=True,
+            )
+            if record["failed"]:
+                print((folder / f"{output.name}.log").read_text()[-3000:], flush=True)
+    kills = sum(len(run["kills"]) for run in runs)
+    good = all(not run["failed"] and not run["broken"] and not run["tensors_that_differ"] for run in runs)
+    write_json(
+        options.out,
+        {
+            "command": f"python benchmarks/robustness/kill.py --kills {options.kills} --seed {options.seed}",
+            "passed": good,
+            "kills": kills,
+            "runs": runs,
+            "undisturbed_seconds": [round(value, 1) for value in seconds],
+            "seconds": round(time.monotonic() - began),
+            "commit": source_commit(),
+            "versions": versions(),
+            "machine": machine(),
+        },
+    )
+    print(f"{kills} kills in {len(runs)} runs: {'all identical' if good else 'FAILED'}")
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()

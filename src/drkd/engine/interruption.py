@@ -1,0 +1,126 @@
+"""Lightning callback that makes a run stoppable at any moment: checkpoints within an epoch, and an orderly stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+__all__ = ["Interruptible", "StoppedBySignal", "stop_signals"]
+
+# Batches between two agreements of several processes on whether to stop; one costs a small collective.
+_AGREE_EVERY = 10
+
+
+class StoppedBySignal(BaseException):
+    """The run was asked to stop and did, after saving; not an Exception, so that nothing takes it for a failure.
+
+    Args:
+        signal_number: Which signal asked.
+        step: Optimizer steps made.
+        saved: Whether a checkpoint of that very step was written.
+    """
+
+    def __init__(self, signal_number: int, *, step: int, saved: bool) -> None:
+        self.signal_number = signal_number
+        self.step = step
+        self.saved = saved
+        where = "a checkpoint of this step is saved" if saved else "the last checkpoint stands"
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} at step {step}; {where}")
+
+
+def stop_signals(*, requeue: bool) -> tuple[int, ...]:
+    """Signals that ask for an orderly stop: SIGTERM, Ctrl-C; with ``requeue`` SIGUSR1, as SLURM is told to send it."""
+    user = getattr(signal, "SIGUSR1", None)
+    asking = (signal.SIGTERM, signal.SIGINT)
+    return (*asking, user) if requeue and user is not None else asking
+
+
+class Interruptible(Checkpoint):
+    """Save the run's checkpoint every so many steps or minutes, and stop where a signal asks for it.
+
+    A signal only leaves a note: the run saves and stops after the optimizer step under way, when its state is
+    consistent. Several processes agree every ten batches, so that all stop at the same step whichever was told. In
+    validation there is nothing to save: one process stops at once, several after the epoch.
+
+    Args:
+        path: The checkpoint.
+        every_steps: Optimizer steps between checkpoints; None = none by steps.
+        every_minutes: Minutes after which one is written; None = none by time.
+        signals: Signals that ask to stop.
+    """
+
+    def __init__(
+        self, path: Path, *, every_steps: int | None, every_minutes: float | None, signals: tuple[int, ...]
+    ) -> None:
+        self.path = path
+        self.every_steps = every_steps
+        self.every_minutes = every_minutes
+        self.signals = signals
+        self._asked = 0
+        self._saved_at = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the signals; Lightning, which sets its own handlers before, puts the old ones back at the end."""
+        del trainer, pl_module
+        self._saved_at = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            for number in self.signals:
+                signal.signal(number, self._note)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where it is due; save and stop where it was asked for."""
+        del pl_module, outputs, batch
+        # After an epoch's last batch come validation and the checkpoint of the epoch's end: nothing goes between.
+        if trainer.is_last_batch or trainer.fit_loop._should_accumulate():
+            return
+        asked, late = self._agree(trainer, batch_idx)
+        due = late or (self.every_steps is not None and trainer.global_step % self.every_steps == 0)
+        if asked or due:
+            trainer.save_checkpoint(self.path)
+            self._saved_at = time.monotonic()
+        if asked:
+            raise StoppedBySignal(asked, step=trainer.global_step, saved=True)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+        """Stop in the midst of a validation (one process): its results would come too late."""
+        del pl_module, rest
+        if trainer.world_size == 1 and self._asked:
+            raise StoppedBySignal(self._asked, step=trainer.global_step, saved=False)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop after the epoch's own checkpoint."""
+        del pl_module
+        self._saved_at = time.monotonic()
+        asked, _ = self._agree(trainer, 0)
+        if asked:
+            raise StoppedBySignal(asked, step=trainer.global_step, saved=True)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if number == signal.SIGINT and self._asked == signal.SIGINT:
+            raise KeyboardInterrupt  # whoever presses twice will not wait
+        self._asked = number
+
+    def _agree(self, trainer: Trainer, batch_idx: int) -> tuple[int, bool]:
+        """The signal that any process got, or 0, and whether the time is up on any."""
+        # Between Lightning's taking the signals and ours it keeps the note itself.
+        asked = self._asked or (int(signal.SIGTERM) if trainer.received_sigterm else 0)
+        late = self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
+        if trainer.world_size == 1:
+            return asked, late
+        if batch_idx % _AGREE_EVERY:
+            return 0, False
+        notes = torch.tensor([asked, int(late)], device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(notes, op=torch.distributed.ReduceOp.MAX)
+        first, second = notes.tolist()
+        return int(first), bool(second)

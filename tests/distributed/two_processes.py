@@ -1,0 +1,169 @@
+"""Losses and gradients of two gloo processes beside those of one process with both their images.
+
+    python tests/distributed/two_processes.py          # prints the table of docs/distributed.md
+
+Started with RANK set, it is one of the two processes and writes what it found to the folder in its first argument.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from drkd.adapters import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder
+from drkd.contracts import BoxTargets, DetectionBatch, DetectorBuilder, DetectorSpec, KDMethod
+from drkd.engine import Distiller
+from drkd.methods import DRKD, PKD, FeatureHint
+
+MethodFactory = Callable[[DetectorSpec, DetectorSpec], KDMethod]
+Found = dict[str, dict[str, torch.Tensor]]
+_SMALL = {"width": 0.25, "norm": "frozen", "image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
+
+
+def fixed_drkd(student: DetectorSpec, teacher: DetectorSpec) -> KDMethod:
+    return DRKD(student, teacher, balanced=False, warmup_steps=0)
+
+
+def _cases() -> dict[str, tuple[DetectorBuilder, MethodFactory | None]]:
+    retinanet = RetinaNetBuilder(fpn_channels=32, extra="none", **_SMALL)
+    return {
+        "RetinaNet": (retinanet, None),
+        "RetinaNet, feature hint": (retinanet, lambda s, t: FeatureHint(s, t)),
+        "RetinaNet, DRKD": (retinanet, fixed_drkd),
+        "RetinaNet, PKD": (retinanet, lambda s, t: PKD(s, t)),
+        "RetinaNet, batch norm": (RetinaNetBuilder(fpn_channels=32, extra="none", **{**_SMALL, "norm": "batch"}), None),
+        "FCOS": (FCOSBuilder(fpn_channels=64, **_SMALL), None),
+        "Faster R-CNN": (FasterRCNNBuilder(fpn_channels=32, representation_size=64, **_SMALL), None),
+    }
+
+
+CASES = _cases()
+
+
+def images(count: int, boxes: tuple[int, ...]) -> DetectionBatch:
+    """Images of 96 px with so many boxes each, in float64."""
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.rand(count, 3, 96, 96, generator=generator, dtype=torch.float64)
+    targets = []
+    for number in boxes:
+        corner = torch.rand(number, 2, generator=generator) * 50
+        sides = 18 + torch.rand(number, 2, generator=generator) * 24
+        labels = torch.randint(0, 2, (number,), generator=generator)
+        targets.append(
+            BoxTargets(torch.cat([corner, corner + sides], 1).double(), labels, torch.zeros(number, dtype=torch.bool))
+        )
+    size = ((96, 96),) * count
+    return DetectionBatch(pixels, size, size, tuple(targets), tuple(range(count)))
+
+
+def share(batch: DetectionBatch, rank: int) -> DetectionBatch:
+    """Half of a batch of four."""
+    half = slice(2 * rank, 2 * rank + 2)
+    fields = (batch.images, batch.sizes, batch.original_sizes, batch.targets, batch.image_ids)
+    return DetectionBatch(*(field[half] for field in fields))
+
+
+def distiller(name: str) -> Distiller:
+    """Student, teacher and method of a case, in float64."""
+    builder, method = CASES[name]
+    torch.manual_seed(0)
+    student = builder.build(("cat", "dog"))
+    teacher = None
+    if method is not None:
+        torch.manual_seed(1)
+        teacher = builder.build(("cat", "dog"))
+    torch.manual_seed(2)
+    return Distiller(student, teacher, method).double().train()
+
+
+def step(module: nn.Module, batch: DetectionBatch, *, seed: int) -> dict[str, torch.Tensor]:
+    """One forward and backward pass: the losses by name, and all gradients in one vector."""
+    torch.manual_seed(seed)
+    losses = module(batch)
+    torch.stack([value.double() for value in losses.values()]).sum().backward()
+    gradients = [
+        (p.grad if p.grad is not None else torch.zeros_like(p)).flatten()
+        for p in module.parameters()
+        if p.requires_grad
+    ]
+    return {**{key: value.detach() for key, value in losses.items()}, "gradient": torch.cat(gradients)}
+
+
+SCENES = {"boxes in all": (2, 2, 2, 2), "unlike counts": (4, 1, 2, 3), "none on one rank": (2, 3, 0, 0)}
+
+
+def compute(rank: int | None) -> Found:
+    """Every case and scene, as one process with all four images (rank None) or as one of two."""
+    found: Found = {}
+    for name in CASES:
+        for scene, counts in SCENES.items():
+            batch, module = images(4, counts), distiller(name)
+            wrapped = module if rank is None else DistributedDataParallel(module)
+            mine = batch if rank is None else share(batch, rank)
+            found[f"{name} / {scene}"] = step(wrapped, mine, seed=10 + (rank or 0))
+    return found
+
+
+def run_two(folder: Path) -> tuple[Found, Found]:
+    """Start both processes and return what each found."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    if any(process.returncode for process in started):
+        raise RuntimeError("\n".join(error[-1500:] for error in errors))
+    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
+    return first, second
+
+
+def relative_differences(one: Found, pair: tuple[Found, Found]) -> dict[str, tuple[float, float]]:
+    """By case, how far the mean loss and the gradient of two processes are from one process', relative."""
+    table = {}
+    for name, alone in one.items():
+        ours = [sum(float(v) for k, v in rank[name].items() if k != "gradient") for rank in pair]
+        theirs = sum(float(v) for k, v in alone.items() if k != "gradient")
+        gradient = pair[0][name]["gradient"] - alone["gradient"]
+        table[name] = (
+            abs(sum(ours) / 2 - theirs) / abs(theirs),
+            float(gradient.norm() / alone["gradient"].norm()),
+        )
+    return table
+
+
+def main() -> None:
+    """Be one of two processes, or start both and print the table."""
+    if "RANK" in os.environ:
+        folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+        store = distributed.FileStore(str(folder / "store"), 2)
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+        torch.save(compute(rank), folder / f"{rank}.pt")
+        distributed.barrier()
+        distributed.destroy_process_group()
+        return
+    with tempfile.TemporaryDirectory() as place:
+        pair = run_two(Path(place))
+    for name, (loss, gradient) in relative_differences(compute(None), pair).items():
+        print(f"{name:<45} loss {loss:.1e}  gradient {gradient:.1e}")
+
+
+if __name__ == "__main__":
+    main()
