@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from drkd.adapters.checkpoint import load_detector
+    from drkd.adapters.hooks import wrap_model
     from drkd.adapters.torchvision import wrap_torchvision
     from drkd.contracts import DetectionBatch
     from drkd.engine.balance import GradientBalance
@@ -57,6 +58,7 @@ __all__ = [
     "ReleasedDRKD",
     "__version__",
     "load_detector",
+    "wrap_model",
     "wrap_torchvision",
 ]
 
@@ -81,6 +83,7 @@ _HOMES = {
     "PaperDRKD": "drkd.methods",
     "ReleasedDRKD": "drkd.methods",
     "load_detector": "drkd.adapters.checkpoint",
+    "wrap_model": "drkd.adapters.hooks",
     "wrap_torchvision": "drkd.adapters.torchvision",
 }
 

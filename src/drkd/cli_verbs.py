@@ -78,7 +78,10 @@ def evaluate_parser(description: str, **settings: Any) -> ArgumentParser:
     from drkd.recipes.evaluation import evaluate
 
     positional = {"checkpoint?": "A student.pt, or a run folder that holds one; leave it out with --detector."}
-    flags = {"cost": "Also measure parameters, FLOPs and CPU latency."}
+    flags = {
+        "cost": "Also measure parameters, FLOPs and CPU latency.",
+        "trust_code": "Call the functions that a checkpoint with a detector of your own names.",
+    }
     return _function_parser(evaluate, description, positional=positional, flags=flags, **settings)
 
 
@@ -100,7 +103,10 @@ def predict_parser(description: str, **settings: Any) -> ArgumentParser:
         "checkpoint": "A student.pt, or a run folder that holds one.",
         "path": "An image, or a folder of images; its sub-folders are searched too.",
     }
-    flags = {"overwrite": "Replace what an earlier prediction left in the output folder."}
+    flags = {
+        "overwrite": "Replace what an earlier prediction left in the output folder.",
+        "trust_code": "Call the functions that a checkpoint with a detector of your own names.",
+    }
     return _function_parser(predict, description, positional=positional, flags=flags, **settings)
 
 

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drkd.adapters.hooked_builder import LIBRARY as HOOKS
+from drkd.adapters.hooked_builder import describe_hooked, rebuild_hooked
+from drkd.adapters.hooks import HookedDetector
 from drkd.adapters.plain_code import write_plain_code
 from drkd.adapters.torchvision import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder, ZooBuilder
 from drkd.adapters.torchvision_detector import TorchvisionDetector
@@ -37,17 +40,19 @@ class SavedDetectorBuilder(DetectorBuilder):
 
     Args:
         path: The file, as ``save_student`` wrote it, or ``drkd:<name>`` for one that ships with the package.
+        trust_code: Call the functions that a file with a detector of your own names.
     """
 
     path: str
+    trust_code: bool = False
 
-    def build(self, class_names: Sequence[str]) -> TorchvisionDetector:
+    def build(self, class_names: Sequence[str]) -> Detector:
         """Load the detector; its classes must be these, in any order.
 
         Raises:
             DrkdError: If the file cannot be read or its classes differ.
         """
-        return load_detector(self.path, class_names=class_names)
+        return load_detector(self.path, class_names=class_names, trust_code=self.trust_code)
 
 
 def save_student(
@@ -75,13 +80,16 @@ def save_student(
     Raises:
         ValueError: If the detector is not one of torchvision's, or ``image_settings`` lacks an entry.
     """
-    if not isinstance(detector, TorchvisionDetector):
-        raise ValueError(f"expected a TorchvisionDetector, got {type(detector).__name__}")
+    if not isinstance(detector, TorchvisionDetector | HookedDetector):
+        raise ValueError(f"expected a TorchvisionDetector or a HookedDetector, got {type(detector).__name__}")
     file = Path(path)
     absent = {"min_size", "max_size", "size_divisor"} - set(image_settings)
     if absent:
         raise ValueError(f"image_settings: expected min_size, max_size and size_divisor, {sorted(absent)} are missing")
-    content = _describe(detector, builder, image_settings)
+    if isinstance(detector, HookedDetector):
+        content = {"format": FORMAT, **_plain(describe_hooked(detector, image_settings))}
+    else:
+        content = _describe(detector, builder, image_settings)
     content["state_dict"] = {
         name: _store(tensor.detach().cpu(), half=half) for name, tensor in detector.model.state_dict().items()
     }
@@ -89,12 +97,13 @@ def save_student(
     _write(file, content)
 
 
-def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None) -> TorchvisionDetector:
+def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None, trust_code: bool = False) -> Detector:
     """Load what ``save_student`` wrote, in eval mode on the CPU.
 
     Args:
         path: The file, or ``drkd:<name>`` for one that ships with the package.
         class_names: The classes that are expected, in the wanted order; None takes the file's.
+        trust_code: Call the functions that a file with a detector of your own names (see `HookedBuilder`).
 
     Raises:
         DrkdError: If the file cannot be read, was not written by drkd, or holds other classes.
@@ -103,6 +112,10 @@ def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None)
     saved_names = list(content["class_names"])
     if class_names is not None:
         _compare_classes(path, saved_names, class_names)
+    names = saved_names if class_names is None else list(class_names)
+    label_ids = [content["label_ids"][saved_names.index(name)] for name in names]
+    if content["build"].get("library") == HOOKS:
+        return rebuild_hooked(path, content, class_names=names, label_ids=label_ids, trusted=trust_code)
     builder = _read_builder(path, content["builder"])
     detector = builder.build(saved_names)
     build, settings = content["build"], content["preprocessing"]
@@ -112,8 +125,6 @@ def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None)
     fill(model, content["state_dict"], path)
     model.transform.min_size, model.transform.max_size = (settings["min_size"],), settings["max_size"]
     model.transform.size_divisible = settings["size_divisor"]
-    names = saved_names if class_names is None else list(class_names)
-    label_ids = [content["label_ids"][saved_names.index(name)] for name in names]
     return TorchvisionDetector(model, names, label_ids=label_ids, plan=build).eval()
 
 

@@ -44,6 +44,9 @@ class HookedDetector(Detector):
     Hooks are on the module during a forward pass only. Where features alone are wanted the pass ends as soon as the
     last of the layers has returned.
 
+    Attributes:
+        plan: How to build it again: the arguments of the `HookedBuilder` that made it; None where none did.
+
     Raises:
         DrkdError: If a layer does not exist, is not called, is called more than once, or returns no maps; if a layer
             that follows overwrites its output; if the functions and arguments do not fit.
@@ -71,6 +74,7 @@ class HookedDetector(Detector):
     ) -> None:
         super().__init__()
         self.model = model
+        self.plan: dict[str, Any] | None = None
         self.label_ids = tuple(label_ids)
         self.image_mean = None if image_mean is None else tuple(image_mean)
         self.image_std = None if image_std is None else tuple(image_std)
@@ -136,6 +140,17 @@ class HookedDetector(Detector):
             self._to_original(*read_detections(entry), size, original)
             for entry, size, original in zip(found, batch.sizes, batch.original_sizes, strict=True)
         ]
+
+    def relabel(self, class_names: Sequence[str], label_ids: Sequence[int]) -> None:
+        """Take other classes, or the same ones in another order.
+
+        Args:
+            class_names: Names of classes 0..K-1.
+            label_ids: The model's label of each; -1 where it does not know the class.
+        """
+        self.label_ids = tuple(label_ids)
+        self.spec = replace(self.spec, class_names=tuple(class_names))
+        self._register_tables()
 
     def _run(self, batch: DetectionBatch) -> object:
         """Run the hooked layers: by the function made for it, or else by the one that suits the mode."""

@@ -80,6 +80,7 @@ def evaluate(
     workers: int = 2,
     limit: int | None = None,
     device: str = "auto",
+    trust_code: bool = False,
 ) -> Evaluated:
     """Measure a saved detector, or one that a builder makes, on a split of a data set.
 
@@ -97,6 +98,7 @@ def evaluate(
         workers: Processes that decode images.
         limit: Evaluate on the first images only.
         device: auto, cpu, cuda, ...
+        trust_code: Call the functions that a checkpoint with a detector of your own names.
 
     Raises:
         DrkdError: If the checkpoint or the data cannot be used, or their classes do not match.
@@ -109,7 +111,14 @@ def evaluate(
         )
 
     names = module().split(split).class_names if detector is not None else ()
-    loaded = open_detector(checkpoint, builder=detector, class_names=names, min_size=min_size, max_size=max_size)
+    loaded = open_detector(
+        checkpoint,
+        builder=detector,
+        class_names=names,
+        min_size=min_size,
+        max_size=max_size,
+        trust_code=trust_code,
+    )
     source = module(
         min_size=loaded.min_size,
         max_size=loaded.max_size,

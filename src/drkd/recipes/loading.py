@@ -57,6 +57,7 @@ def open_detector(
     class_names: Sequence[str] = (),
     min_size: int | None = None,
     max_size: int | None = None,
+    trust_code: bool = False,
 ) -> LoadedDetector:
     """Load a checkpoint, or build a detector that is described otherwise.
 
@@ -67,6 +68,7 @@ def open_detector(
         min_size: Short side, px; the checkpoint's own by default, 800 for a builder.
         max_size: Limit of the long side, px; the checkpoint's own by default, 1333 for a builder. Raised with
             ``min_size`` in proportion where only that is given.
+        trust_code: Call the functions that a checkpoint with a detector of the user's own names.
 
     Raises:
         DrkdError: If both or neither of checkpoint and builder are given, or the checkpoint cannot be used.
@@ -78,7 +80,7 @@ def open_detector(
         own = (_DEFAULT_MIN_SIZE, _DEFAULT_MAX_SIZE, _DEFAULT_DIVISOR)
     else:
         file = find_checkpoint(Path(str(checkpoint)))
-        detector = load_detector(file)
+        detector = load_detector(file, trust_code=trust_code)
         settings = read_preprocessing(file)
         own = (int(settings["min_size"]), int(settings["max_size"]), int(settings["size_divisor"]))
     short = min_size or own[0]
