@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from drkd.adapters.checkpoint import load_detector
+    from drkd.adapters.hooks import wrap_model
     from drkd.adapters.torchvision import wrap_torchvision
     from drkd.adapters.transformers import wrap_transformers
     from drkd.adapters.ultralytics import wrap_ultralytics
@@ -59,6 +60,7 @@ __all__ = [
     "ReleasedDRKD",
     "__version__",
     "load_detector",
+    "wrap_model",
     "wrap_torchvision",
     "wrap_transformers",
     "wrap_ultralytics",
@@ -85,6 +87,7 @@ _HOMES = {
     "PaperDRKD": "drkd.methods",
     "ReleasedDRKD": "drkd.methods",
     "load_detector": "drkd.adapters.checkpoint",
+    "wrap_model": "drkd.adapters.hooks",
     "wrap_torchvision": "drkd.adapters.torchvision",
     "wrap_transformers": "drkd.adapters.transformers",
     "wrap_ultralytics": "drkd.adapters.ultralytics",

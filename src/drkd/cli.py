@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from drkd import cli_ship
+from drkd import cli_inspect, cli_ship
 from drkd import cli_verbs as verbs
 from drkd.cli_errors import FAILED, INTERRUPTED, WRONG, explain
 
@@ -224,6 +224,17 @@ _VERBS: Mapping[tuple[str, ...], _Verb] = {
         ),
         cli_ship.export_parser,
         cli_ship.run_export,
+    ),
+    ("inspect",): _Verb(
+        "List the feature layers of a model with stride, channels and cost, and the YAML to paste.",
+        (
+            "inspect recipe.yaml",
+            "inspect runs/birds --size 320 320",
+            "inspect my_module:build_detector --forward my_module:losses",
+            "inspect torchvision.models:resnet18 --depth 2 --json",
+        ),
+        cli_inspect.inspect_parser,
+        cli_inspect.run_inspect,
     ),
     ("data", "check"): _Verb(
         "List every problem of a COCO-format folder at once, with counts.",

@@ -14,6 +14,7 @@ from drkd.cli_errors import FAILED, INTERRUPTED, WRONG
 if TYPE_CHECKING:
     from rich.console import Console
 
+_TRUST_CODE = "Call the functions that a checkpoint with a detector of your own names."
 _TRUST = "Load a checkpoint of Ultralytics' own, a pickle: that runs the code in it, so only one that you trust."
 
 # What is heavy (torch takes seconds to import) is imported inside the verb that needs it, so that help is instant.
@@ -98,7 +99,11 @@ def evaluate_parser(description: str, **settings: Any) -> ArgumentParser:
     from drkd.recipes.evaluation import evaluate
 
     positional = {"checkpoint?": "A student.pt, or a run folder that holds one; leave it out with --detector."}
-    flags = {"cost": "Also measure parameters, FLOPs and CPU latency.", "trust_pickle": _TRUST}
+    flags = {
+        "cost": "Also measure parameters, FLOPs and CPU latency.",
+        "trust_pickle": _TRUST,
+        "trust_code": _TRUST_CODE,
+    }
     return _function_parser(evaluate, description, positional=positional, flags=flags, **settings)
 
 
@@ -120,7 +125,11 @@ def predict_parser(description: str, **settings: Any) -> ArgumentParser:
         "checkpoint": "A student.pt, or a run folder that holds one.",
         "path": "An image, or a folder of images; its sub-folders are searched too.",
     }
-    flags = {"overwrite": "Replace what an earlier prediction left in the output folder.", "trust_pickle": _TRUST}
+    flags = {
+        "overwrite": "Replace what an earlier prediction left in the output folder.",
+        "trust_pickle": _TRUST,
+        "trust_code": _TRUST_CODE,
+    }
     return _function_parser(predict, description, positional=positional, flags=flags, **settings)
 
 

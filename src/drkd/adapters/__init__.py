@@ -1,6 +1,8 @@
 """Detectors: how to build, wrap, save and load them."""
 
 from drkd.adapters.checkpoint import SavedDetectorBuilder, load_detector, save_student
+from drkd.adapters.hooked_builder import HookedBuilder
+from drkd.adapters.hooks import HookedDetector, wrap_model
 from drkd.adapters.mask_rcnn import MaskRCNNBuilder
 from drkd.adapters.mmdetection import MMDetectionBuilder
 from drkd.adapters.ssd import SSD300Builder, SSDLiteBuilder
@@ -25,6 +27,8 @@ __all__ = [
     "DetrBuilder",
     "FCOSBuilder",
     "FasterRCNNBuilder",
+    "HookedBuilder",
+    "HookedDetector",
     "MMDetectionBuilder",
     "MaskRCNNBuilder",
     "PretrainedDetrBuilder",
@@ -40,6 +44,7 @@ __all__ = [
     "load_detector",
     "load_state",
     "save_student",
+    "wrap_model",
     "wrap_torchvision",
     "wrap_transformers",
     "wrap_ultralytics",

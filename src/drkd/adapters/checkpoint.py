@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from drkd.adapters.damage import explained_by_file
+from drkd.adapters.hooked_builder import LIBRARY as HOOKS
+from drkd.adapters.hooked_builder import describe_hooked, rebuild_hooked
+from drkd.adapters.hooks import HookedDetector
 from drkd.adapters.mask_rcnn import MaskRCNNBuilder
 from drkd.adapters.plain_code import write_plain_code
 from drkd.adapters.ssd import SSD300Builder, SSDLiteBuilder
@@ -49,9 +52,11 @@ class SavedDetectorBuilder(DetectorBuilder):
 
     Args:
         path: The file, as ``save_student`` wrote it, or ``drkd:<name>`` for one that ships with the package.
+        trust_code: Call the functions that a file with a detector of your own names.
     """
 
     path: str
+    trust_code: bool = False
 
     def own_class_names(self) -> tuple[str, ...]:
         """The file's classes."""
@@ -63,7 +68,7 @@ class SavedDetectorBuilder(DetectorBuilder):
         Raises:
             DrkdError: If the file cannot be read or its classes differ.
         """
-        return load_detector(self.path, class_names=class_names)
+        return load_detector(self.path, class_names=class_names, trust_code=self.trust_code)
 
 
 def save_student(
@@ -91,9 +96,9 @@ def save_student(
     Raises:
         ValueError: If the detector is of no library that is known here, or ``image_settings`` lacks an entry.
     """
-    if not isinstance(detector, TorchvisionDetector | TransformersDetector | UltralyticsDetector):
+    if not isinstance(detector, TorchvisionDetector | TransformersDetector | UltralyticsDetector | HookedDetector):
         raise ValueError(
-            "expected a TorchvisionDetector, TransformersDetector or UltralyticsDetector, got "
+            "expected a TorchvisionDetector, TransformersDetector, UltralyticsDetector or HookedDetector, got "
             f"{type(detector).__name__}"
         )
     file = Path(path)
@@ -104,6 +109,8 @@ def save_student(
         content = {"format": FORMAT, **_plain(describe_transformers(detector, image_settings))}
     elif isinstance(detector, UltralyticsDetector):
         content = {"format": FORMAT, **_plain(describe_ultralytics(detector, image_settings))}
+    elif isinstance(detector, HookedDetector):
+        content = {"format": FORMAT, **_plain(describe_hooked(detector, image_settings))}
     else:
         content = _describe(detector, builder, image_settings)
     content["state_dict"] = {
@@ -114,12 +121,13 @@ def save_student(
 
 
 @explained_by_file
-def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None) -> Detector:
+def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None, trust_code: bool = False) -> Detector:
     """Load what ``save_student`` wrote, in eval mode on the CPU.
 
     Args:
         path: The file, or ``drkd:<name>`` for one that ships with the package.
         class_names: The classes that are expected, in the wanted order; None takes the file's.
+        trust_code: Call the functions that a file with a detector of your own names (see `HookedBuilder`).
 
     Raises:
         DrkdError: If the file cannot be read, was not written by drkd, or holds other classes.
@@ -134,6 +142,8 @@ def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None)
         return rebuild_transformers(path, content, class_names=names, label_ids=label_ids)
     if content["build"].get("library") == ULTRALYTICS:
         return rebuild_ultralytics(path, content, class_names=names, label_ids=label_ids)
+    if content["build"].get("library") == HOOKS:
+        return rebuild_hooked(path, content, class_names=names, label_ids=label_ids, trusted=trust_code)
     builder = _read_builder(path, content["builder"])
     detector = builder.build(saved_names)
     build, settings = content["build"], content["preprocessing"]

@@ -100,6 +100,7 @@ def evaluate(
     limit: int | None = None,
     device: str = "auto",
     trust_pickle: bool = False,
+    trust_code: bool = False,
 ) -> Evaluated:
     """Measure a saved detector, or one that a builder makes, on a split of a data set.
 
@@ -118,6 +119,7 @@ def evaluate(
         limit: Evaluate on the first images only.
         device: auto, cpu, cuda, ...
         trust_pickle: Load a checkpoint of Ultralytics' own, which is a pickle: loading it runs the code in it.
+        trust_code: Call the functions that a checkpoint with a detector of your own names.
 
     Raises:
         DrkdError: If the checkpoint or the data cannot be used, or their classes do not match.
@@ -137,6 +139,7 @@ def evaluate(
         min_size=min_size,
         max_size=max_size,
         trust_pickle=trust_pickle,
+        trust_code=trust_code,
     )
     source = module(
         min_size=loaded.min_size,

@@ -60,6 +60,7 @@ def open_detector(
     min_size: int | None = None,
     max_size: int | None = None,
     trust_pickle: bool = False,
+    trust_code: bool = False,
 ) -> LoadedDetector:
     """Load a checkpoint, or build a detector that is described otherwise.
 
@@ -71,6 +72,7 @@ def open_detector(
         max_size: Limit of the long side, px; the checkpoint's own by default, 1333 for a builder. Raised with
             ``min_size`` in proportion where only that is given.
         trust_pickle: Let the code in a checkpoint of Ultralytics' run.
+        trust_code: Call the functions that a checkpoint with a detector of the user's own names.
 
     Raises:
         DrkdError: If both or neither of checkpoint and builder are given, or the checkpoint cannot be used.
@@ -86,7 +88,7 @@ def open_detector(
             detector, side = open_ultralytics(file, trust_pickle=True)
             own = (side, side, int(max(level.stride for level in detector.spec.levels)))
         else:
-            detector = load_detector(file)
+            detector = load_detector(file, trust_code=trust_code)
             settings = read_preprocessing(file)
             own = (int(settings["min_size"]), int(settings["max_size"]), int(settings["size_divisor"]))
     short = min_size or own[0]

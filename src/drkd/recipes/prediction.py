@@ -57,6 +57,7 @@ def predict(
     device: str = "auto",
     overwrite: bool = False,
     trust_pickle: bool = False,
+    trust_code: bool = False,
 ) -> Predicted:
     """Detect objects in an image, or in every image of a folder and its sub-folders.
 
@@ -70,6 +71,7 @@ def predict(
         device: auto, cpu, cuda, ...
         overwrite: Replace what an earlier prediction left in the output folder.
         trust_pickle: Load a checkpoint of Ultralytics' own, which is a pickle: loading it runs the code in it.
+        trust_code: Call the functions that a checkpoint with a detector of your own names.
 
     Raises:
         DrkdError: If the checkpoint cannot be used, there is no image, or the output would overwrite something.
@@ -78,7 +80,9 @@ def predict(
         raise DrkdError(f"threshold: expected a score in [0, 1], got {threshold}.")
     sources = find_images(path, output=output)
     targets = _plan_pictures(sources, output, overwrite=overwrite)
-    loaded = open_detector(checkpoint, min_size=min_size, max_size=max_size, trust_pickle=trust_pickle)
+    loaded = open_detector(
+        checkpoint, min_size=min_size, max_size=max_size, trust_pickle=trust_pickle, trust_code=trust_code
+    )
     chosen = choose_device(device)
     loaded.detector.to(chosen)
     names = loaded.detector.spec.class_names
