@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -214,7 +214,7 @@ class DistillationModule(LightningModule):
 
 
 def _with_images(batch: DetectionBatch, images: Tensor) -> DetectionBatch:
-    return DetectionBatch(images, batch.sizes, batch.original_sizes, batch.targets, batch.image_ids)
+    return replace(batch, images=images)
 
 
 def _parameter_groups(distiller: Distiller, settings: Optimization) -> list[dict[str, Any]]:

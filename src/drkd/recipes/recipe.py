@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from drkd.contracts import DetectorBuilder, DetectorSpec, DrkdError, KDMethod
 from drkd.data.module import DetectionDataModule
 from drkd.engine.module import Optimization
+from drkd.engine.unlabelled import UnlabelledImages
 from drkd.recipes.recipe_error import readable
 from drkd.recipes.recipe_file import RecipeFile
 
@@ -41,6 +42,7 @@ class Training:
         monitor_interval: Steps between measurements of the gradient ratios.
         calibration_steps: Steps after which balanced weights are frozen.
         log_interval: Steps between rows of metrics.csv.
+        unlabelled: How images of ``data.unlabelled`` train.
     """
 
     steps: int | None = None
@@ -62,6 +64,7 @@ class Training:
     monitor_interval: int = 50
     calibration_steps: int = 100
     log_interval: int = 10
+    unlabelled: UnlabelledImages = field(default_factory=UnlabelledImages)
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):

@@ -97,6 +97,7 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
         calibration_steps=recipe.training.calibration_steps,
         monitor_interval=recipe.training.monitor_interval,
         accumulate=recipe.training.accumulate,
+        unlabelled=recipe.training.unlabelled,
     )
     validation = recipe.data.val_split
 
