@@ -97,9 +97,7 @@ def detect_targets(
 def _pick(found: Detections, table: Tensor | None, settings: UnlabelledImages) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes and labels, those to keep first and by score, and how many to keep (0-d, still on the device)."""
     boxes, labels = found.boxes.float(), found.labels.to(torch.int64)
-    kept = (found.scores >= settings.score_threshold) & (
-        (boxes[:, 2:] - boxes[:, :2]) >= _MINIMUM_SIDE
-    ).all(dim=1)
+    kept = (found.scores >= settings.score_threshold) & ((boxes[:, 2:] - boxes[:, :2]) >= _MINIMUM_SIDE).all(dim=1)
     if table is not None:
         labels = table.to(labels.device)[labels]
         kept = kept & (labels >= 0)
