@@ -74,17 +74,26 @@ def read_image_size(path: Path, expected: Size | None = None, *, turned: bool = 
     Raises:
         DrkdError: If the header cannot be read.
     """
+    (height, width), orientation = read_orientation(path)
+    turn = orientation >= 5 and (turned if expected is None else (height, width) != tuple(expected))
+    return (width, height) if turn else (height, width)
+
+
+def read_orientation(path: Path) -> tuple[Size, int]:
+    """Height and width of the stored image, px, and its EXIF orientation, 1 to 8.
+
+    Raises:
+        DrkdError: If the header cannot be read.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                width, height = image.size
-                sideways = int(image.getexif().get(_EXIF_ORIENTATION, 1)) >= 5
+                orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
+                return (image.height, image.width), orientation if 1 <= orientation <= 8 else 1
     except Exception as error:
         # Pillow's plugins raise errors of many kinds on damaged files.
         raise DrkdError(f"{path}: the image cannot be read ({error}).") from None
-    turn = sideways and (turned if expected is None else (height, width) != tuple(expected))
-    return (width, height) if turn else (height, width)
 
 
 def _turn(image: Image.Image, size: Size | None) -> Image.Image:

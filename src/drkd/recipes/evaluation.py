@@ -11,6 +11,7 @@ import torch
 
 from drkd.contracts import DetectionBatch, Detector, DetectorBuilder
 from drkd.data.dataset import DatasetSplit
+from drkd.data.formats.reading import FormatChoice
 from drkd.data.module import DetectionDataModule
 from drkd.evaluation import CocoEvaluator, CocoMetrics, ModelCost, measure_cost
 from drkd.recipes.loading import choose_device, open_detector
@@ -80,12 +81,15 @@ def evaluate(
     workers: int = 2,
     limit: int | None = None,
     device: str = "auto",
+    format: FormatChoice = "auto",
+    classes: list[str] | None = None,
 ) -> Evaluated:
     """Measure a saved detector, or one that a builder makes, on a split of a data set.
 
     Args:
         checkpoint: A student.pt, or a run folder that holds one.
-        data: The data set's folder in COCO format, or ``digits`` for the embedded one. Classes are matched by name.
+        data: The data set's folder in COCO, YOLO or VOC format, or ``digits`` for the embedded one. Classes are matched
+            by name.
         split: Split to evaluate on: val, train, tune or test.
         area_scale: Factor on COCO's area limits of small and medium objects (32^2 and 96^2 px); 0.25 halves the sides.
         cost: Also measure parameters, FLOPs and CPU latency.
@@ -97,6 +101,8 @@ def evaluate(
         workers: Processes that decode images.
         limit: Evaluate on the first images only.
         device: auto, cpu, cuda, ...
+        format: The data's format; by default the one that its content shows.
+        classes: Score these classes of the data only; images that show none of them stay.
 
     Raises:
         DrkdError: If the checkpoint or the data cannot be used, or their classes do not match.
@@ -105,7 +111,14 @@ def evaluate(
 
     def module(**settings: Any) -> DetectionDataModule:
         return DetectionDataModule(
-            data, val_split=split, batch_size=batch_size, workers=workers, val_limit=limit, **settings
+            data,
+            val_split=split,
+            batch_size=batch_size,
+            workers=workers,
+            val_limit=limit,
+            format=format,
+            classes=classes,
+            **settings,
         )
 
     names = module().split(split).class_names if detector is not None else ()

@@ -115,6 +115,8 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
 
 def _run(recipe: Recipe, *, kind: str) -> RunResult:
     folder = RunFolder(recipe.output, resume=recipe.resume, overwrite=recipe.overwrite)
+    if kind == "train":
+        recipe.data.leave_out_unlabelled()
     recipe.data.setup("fit")
     module = build_module(recipe, kind=kind)
     folder.start(resolved=recipe.resolved, seed=recipe.seed, kind=kind)
@@ -159,7 +161,7 @@ def _finish(recipe: Recipe, folder: RunFolder, student: Detector, *, device: tor
             student,
             builder=recipe.student,
             image_settings=recipe.data.image_settings,
-            extra={"seed": recipe.seed},
+            extra={"seed": recipe.seed, "category_ids": recipe.data.train_split.numbered_categories()},
         )
     if recipe.evaluation.split is None:
         return {}
