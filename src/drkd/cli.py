@@ -237,10 +237,19 @@ _VERBS: Mapping[tuple[str, ...], _Verb] = {
         cli_inspect.run_inspect,
     ),
     ("data", "check"): _Verb(
-        "List every problem of a COCO-format folder at once, with counts.",
+        "List every problem of a data set at once, with counts (COCO, YOLO or VOC).",
         ("data check data/birds", "data check data/birds --picture samples.png"),
         verbs.check_parser,
         verbs.run_check,
+    ),
+    ("data", "convert"): _Verb(
+        "Write a data set in another format: COCO, YOLO or VOC.",
+        (
+            "data convert data/birds data/birds-yolo --to yolo",
+            "data convert voc/VOC2007 data/voc --to coco --images link",
+        ),
+        verbs.convert_parser,
+        verbs.run_convert,
     ),
     ("data", "digits"): _Verb(
         "Build the embedded data set and print where it is.",

@@ -169,7 +169,7 @@ def check_parser(description: str, **settings: Any) -> ArgumentParser:
     """Options of ``drkd data check``."""
     from drkd.recipes.datasets import check_dataset
 
-    positional = {"path": "The data set's folder in COCO format."}
+    positional = {"path": "The data set's folder in COCO, YOLO or VOC format."}
     return _function_parser(check_dataset, description, positional=positional, flags={}, **settings)
 
 
@@ -180,6 +180,31 @@ def run_check(config: Any, parser: ArgumentParser, console: Console) -> int:
     report = _call(check_dataset, config, parser)
     console.print(str(report))
     return WRONG if report.errors else 0
+
+
+def convert_parser(description: str, **settings: Any) -> ArgumentParser:
+    """Options of ``drkd data convert``."""
+    from drkd.recipes.datasets import convert_dataset
+
+    positional = {
+        "source": "The data set's folder in COCO, YOLO or VOC format, or digits.",
+        "target": "Folder to write; must not exist, or be empty.",
+    }
+    return _function_parser(convert_dataset, description, positional=positional, flags={}, **settings)
+
+
+def run_convert(config: Any, parser: ArgumentParser, console: Console) -> int:
+    """Convert a data set; print what was written and what was lost on the way."""
+    from drkd.recipes.datasets import convert_dataset
+
+    converted = _call(convert_dataset, config, parser)
+    for name, count in converted.images.items():
+        console.print(f"{name}: {count} images, {converted.boxes[name]} boxes")
+    console.print("not carried over:")
+    for line in converted.lost:
+        console.print(f"  {line}")
+    console.print(f"Wrote {converted.target}. Look it over: drkd data check {converted.target}")
+    return 0
 
 
 def digits_parser(description: str, **settings: Any) -> ArgumentParser:

@@ -61,6 +61,9 @@ class ImageRecord:
         crowd: (N,) bool, COCO's ``iscrowd``: ignored in training, matched as COCO does in evaluation.
         areas: (N,) float32, px^2, what AP_S/M/L are split by (COCO's ``area``).
         masks: N masks; None where the reader was not asked for them.
+        turned: Size and boxes are those of the image as a viewer shows it, turned as its EXIF data say (YOLO's
+            convention); otherwise those of the stored image.
+        labelled: Whether the boxes are known; an image without labels has none here, which says nothing about it.
     """
 
     image_id: int
@@ -71,6 +74,8 @@ class ImageRecord:
     crowd: Tensor
     areas: Tensor
     masks: tuple[PackedMask, ...] | None = None
+    turned: bool = False
+    labelled: bool = True
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,8 @@ class DetectionBatch:
         original_sizes: Height and width of each image as stored, px.
         targets: One entry an image, in px of ``images``. Crowds are already left out of training batches.
         image_ids: One entry an image.
+        labelled: For each image, whether its boxes are known; empty where all are. On the host, so that asking costs
+            no synchronisation.
     """
 
     images: Tensor
@@ -126,6 +133,7 @@ class DetectionBatch:
     original_sizes: tuple[Size, ...]
     targets: tuple[BoxTargets, ...]
     image_ids: tuple[int, ...]
+    labelled: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.shape[1] != 3:
@@ -135,6 +143,11 @@ class DetectionBatch:
             raise ValueError(
                 f"DetectionBatch expects one size, original size, target and id for each of {self.images.shape[0]} "
                 f"images, got lengths {sorted(lengths)}"
+            )
+        if self.labelled and len(self.labelled) != len(self.image_ids):
+            raise ValueError(
+                f"DetectionBatch expects labelled to be empty or one entry for each of {len(self.image_ids)} images, "
+                f"got {len(self.labelled)}"
             )
 
     @classmethod
@@ -186,6 +199,23 @@ class DetectionBatch:
     def boxes(self) -> list[Tensor]:
         """Ground-truth boxes, one (N_b, 4) tensor an image, xyxy px of ``images``."""
         return [target.boxes for target in self.targets]
+
+    def select(self, rows: Sequence[int]) -> DetectionBatch:
+        """The batch of some of the images, of the same padded size; a view where the rows follow one another.
+
+        Args:
+            rows: Positions of the images, at least one.
+        """
+        first, last = rows[0], rows[-1]
+        run = list(rows) == list(range(first, last + 1))
+        return DetectionBatch(
+            images=self.images[first : last + 1] if run else self.images[list(rows)],
+            sizes=tuple(self.sizes[row] for row in rows),
+            original_sizes=tuple(self.original_sizes[row] for row in rows),
+            targets=tuple(self.targets[row] for row in rows),
+            image_ids=tuple(self.image_ids[row] for row in rows),
+            labelled=tuple(self.labelled[row] for row in rows) if self.labelled else (),
+        )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DetectionBatch:
         """Copy to a device."""

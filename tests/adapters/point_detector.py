@@ -1,4 +1,4 @@
-"""A detector that drkd does not know: anchor-free, one box a cell, with the methods that MMDetection's detectors have."""
+"""A detector that drkd does not know: anchor-free, one box a cell, with methods as MMDetection has them."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_two_files_for_a_split_are_an_error(coco: CocoFolder) -> None:
 
 
 def test_nothing_found_says_what_was_expected(tmp_path: Path) -> None:
-    with pytest.raises(DrkdError, match="Expected annotations/instances_train"):
+    with pytest.raises(DrkdError, match="Expected COCO: annotations/instances_train"):
         find_splits(tmp_path)
     with pytest.raises(DrkdError, match="no such folder"):
         find_splits(tmp_path / "gone")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from drkd.contracts import DrkdError
+from drkd.contracts import DrkdError, ImageRecord
+from drkd.data.dataset import DatasetSplit, DetectionDataset
 from drkd.data.image import decode_image, read_image_size
+from drkd.data.sampler import aspect_group
+from drkd.data.transforms import train_transforms
 
 _GREY = np.array([[0, 50, 100], [150, 200, 255]], dtype=np.uint8)
 
@@ -113,3 +117,92 @@ def test_a_floating_point_image_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(DrkdError, match="no agreed range"):
         decode_image(tmp_path / "f.tif")
+
+
+def _tiff(path: Path, pixels: np.ndarray, *, extra: int) -> Path:
+    """An uncompressed little-endian TIFF of four channels; ``extra`` says what the fourth is (0: unspecified)."""
+    height, width, _ = pixels.shape
+    bits = 8 * pixels.dtype.itemsize
+    data = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
+    start = 8 + len(data)
+    entries = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, 4, start + 2 + 12 * 10 + 4),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),
+        (273, 4, 1, 8),
+        (277, 3, 1, 4),
+        (278, 4, 1, height),
+        (279, 4, 1, len(data)),
+        (338, 3, 1, extra),
+    ]
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    tail = struct.pack("<I", 0) + struct.pack("<4H", *[bits] * 4)
+    path.write_bytes(b"II*\0" + struct.pack("<I", start) + data + directory + tail)
+    return path
+
+
+@pytest.mark.parametrize("extra", [0, 1, 2], ids=["near infrared", "associated alpha", "alpha"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_the_first_three_of_four_channels_are_taken(tmp_path: Path, extra: int, dtype: type) -> None:
+    colours = np.array([[[10, 20, 30], [40, 50, 60]], [[70, 80, 90], [100, 110, 120]]], dtype=np.uint8)
+    fourth = np.full((2, 2, 1), 255, dtype=np.uint8)  # opaque, so that associated alpha changes nothing
+    if extra != 1:
+        fourth[0, 0] = 3
+    pixels = np.concatenate([colours, fourth], axis=2).astype(dtype) * (257 if dtype == np.uint16 else 1)
+
+    found = decode_image(_tiff(tmp_path / "four.tif", pixels, extra=extra), (2, 2))
+
+    np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), colours)
+
+
+def test_transparency_is_dropped_and_not_composited(tmp_path: Path) -> None:
+    Image.new("RGBA", (2, 2), (200, 100, 50, 0)).save(tmp_path / "clear.png")
+
+    assert decode_image(tmp_path / "clear.png")[:, 0, 0].tolist() == [200, 100, 50]
+
+
+def test_a_viewers_turn_is_taken_whatever_the_size(tmp_path: Path) -> None:
+    square = np.array([[1, 2], [3, 4]], dtype=np.uint8)
+    Image.fromarray(square).save(tmp_path / "half.png", exif=_exif(3))
+
+    assert decode_image(tmp_path / "half.png", (2, 2))[0].tolist() == [[1, 2], [3, 4]]
+    assert decode_image(tmp_path / "half.png", (2, 2), turned=True)[0].tolist() == [[4, 3], [2, 1]]
+    assert read_image_size(_save(tmp_path, "L")) == (2, 3)
+    Image.fromarray(_GREY).save(tmp_path / "quarter.png", exif=_exif(8))
+    assert read_image_size(tmp_path / "quarter.png") == (3, 2)
+    assert read_image_size(tmp_path / "quarter.png", turned=False) == (2, 3)
+
+
+def test_a_decompression_bomb_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("L", (20, 20)).save(tmp_path / "bomb.png")
+
+    with pytest.raises(DrkdError, match=r"bomb\.png: the image is too large"):
+        decode_image(tmp_path / "bomb.png")
+    with pytest.raises(DrkdError, match=r"bomb\.png"):
+        read_image_size(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    assert decode_image(tmp_path / "bomb.png").shape == (3, 20, 20)  # large, but below twice the limit: no warning
+
+
+def test_a_colour_space_without_a_way_to_rgb_is_an_error(tmp_path: Path) -> None:
+    Image.new("LAB", (2, 2)).save(tmp_path / "lab.tif")
+
+    with pytest.raises(DrkdError, match=r"lab\.tif: the image cannot be decoded"):
+        decode_image(tmp_path / "lab.tif")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300)])
+def test_the_smallest_images_go_through_training(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", (size[1], size[0]), (9, 9, 9)).save(tmp_path / "dot.png")
+    box = torch.tensor([[0.0, 0.0, float(size[1]), float(size[0])]])
+    label, no_crowd = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)
+    record = ImageRecord(1, tmp_path / "dot.png", size, box, label, no_crowd, box[:, 2])
+    transforms = train_transforms(min_size=64, max_size=128, photometric=True, zoom_out=1.0)
+
+    sample = DetectionDataset(DatasetSplit("train", (record,), ("dot",)), transforms, minimum_side=1.0)[0]
+
+    assert bool(sample.image.isfinite().all()) and max(sample.image.shape) <= 128
+    assert aspect_group(record) == (0 if size == (1, 1) else 16)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from drkd.contracts import DrkdError
@@ -92,3 +93,17 @@ def test_missing_and_empty_folders_are_said_to_be_so(tmp_path: Path) -> None:
 def test_an_output_that_is_a_file_is_refused(photos: Path, tiny_detector: Path) -> None:
     with pytest.raises(DrkdError, match="expected a folder"):
         predict(tiny_detector, photos / "one.png", output=photos / "notes.txt", device="cpu")
+
+
+def test_category_ids_are_those_of_the_data_that_it_was_trained_on(
+    photos: Path, tiny_detector: Path, tmp_path: Path
+) -> None:
+    content = torch.load(tiny_detector, weights_only=True)
+    content["extra"] = {"category_ids": {"dog": 18, "cat": 90, "owl": 3}}
+    torch.save(content, tmp_path / "student.pt")
+    predict(tmp_path / "student.pt", photos / "one.png", output=tmp_path / "found", threshold=0.0, device="cpu")
+    predict(tiny_detector, photos / "one.png", output=tmp_path / "plain", threshold=0.0, device="cpu")
+    listing = json.loads((tmp_path / "found" / "images.json").read_text())
+    assert listing["categories"] == [{"id": 90, "name": "cat"}, {"id": 18, "name": "dog"}]
+    ours, plain = (json.loads((tmp_path / name / "detections.json").read_text()) for name in ("found", "plain"))
+    assert ours and [entry["category_id"] for entry in ours] == [{1: 90, 2: 18}[e["category_id"]] for e in plain]

@@ -167,6 +167,16 @@ def read_preprocessing(path: str | Path) -> dict[str, Any]:
     return dict(_read(path)["preprocessing"])
 
 
+def read_category_ids(path: str | Path) -> dict[str, int]:
+    """The category id of each class in the data that a saved detector was trained on; empty where the file has none.
+
+    Raises:
+        DrkdError: If the file cannot be read or was not written by drkd.
+    """
+    ids = _read(path).get("extra", {}).get("category_ids", {})
+    return {str(name): int(number) for name, number in ids.items()}
+
+
 def _describe(
     detector: TorchvisionDetector, builder: DetectorBuilder | None, image_settings: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from drkd.contracts import DrkdError, ImageRecord
-from drkd.data.dataset import find_splits
-from drkd.data.formats.coco import CocoScan, scan_coco
+from drkd.data.formats.reading import FormatChoice, find_sources, scan_source
+from drkd.data.formats.source import FormatName, SplitScan
 from drkd.data.image import decode_image, read_image_size
 from drkd.data.picture import draw_samples, save_picture
 from drkd.data.problem import DataProblem
@@ -20,6 +20,7 @@ from drkd.data.split import DatasetSplit
 
 __all__ = ["DataReport", "SplitReport", "check_data", "draw_samples"]
 
+_SPLITS = ("train", "tune", "val", "test")
 _SMALL, _MEDIUM = 32.0**2, 96.0**2
 
 
@@ -40,6 +41,7 @@ class SplitReport:
         boxes_per_size: Boxes whose area is "small" (< 32^2 px^2 of the stored image), "medium" (< 96^2) and "large".
         boxes_per_image: By number of boxes, how many images have that many; ascending.
         backgrounds: By background, how many images show it, where the data set says so (as ``digits`` does).
+        format: The format that it was read from.
     """
 
     name: str
@@ -54,6 +56,7 @@ class SplitReport:
     boxes_per_size: Mapping[str, int]
     boxes_per_image: Mapping[int, int]
     backgrounds: Mapping[str, int]
+    format: FormatName
 
 
 @dataclass(frozen=True)
@@ -92,33 +95,37 @@ class DataReport:
 
 
 def check_data(
-    root: Path, *, splits: Sequence[str] | None = None, picture: Path | None = None, decode: int = 2000
+    root: Path,
+    *,
+    splits: Sequence[str] | None = None,
+    picture: Path | None = None,
+    decode: int = 2000,
+    format: FormatChoice = "auto",
 ) -> DataReport:
-    """Look a COCO-format folder over.
+    """Look a data set over.
 
     Args:
         root: The data set's folder.
         splits: Which splits; all that are found by default.
         picture: Where to write a picture (PNG) of samples with their boxes.
         decode: So many images of each split are decoded in full; of the others only the header is read.
+        format: The data's format; by default the one that is found.
 
     Raises:
         DrkdError: If there is no data set in the folder, or a split that was asked for is not there.
     """
     root = Path(root)
-    found = find_splits(root)
-    chosen = (
-        list(splits) if splits is not None else [name for name in ("train", "tune", "val", "test") if name in found]
-    )
+    found = find_sources(root, format=format)
+    chosen = list(splits) if splits is not None else _all_splits(found)
     if missing := [name for name in chosen if name not in found]:
         raise DrkdError(f"{root}: there is no split '{missing[0]}'; this folder has {', '.join(sorted(found))}.")
     problems: list[DataProblem] = []
     reports: list[SplitReport] = []
-    scans: dict[str, CocoScan] = {}
+    scans: dict[str, SplitScan] = {}
     for name in chosen:
-        annotations, images = found[name]
+        annotations = found[name].file
         try:
-            scan = scan_coco(annotations, images, name=name)
+            scan = scan_source(found[name])
         except DrkdError as error:
             text = str(error).removeprefix(f"{annotations}: ")
             problems.append(DataProblem("error", annotations, "", "", text))
@@ -126,12 +133,22 @@ def check_data(
         problems.extend(scan.problems)
         problems.extend(_check_images(scan.split, annotations, decode))
         scans[name] = scan
-        reports.append(_count(scan, annotations))
-    problems.extend(_compare(scans, {name: found[name][0] for name in scans}))
+        reports.append(_count(scan, annotations, found[name].format))
+    problems.extend(_compare(scans, {name: found[name].file for name in scans}))
     drawn = None
     if picture is not None and any(scan.split.records for scan in scans.values()):
         drawn = save_picture(draw_samples([scan.split for scan in scans.values()]), Path(picture))
     return DataReport(root, tuple(reports), tuple(problems), drawn)
+
+
+def _all_splits(found: Collection[str]) -> list[str]:
+    # VOC's trainval is made of train and val: where it stands in for train, val is among it.
+    names = (
+        ("train", "tune", "val", "test")
+        if "trainval" not in found or "train" in found
+        else ("trainval", "tune", "test")
+    )
+    return [name for name in names if name in found]
 
 
 def _check_images(split: DatasetSplit, annotations: Path, decode: int) -> list[DataProblem]:
@@ -142,7 +159,7 @@ def _check_images(split: DatasetSplit, annotations: Path, decode: int) -> list[D
             continue
         try:
             if number < decode:
-                decode_image(record.path, record.size)
+                decode_image(record.path, record.size, turned=record.turned)
             elif (size := read_image_size(record.path, record.size)) != record.size:
                 raise DrkdError(
                     f"the image is {size[1]} x {size[0]} px, but its annotations (fields 'width' and 'height') say "
@@ -156,7 +173,7 @@ def _check_images(split: DatasetSplit, annotations: Path, decode: int) -> list[D
     return problems
 
 
-def _compare(scans: Mapping[str, CocoScan], files: Mapping[str, Path]) -> list[DataProblem]:
+def _compare(scans: Mapping[str, SplitScan], files: Mapping[str, Path]) -> list[DataProblem]:
     """What only shows when splits are seen together: other classes, and images that train and test alike."""
     if len(scans) < 2:
         return []
@@ -182,7 +199,7 @@ def _compare(scans: Mapping[str, CocoScan], files: Mapping[str, Path]) -> list[D
     return problems
 
 
-def _count(scan: CocoScan, annotations: Path) -> SplitReport:
+def _count(scan: SplitScan, annotations: Path, format: FormatName) -> SplitReport:
     records, names = scan.split.records, scan.split.class_names
     labels = _join([record.labels for record in records], torch.int64)
     areas = _join([record.areas for record in records], torch.float32)
@@ -201,7 +218,8 @@ def _count(scan: CocoScan, annotations: Path) -> SplitReport:
         boxes_per_class=dict(zip(names, per_class, strict=True)),
         boxes_per_size={"small": small, "medium": medium - small, "large": len(areas) - medium},
         boxes_per_image=dict(sorted(per_image.items())),
-        backgrounds=_count_backgrounds(annotations, records),
+        backgrounds=_count_backgrounds(annotations, records) if format == "coco" else {},
+        format=format,
     )
 
 
@@ -220,8 +238,8 @@ def _count_backgrounds(annotations: Path, records: Sequence[ImageRecord]) -> dic
 
 def _describe(split: SplitReport) -> str:
     lines = [
-        f"{split.name}: {split.images} images ({split.empty_images} without boxes), {split.boxes} boxes "
-        f"({split.crowds} crowds), {split.boxes / max(split.images, 1):.1f} an image, "
+        f"{split.name} ({split.format.upper()}): {split.images} images ({split.empty_images} without boxes), "
+        f"{split.boxes} boxes ({split.crowds} crowds), {split.boxes / max(split.images, 1):.1f} an image, "
         f"at most {max(split.boxes_per_image, default=0)}",
         "  sizes (COCO's, px of the stored images): "
         + ", ".join(f"{name} {count}" for name, count in split.boxes_per_size.items()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,100 +14,115 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from drkd.contracts import BoxTargets, DrkdError, ImageRecord, Size
-from drkd.data.formats.coco import read_coco
+from drkd.data.formats.reading import FormatChoice, find_sources, read_source
 from drkd.data.image import decode_image
 from drkd.data.masks import unpack_masks
 from drkd.data.split import DatasetSplit
 
-__all__ = ["DatasetSplit", "DetectionDataset", "Sample", "find_splits", "load_split", "map_classes"]
+__all__ = [
+    "DatasetSplit",
+    "DetectionDataset",
+    "Sample",
+    "find_splits",
+    "keep_classes",
+    "load_split",
+    "map_classes",
+]
 
 Transform = Callable[[tv_tensors.Image, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
 """Maps an image, uint8 (3, H, W), and its target to a float image in [0, 1] and the moved target."""
 
-_SYNONYMS = {"valid": "val", "validation": "val", "training": "train"}
 
-
-def find_splits(root: Path) -> dict[str, tuple[Path, Path]]:
-    """Find the splits of a COCO-format folder.
-
-    Two layouts are known: ``annotations/instances_SPLIT*.json`` with images in ``SPLIT*/``, ``images/SPLIT*/`` or
-    ``images/`` (COCO), and ``SPLIT/_annotations.coco.json`` beside the images (Roboflow). SPLIT is train, tune, val
-    (or valid) or test.
+def find_splits(root: Path, *, format: FormatChoice = "auto") -> dict[str, tuple[Path, Path]]:
+    """Find the splits of a data set folder in COCO, YOLO or VOC format.
 
     Args:
         root: The data set's folder.
+        format: Its format; by default the one that its content shows.
 
     Returns:
-        By split, the annotation file and the folder of its images.
+        By split, the file that describes it and the folder of its images.
 
     Raises:
-        DrkdError: If there is no such folder, no split in it, or two files for one split.
+        DrkdError: If there is no such folder, no split in it, files of several formats, or two files for one split.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise DrkdError(f"{root}: there is no such folder; expected a data set in COCO format.")
-    found: dict[str, tuple[Path, Path]] = {}
-    candidates = [
-        (file, re.sub(r"^instances_", "", file.stem)) for file in sorted((root / "annotations").glob("*.json"))
-    ]
-    candidates += [(file, file.parent.name) for file in sorted(root.glob("*/_annotations.coco.json"))]
-    for file, stem in candidates:
-        split = _split_name(stem)
-        if split is None:
-            continue
-        if split in found:
-            raise DrkdError(
-                f"{root}: two annotation files for the split '{split}': {found[split][0]} and {file}. Keep one of them "
-                "in the folder."
-            )
-        found[split] = file, _image_folder(root, file, stem)
-    if not found:
-        raise DrkdError(
-            f"{root}: no COCO annotations found. Expected annotations/instances_train*.json (images in train*/ or "
-            "images/train*/) or train/_annotations.coco.json, and the same for val."
-        )
-    return found
-
-
-def _split_name(stem: str) -> str | None:
-    match = re.fullmatch(r"(training|train|tune|validation|valid|val|test)[-_]?\d*", stem)
-    return _SYNONYMS.get(match[1], match[1]) if match else None
-
-
-def _image_folder(root: Path, file: Path, stem: str) -> Path:
-    if file.name == "_annotations.coco.json":
-        return file.parent
-    split = _split_name(stem) or stem
-    parents = (root, root / "images")
-    options = [parent / name for name in (stem, split) for parent in parents]
-    # Annotations of "train" with images in "train2017".
-    options += [
-        folder for parent in parents for folder in sorted(parent.glob("*")) if _split_name(folder.name) == split
-    ]
-    return next(option for option in [*options, root / "images", root] if option.is_dir())
+    return {name: (source.file, source.images) for name, source in find_sources(root, format=format).items()}
 
 
 def load_split(
-    root: Path, split: str, *, class_names: Sequence[str] | None = None, masks: bool = False
+    root: Path,
+    split: str,
+    *,
+    class_names: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    format: FormatChoice = "auto",
+    masks: bool = False,
 ) -> DatasetSplit:
-    """Load one split of a COCO-format folder.
+    """Load one split of a data set folder.
 
     Args:
         root: The data set's folder.
-        split: "train", "tune", "val" or "test".
-        class_names: Classes whose order the labels must follow (a checkpoint's, another split's); the file's
-            categories are mapped to them by name. The file's own order by default.
-        masks: Keep the instances' masks, for detectors that train them.
+        split: "train", "tune", "val" or "test" (VOC also has "trainval").
+        class_names: Classes whose order the labels must follow (a checkpoint's, another split's); the data's classes
+            are mapped to them by name. The data's own order by default.
+        classes: Use these classes only, leaving out the boxes of others; all by default.
+        format: The data's format; by default the one that is found.
+        masks: Keep the instances' masks, for detectors that train them; COCO has them.
 
     Raises:
-        DrkdError: If the split is not there, cannot be used, or has a category that ``class_names`` lacks.
+        DrkdError: If the split is not there, cannot be used, has a class that ``class_names`` lacks, or lacks all of
+            ``classes``.
     """
-    splits = find_splits(root)
-    if split not in splits:
-        raise DrkdError(f"{root}: there is no split '{split}'; this folder has {', '.join(sorted(splits))}.")
-    annotations, images = splits[split]
-    loaded = read_coco(annotations, images, name=split, masks=masks)
-    return loaded if class_names is None else map_classes(loaded, class_names, source=annotations)
+    sources = find_sources(root, format=format)
+    if split not in sources:
+        raise DrkdError(f"{root}: there is no split '{split}'; this folder has {', '.join(sorted(sources))}.")
+    source = sources[split]
+    loaded = read_source(source, masks=masks)
+    if classes is not None:
+        loaded = keep_classes(loaded, classes, source=source.file)
+    return loaded if class_names is None else map_classes(loaded, class_names, source=source.file)
+
+
+def keep_classes(split: DatasetSplit, classes: Sequence[str], *, source: Path) -> DatasetSplit:
+    """Leave out the boxes of all but some classes; images that have none of them stay, without boxes.
+
+    Args:
+        split: The split.
+        classes: The classes to keep; they become labels 0, 1, ... in this order.
+        source: The split's file, for the message.
+
+    Raises:
+        DrkdError: If a class is not there, or is given twice.
+    """
+    names = tuple(classes)
+    if unknown := [name for name in names if name not in split.class_names]:
+        raise DrkdError(
+            f"{source}: data.classes: there is no class {_listing(unknown)}; the data has "
+            f"{_listing(split.class_names)}."
+        )
+    if not names or len(set(names)) != len(names):
+        raise DrkdError(f"data.classes: expected at least one class and each once, got {list(names)}.")
+    table = torch.full((len(split.class_names),), -1, dtype=torch.int64)
+    for label, name in enumerate(names):
+        table[split.class_names.index(name)] = label
+    records = []
+    for record in split.records:
+        labels = table[record.labels]
+        kept = labels >= 0
+        records.append(
+            replace(
+                record,
+                boxes=record.boxes[kept],
+                labels=labels[kept],
+                crowd=record.crowd[kept],
+                areas=record.areas[kept],
+                masks=None
+                if record.masks is None
+                else tuple(mask for mask, keep in zip(record.masks, kept.tolist(), strict=True) if keep),
+            )
+        )
+    ids = dict(zip(split.class_names, split.category_ids, strict=False))
+    return DatasetSplit(split.name, tuple(records), names, tuple(ids[name] for name in names) if ids else ())
 
 
 def map_classes(split: DatasetSplit, class_names: Sequence[str], *, source: Path) -> DatasetSplit:
@@ -160,12 +174,14 @@ class Sample:
         targets: Boxes in px of ``image``.
         original_size: Height and width of the stored image, px.
         image_id: The record's id.
+        labelled: Whether the boxes are known.
     """
 
     image: Tensor
     targets: BoxTargets
     original_size: Size
     image_id: int
+    labelled: bool = True
 
 
 class DetectionDataset(Dataset[Sample]):
@@ -226,7 +242,8 @@ class DetectionDataset(Dataset[Sample]):
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(_mix(self._seed, epoch, record.image_id))
             moved, target = self._transforms(image, target)
-        return Sample(torch.Tensor(moved), self._targets(target, moved), record.size, record.image_id)
+        targets = self._targets(target, moved)
+        return Sample(torch.Tensor(moved), targets, record.size, record.image_id, labelled=record.labelled)
 
     def _decode(self, position: int) -> tuple[ImageRecord, Tensor]:
         """The image at a position, or the one that stands in for it."""
@@ -234,7 +251,7 @@ class DetectionDataset(Dataset[Sample]):
             place = (position + offset) % len(self.split.records)
             record = self.split.records[place]
             try:
-                return record, decode_image(record.path, record.size)
+                return record, decode_image(record.path, record.size, turned=record.turned)
             except DrkdError as error:
                 if not self._substitutes:
                     raise

@@ -12,19 +12,25 @@ from torch import Tensor
 
 from drkd.contracts import DrkdError, Size
 
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+"""What image files end in, in lower case."""
+
 _EXIF_ORIENTATION = 0x0112
 
 
-def decode_image(path: Path, size: Size | None = None) -> Tensor:
+def decode_image(path: Path, size: Size | None = None, *, turned: bool = False) -> Tensor:
     """Decode an image file.
 
-    Grey, palette, CMYK, 16-bit and transparent images become 8-bit RGB (transparency is dropped, as COCO's own tools
-    do). An EXIF orientation is obeyed only where the annotations say so: when the stored size differs from ``size``
-    and the turned one does not. COCO's boxes are in px of the stored, unturned image.
+    Grey, palette, CMYK and 16-bit images become 8-bit RGB. Of four channels the first three are taken: transparency
+    is dropped and not composited, as COCO's own tools do, and so is a fourth channel of another kind (near infrared,
+    say). Of several frames or pages the first is taken. An EXIF orientation is obeyed only where the annotations say
+    so: when the stored size differs from ``size`` and the turned one does not. COCO's boxes are in px of the stored,
+    unturned image.
 
     Args:
         path: The file.
         size: Height and width that the annotations give, px; ``None`` takes the image as a viewer shows it, turned.
+        turned: The annotations are in px of the image as a viewer shows it, whatever its size (YOLO's are).
 
     Returns:
         (3, H, W) uint8.
@@ -37,13 +43,17 @@ def decode_image(path: Path, size: Size | None = None) -> Tensor:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 image.load()
-                turned = _turn(image, size)
-                pixels = np.array(_to_rgb(turned, path))
+                pixels = np.array(_to_rgb(ImageOps.exif_transpose(image) if turned else _turn(image, size), path))
+    except DrkdError:
+        raise
     except FileNotFoundError:
         raise DrkdError(f"{path}: there is no such image file.") from None
     except UnidentifiedImageError:
         raise DrkdError(f"{path}: this is not an image, or of a kind that cannot be read.") from None
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise DrkdError(f"{path}: the image is too large to be one of a data set ({error}).") from None
+    except Exception as error:
+        # Pillow's plugins raise errors of many kinds on damaged files.
         raise DrkdError(f"{path}: the image cannot be decoded ({error}). The file may be damaged.") from None
     if size is not None and pixels.shape[:2] != tuple(size):
         raise DrkdError(
@@ -53,8 +63,24 @@ def decode_image(path: Path, size: Size | None = None) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def read_image_size(path: Path, expected: Size) -> Size:
-    """Height and width from the file's header, px: turned by EXIF if only then it is as expected.
+def read_image_size(path: Path, expected: Size | None = None, *, turned: bool = True) -> Size:
+    """Height and width from the file's header, px.
+
+    Args:
+        path: The file.
+        expected: What the annotations say: the size is turned by EXIF if only then it is so.
+        turned: With nothing expected: the size of the image as a viewer shows it, turned, or as it is stored.
+
+    Raises:
+        DrkdError: If the header cannot be read.
+    """
+    (height, width), orientation = read_orientation(path)
+    turn = orientation >= 5 and (turned if expected is None else (height, width) != tuple(expected))
+    return (width, height) if turn else (height, width)
+
+
+def read_orientation(path: Path) -> tuple[Size, int]:
+    """Height and width of the stored image, px, and its EXIF orientation, 1 to 8.
 
     Raises:
         DrkdError: If the header cannot be read.
@@ -63,12 +89,11 @@ def read_image_size(path: Path, expected: Size) -> Size:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                width, height = image.size
-                sideways = image.getexif().get(_EXIF_ORIENTATION, 1) >= 5
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
+                return (image.height, image.width), orientation if 1 <= orientation <= 8 else 1
+    except Exception as error:
+        # Pillow's plugins raise errors of many kinds on damaged files.
         raise DrkdError(f"{path}: the image cannot be read ({error}).") from None
-    turn = sideways and (height, width) != tuple(expected)
-    return (width, height) if turn else (height, width)
 
 
 def _turn(image: Image.Image, size: Size | None) -> Image.Image:
@@ -89,6 +114,6 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
         return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise DrkdError(f"{path}: floating-point images have no agreed range; store it with 8 or 16 bits a pixel.")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
+    if image.mode in ("RGBa", "La") or (image.mode == "P" and "transparency" in image.info):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
     return image.convert("RGB")

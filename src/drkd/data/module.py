@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +12,18 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from drkd.contracts import DetectionBatch, DrkdError, Size
+from drkd.contracts import DetectionBatch, DrkdError, ImageRecord, Size
 from drkd.data.dataset import DetectionDataset, find_splits, load_split
 from drkd.data.digits import EMBEDDED, build_digits
+from drkd.data.formats.reading import FormatChoice
+from drkd.data.mixed_sampler import MixedBatchSampler
 from drkd.data.sampler import EvaluationBatchSampler, TrainBatchSampler, aspect_group
 from drkd.data.split import DatasetSplit
 from drkd.data.transforms import collate, eval_transforms, train_transforms
+from drkd.data.unlabelled import put_labels_aside, read_unlabelled
+
+REST = "rest"
+"""In place of a folder of unlabelled images: the training images that ``limit`` cuts off, their labels put aside."""
 
 # So many unreadable images in a row are no few bad files but a disk that is gone.
 _MOST_SUBSTITUTES = 16
@@ -58,7 +65,7 @@ class TrainLoader(DataLoader[Any]):
 
 
 class DetectionDataModule(LightningDataModule):
-    """Batches of a COCO-format folder, or of the embedded data set.
+    """Batches of a data set folder in COCO, YOLO or VOC format, or of the embedded data set.
 
     Args:
         root: The data set's folder, or ``digits`` or ``digits2`` for the embedded ones, built on first use.
@@ -83,6 +90,13 @@ class DetectionDataModule(LightningDataModule):
         unreadable: What to do with a training image that cannot be read or has another size than its annotations say:
             "fail" with the file's name, or "skip" it (the next image of the split stands in), name it and count it.
             Evaluation always fails: a score over other images is another score.
+        format: The data's format; by default the one that its content shows.
+        classes: Train and evaluate on these classes of the data only. Images that show none of them stay as background;
+            ``keep_empty: false`` leaves them out of training.
+        unlabelled: Folders of images without labels, which the teacher labels; ``rest`` stands for the training images
+            that ``limit`` cuts off. Used by ``drkd distill`` only.
+        unlabelled_share: Share of every batch that is unlabelled, in (0, 1); an epoch is then one pass over the
+            labelled images. By default all images are shuffled together, and an epoch is a pass over all.
     """
 
     def __init__(
@@ -108,6 +122,10 @@ class DetectionDataModule(LightningDataModule):
         class_names: Sequence[str] | None = None,
         masks: bool = False,
         unreadable: Literal["fail", "skip"] = "fail",
+        format: FormatChoice = "auto",
+        classes: list[str] | None = None,
+        unlabelled: list[str] | None = None,
+        unlabelled_share: float | None = None,
     ) -> None:
         super().__init__()
         self._substitutes = _MOST_SUBSTITUTES if unreadable == "skip" else 0
@@ -136,7 +154,13 @@ class DetectionDataModule(LightningDataModule):
         self._keep_empty = keep_empty
         self._masks = masks
         self._class_names = tuple(class_names) if class_names is not None else None
+        self._format = format
+        self._classes = tuple(classes) if classes is not None else None
+        self._unlabelled = tuple(unlabelled or ())
+        self._share = unlabelled_share
+        self._check_unlabelled(limit)
         self._train: DatasetSplit | None = None
+        self._rest: tuple[ImageRecord, ...] = ()
         self._val: DatasetSplit | None = None
 
     def prepare_data(self) -> None:
@@ -160,34 +184,60 @@ class DetectionDataModule(LightningDataModule):
     def train_split(self) -> DatasetSplit:
         """The split that is trained on, as far as it is used."""
         if self._train is None:
-            split = load_split(self.root, self._names[0], class_names=self._class_names, masks=self._masks)
-            self._class_names = split.class_names
+            whole = self._load(self._names[0], self._class_names, masks=self._masks)
+            self._class_names = whole.class_names
+            split = whole
             if not self._keep_empty:
-                kept = tuple(record for record in split.records if (~record.crowd).any())
-                split = DatasetSplit(split.name, kept, split.class_names, split.category_ids)
+                split = replace(split, records=tuple(record for record in split.records if (~record.crowd).any()))
             if not split.records:
                 raise DrkdError(f"{self._root}: no image of the split '{split.name}' has a box to train on.")
             self._train = split.first(self._limits[0])
+            if REST in self._unlabelled:
+                # Nothing but the images' order chooses them: whether they have boxes is not to be known.
+                used = {record.image_id for record in self._train.records}
+                self._rest = tuple(record for record in whole.records if record.image_id not in used)
         return self._train
+
+    @property
+    def unlabelled_records(self) -> tuple[ImageRecord, ...]:
+        """The images without labels, none where none are asked for; their ids follow those of the training split."""
+        found: tuple[ImageRecord, ...] = ()
+        train = self.train_split
+        first = max(record.image_id for record in (*train.records, *self._rest)) + 1
+        for entry in self._unlabelled:
+            if entry == REST:
+                found += put_labels_aside(self._rest, first_id=first + len(found))
+            else:
+                found += read_unlabelled(Path(entry), first_id=first + len(found))
+        return found
+
+    def leave_out_unlabelled(self) -> None:
+        """Train on the labelled images alone, as training without a teacher must."""
+        self._unlabelled = ()
 
     @property
     def val_split(self) -> DatasetSplit:
         """The split that is evaluated on, as far as it is used."""
         if self._val is None:
-            split = load_split(self.root, self._names[1], class_names=self.class_names)
-            self._val = split.first(self._limits[1])
+            self._val = self._load(self._names[1], self.class_names).first(self._limits[1])
         return self._val
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled, augmented batches; resumable."""
-        split = self.train_split
-        groups = [aspect_group(record) if self._group_by_aspect else 0 for record in split.records]
+        split, others = self.train_split, self.unlabelled_records
+        groups = self._groups(split.records)
+        sampler = TrainBatchSampler([*groups, *self._groups(others)], self._batch_size, seed=self._seed)
+        if others and self._share is not None:
+            sampler = MixedBatchSampler(
+                groups, self._groups(others), self._batch_size, share=self._share, seed=self._seed
+            )
+        mixed = replace(split, records=(*split.records, *others))
         self._train_dataset = DetectionDataset(
-            split, self._train_transforms, seed=self._seed, minimum_side=1.0, substitutes=self._substitutes
+            mixed, self._train_transforms, seed=self._seed, minimum_side=1.0, substitutes=self._substitutes
         )
         return TrainLoader(
             self._train_dataset,
-            TrainBatchSampler(groups, self._batch_size, seed=self._seed),
+            sampler,
             **self._loader_options(),
         )
 
@@ -211,7 +261,7 @@ class DetectionDataModule(LightningDataModule):
         """Load a split by name, with the classes of the training split and limited as validation is."""
         if name == self._names[1]:
             return self.val_split
-        return load_split(self.root, name, class_names=self.class_names).first(self._limits[1])
+        return self._load(name, self.class_names).first(self._limits[1])
 
     def loader(self, name: str) -> DataLoader[Any]:
         """Every image of a split once, in order, crowds flagged."""
@@ -226,7 +276,27 @@ class DetectionDataModule(LightningDataModule):
 
     def _any_split(self) -> DatasetSplit:
         # The training file decides; evaluation of a folder without one takes what there is.
-        return self.train_split if self._names[0] in find_splits(self.root) else load_split(self.root, self._names[1])
+        found = find_splits(self.root, format=self._format)
+        return self.train_split if self._names[0] in found else self._load(self._names[1], None)
+
+    def _load(self, name: str, class_names: Sequence[str] | None, *, masks: bool = False) -> DatasetSplit:
+        return load_split(
+            self.root, name, class_names=class_names, classes=self._classes, format=self._format, masks=masks
+        )
+
+    def _groups(self, records: Sequence[ImageRecord]) -> list[int]:
+        return [aspect_group(record) if self._group_by_aspect else 0 for record in records]
+
+    def _check_unlabelled(self, limit: int | None) -> None:
+        if self._share is not None and (not 0 < self._share < 1 or self._batch_size < 2):
+            raise DrkdError(
+                "data.unlabelled_share: expected a share in (0, 1) and a batch of at least two, got "
+                f"{self._share} and {self._batch_size}"
+            )
+        if REST in self._unlabelled and limit is None:
+            raise DrkdError("data.unlabelled: 'rest' is what data.limit cuts off; give a data.limit (or ./rest).")
+        if len(set(self._unlabelled)) != len(self._unlabelled):
+            raise DrkdError(f"data.unlabelled: a folder is listed twice: {', '.join(self._unlabelled)}")
 
     def _loader_options(self) -> dict[str, Any]:
         return {

@@ -71,7 +71,7 @@ def save_picture(picture: Image.Image, path: Path) -> Path:
 
 def _draw(record: ImageRecord, split: DatasetSplit, cell: int) -> Image.Image:
     try:
-        image = functional.to_pil_image(decode_image(record.path))
+        image = functional.to_pil_image(decode_image(record.path, record.size, turned=record.turned))
     except DrkdError:
         return Image.new("RGB", (cell, cell), (96, 96, 96))
     scale = cell / max(image.size)

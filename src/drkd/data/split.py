@@ -27,6 +27,18 @@ class DatasetSplit:
     def __len__(self) -> int:
         return len(self.records)
 
+    def numbered_categories(self) -> dict[str, int]:
+        """The category id of every class by name: the data's own, an unused number where it has none, else 1..K."""
+        if not self.category_ids:
+            return {name: number for number, name in enumerate(self.class_names, start=1)}
+        found = dict(zip(self.class_names, self.category_ids, strict=True))
+        unused = max(self.category_ids)
+        for name, number in found.items():
+            if number < 0:
+                unused += 1
+                found[name] = unused
+        return found
+
     def first(self, count: int | None) -> DatasetSplit:
         """The split cut to its first images.
 

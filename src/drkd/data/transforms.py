@@ -91,7 +91,7 @@ def _several(min_size: int | Sequence[int]) -> list[int]:
 
 
 def collate(samples: Sequence[Sample], *, size_divisor: int = 32, pad_to: Size | None = None) -> DetectionBatch:
-    """Pad samples with zeros, at the right and at the bottom, to one batch.
+    """Pad samples with zeros, at the right and at the bottom, to one batch; those without labels come last.
 
     Args:
         samples: At least one.
@@ -103,6 +103,8 @@ def collate(samples: Sequence[Sample], *, size_divisor: int = 32, pad_to: Size |
     """
     if not samples or size_divisor <= 0:
         raise ValueError(f"expected samples and a positive size_divisor, got {len(samples)} and {size_divisor}")
+    # The labelled ones are then a view of the batch, not a copy, where the two kinds part ways.
+    samples = sorted(samples, key=lambda sample: not sample.labelled)
     least = pad_to or (1, 1)
     height = max(least[0], *(sample.image.shape[1] for sample in samples))
     width = max(least[1], *(sample.image.shape[2] for sample in samples))
@@ -116,4 +118,5 @@ def collate(samples: Sequence[Sample], *, size_divisor: int = 32, pad_to: Size |
         original_sizes=tuple(sample.original_size for sample in samples),
         targets=tuple(sample.targets for sample in samples),
         image_ids=tuple(sample.image_id for sample in samples),
+        labelled=() if samples[-1].labelled else tuple(sample.labelled for sample in samples),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from drkd.contracts import (
     DetectionBatch,
     Detector,
-    DetectorOutput,
     DetectorSpec,
     DrkdError,
     KDMethod,
@@ -20,6 +19,7 @@ from drkd.contracts import (
 )
 from drkd.engine.balance import GradientBalance, gradient_norms, term_family
 from drkd.engine.teachers import join_teachers
+from drkd.engine.unlabelled import BatchPart, UnlabelledImages, split_batch
 
 MethodFactory = Callable[[DetectorSpec, DetectorSpec], KDMethod]
 
@@ -45,6 +45,30 @@ class DistillationMonitor:
     silent: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What came of the images that went through the detectors together.
+
+    Args:
+        images: Their number.
+        losses: The student's task losses, where asked for.
+        features: The student's feature maps.
+        terms: The method's bare terms.
+    """
+
+    images: int
+    losses: Mapping[str, Tensor]
+    features: list[Tensor]
+    terms: Mapping[str, Tensor]
+
+
+def _average(parts: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
+    """Sum terms over parts, each times its share of the images; a single part stays as it is, bit for bit."""
+    if len(parts) == 1:
+        return dict(parts[0][0])
+    return {name: torch.stack([share * terms[name] for terms, share in parts]).sum() for name in parts[0][0]}
+
+
 class Distiller(nn.Module):
     r"""Distillation as a plain module for any training loop: ``losses = distiller(batch); sum(losses.values())``.
 
@@ -65,10 +89,14 @@ class Distiller(nn.Module):
         monitor_interval: Every how many steps norms are measured afterwards, for the log and the guard.
         dead_after: Consecutive silent measurements of a term that raise `DeadDistillationError`.
         accumulate: Forward passes per optimizer step; warm-up, calibration and monitoring count optimizer steps.
+        unlabelled: How images that ``DetectionBatch.labelled`` says have no labels are used. Without pseudo-labels they
+            go through the detectors apart from the others, so batch norms and terms that relate images see two
+            smaller batches; each term is then the mean over all images.
 
     Raises:
         ValueError: If exactly one of teacher and method is given.
         DeadDistillationError: In forward, when a term is silent.
+        DrkdError: In forward, when an image has no labels and there is no teacher.
     """
 
     def __init__(
@@ -83,6 +111,7 @@ class Distiller(nn.Module):
         monitor_interval: int = 50,
         dead_after: int = 3,
         accumulate: int = 1,
+        unlabelled: UnlabelledImages | None = None,
     ) -> None:
         super().__init__()
         if (teacher is None) != (method is None):
@@ -112,6 +141,7 @@ class Distiller(nn.Module):
         self.monitor_interval = monitor_interval
         self.dead_after = dead_after
         self.accumulate = accumulate
+        self.unlabelled = unlabelled or UnlabelledImages()
         self._passes = 0
 
     def train(self, mode: bool = True) -> Distiller:
@@ -135,20 +165,39 @@ class Distiller(nn.Module):
             Their sum is what to back-propagate.
         """
         if self.method is None or self.teacher is None:
+            if not all(batch.labelled):
+                raise DrkdError(
+                    "An image of the batch has no labels, and there is no teacher to label it: give a teacher and a "
+                    "method, or leave out data.unlabelled."
+                )
             output = self.student(batch, want=frozenset[Want]({"losses"}))
             return {f"task/{name}": value for name, value in output.losses.items()}
-        student: DetectorOutput = self.student(batch, want=self.method.needs | {"losses"})
-        teacher_needs = self.method.needs if self.method.teacher_needs is None else self.method.teacher_needs
-        with torch.no_grad():
-            teacher: DetectorOutput = self.teacher(batch, want=teacher_needs)
-        terms = self.method(student, teacher, batch)
-        losses = {f"task/{name}": value for name, value in student.losses.items()}
+        parts = split_batch(batch, student=self.student, teacher=self.teacher, settings=self.unlabelled)
+        seen = [self._see(part, losses=part is parts[0]) for part in parts]
+        features = [feature for part in seen for feature in part.features]
+        terms = _average([(part.terms, part.images / len(batch)) for part in seen])
+        # Parts whose task loss counts come first. Where none does, the losses are multiplied by zero rather than left
+        # out: every parameter must take part in every step of every process, and names must stay the same.
+        counts = parts[0].counts
+        task = {f"task/{name}": value if counts else 0.0 * value for name, value in seen[0].losses.items()}
         if self.training and torch.is_grad_enabled():
-            self._measure(sum(losses.values(), torch.zeros((), device=batch.images.device)), terms, student, batch)
-        losses.update(self._weigh(terms))
+            boxes = [box for part in parts for box in part.batch.boxes]
+            total = sum(task.values(), torch.zeros((), device=batch.images.device))
+            self._measure(total, terms, features, boxes=boxes, counts=counts)
+        losses = {**task, **self._weigh(terms)}
         if self.training:
             self._passes += 1
         return losses
+
+    def _see(self, part: BatchPart, *, losses: bool) -> _Seen:
+        """Run student, teacher and method on some of the images."""
+        assert self.method is not None and self.teacher is not None  # only called with both
+        student = self.student(part.batch, want=self.method.needs | ({"losses"} if losses else frozenset[Want]()))
+        teacher_needs = self.method.needs if self.method.teacher_needs is None else self.method.teacher_needs
+        with torch.no_grad():
+            teacher = self.teacher(part.batch, want=teacher_needs)
+        terms = self.method(student, teacher, part.batch)
+        return _Seen(len(part.batch), student.losses, [level.tensor for level in student.features], terms)
 
     @property
     def _step(self) -> int:
@@ -179,14 +228,19 @@ class Distiller(nn.Module):
         return weighted
 
     def _measure(
-        self, task: Tensor, terms: Mapping[str, Tensor], student: DetectorOutput, batch: DetectionBatch
+        self,
+        task: Tensor,
+        terms: Mapping[str, Tensor],
+        features: Sequence[Tensor],
+        *,
+        boxes: Sequence[Tensor],
+        counts: bool,
     ) -> None:
         assert self.method is not None  # only called with a method
         calibrating = self.method.balanced and self.balance.wants_measurement(self._step)
         first_pass = self._passes % self.accumulate == 0
         if not first_pass or not (calibrating or self._step % self.monitor_interval == 0):
             return
-        features = [level.tensor for level in student.features]
         if not task.requires_grad or not any(feature.requires_grad for feature in features):
             raise DeadDistillationError(
                 "The student's features carry no gradient, so nothing can be distilled into them: its backbone and "
@@ -197,10 +251,16 @@ class Distiller(nn.Module):
         task_norms = norms.pop("")
         if self.method.balanced:
             self.balance.update(task_norms, norms, frozen=not calibrating)
-        self._note_ratios(task_norms, norms, terms, batch)
+        self._note_ratios(task_norms, norms, terms, boxes=boxes, counts=counts)
 
     def _note_ratios(
-        self, task: Tensor, norms: Mapping[str, Tensor], terms: Mapping[str, Tensor], batch: DetectionBatch
+        self,
+        task: Tensor,
+        norms: Mapping[str, Tensor],
+        terms: Mapping[str, Tensor],
+        *,
+        boxes: Sequence[Tensor],
+        counts: bool,
     ) -> None:
         assert self.method is not None  # only called with a method
         warmup = self._warmup()
@@ -212,17 +272,18 @@ class Distiller(nn.Module):
             weighted = known * (self._weight(name, terms[name]) * warmup) ** 2
             squared[family] = squared[family] + weighted if family in squared else weighted
             reached[family] = reached[family] | ~value.isnan() if family in reached else ~value.isnan()
-        # Beside the task's gradient on the maps that the term reaches: what the balance holds the term to.
-        self.monitor.ratios = {
-            family: (value / torch.where(reached[family], task.nan_to_num(), 0).sum().clamp_min(1e-30)).sqrt()
-            for family, value in squared.items()
-        }
-        self._guard(dict(zip(squared, torch.stack(list(squared.values())).tolist(), strict=True)), batch)
+        if counts:
+            # Beside the task's gradient on the maps that the term reaches: what the balance holds the term to.
+            self.monitor.ratios = {
+                family: (value / torch.where(reached[family], task.nan_to_num(), 0).sum().clamp_min(1e-30)).sqrt()
+                for family, value in squared.items()
+            }
+        self._guard(dict(zip(squared, torch.stack(list(squared.values())).tolist(), strict=True)), boxes)
 
-    def _guard(self, squared: Mapping[str, float], batch: DetectionBatch) -> None:
+    def _guard(self, squared: Mapping[str, float], boxes: Sequence[Tensor]) -> None:
         """Stop a run whose distillation is silently off (one host sync a measurement, none at other steps)."""
         assert self.method is not None  # only called with a method
-        most_boxes = max((len(boxes) for boxes in batch.boxes), default=0)
+        most_boxes = max((len(entry) for entry in boxes), default=0)
         for family, value in squared.items():
             could = (
                 self.method.weights.get(family, 1.0) > 0

@@ -254,7 +254,7 @@ def scale_rates(settings: Optimization, images: int) -> Optimization:
 
 
 def _with_images(batch: DetectionBatch, images: Tensor) -> DetectionBatch:
-    return DetectionBatch(images, batch.sizes, batch.original_sizes, batch.targets, batch.image_ids)
+    return replace(batch, images=images)
 
 
 def _parameter_groups(distiller: Distiller, settings: Optimization) -> list[dict[str, Any]]:

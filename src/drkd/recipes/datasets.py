@@ -3,24 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from drkd.data.check import DataReport, check_data
+from drkd.data.convert import Converted, convert
 from drkd.data.digits import EMBEDDED, build_digits
+from drkd.data.formats.reading import FormatChoice
+from drkd.data.formats.source import FormatName
 
-__all__ = ["DataReport", "build_embedded", "check_dataset"]
+__all__ = ["Converted", "DataReport", "build_embedded", "check_dataset", "convert_dataset"]
 
 
-def check_dataset(path: Path, *, picture: Path = Path("drkd-samples.png")) -> DataReport:
-    """Find every problem of a COCO-format folder at once, with counts and a picture of samples.
+def check_dataset(path: Path, *, picture: Path = Path("drkd-samples.png"), format: FormatChoice = "auto") -> DataReport:
+    """Find every problem of a data set at once, with counts and a picture of samples.
 
     Args:
-        path: The data set's folder.
+        path: The data set's folder in COCO, YOLO or VOC format.
         picture: Write samples with their boxes to this PNG file.
+        format: The data's format; by default the one that its content shows.
 
     Raises:
         DrkdError: If there is no data set in the folder.
     """
-    return check_data(path, picture=picture)
+    return check_data(path, picture=picture, format=format)
+
+
+def convert_dataset(
+    source: Path,
+    target: Path,
+    *,
+    to: FormatName,
+    images: Literal["copy", "link"] = "copy",
+    format: FormatChoice = "auto",
+    classes: list[str] | None = None,
+) -> Converted:
+    """Write a data set in another format.
+
+    Args:
+        source: The data set's folder in COCO, YOLO or VOC format, or ``digits`` for the embedded one.
+        target: Folder to write; must not exist, or be empty.
+        to: The new format.
+        images: Copy the images, or link to where they are now.
+        format: The format of the source; by default the one that its content shows.
+        classes: Keep the boxes of these classes only, in this order.
+
+    Raises:
+        DrkdError: If the source cannot be read or has errors, or the target cannot be written.
+    """
+    folder = build_digits() if source == Path("digits") and not source.exists() else source
+    return convert(folder, target, to=to, images=images, format=format, classes=classes)
 
 
 def build_embedded(*, output: Path | None = None, second: bool = False) -> Path:

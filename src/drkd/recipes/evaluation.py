@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from drkd.contracts import DetectionBatch, Detections, Detector, DetectorBuilder
 from drkd.data.dataset import DatasetSplit
+from drkd.data.formats.reading import FormatChoice
 from drkd.data.module import DetectionDataModule
 from drkd.evaluation import CocoEvaluator, CocoMetrics, ModelCost, measure_cost
 from drkd.recipes.loading import choose_device, open_detector
@@ -101,12 +102,15 @@ def evaluate(
     device: str = "auto",
     trust_pickle: bool = False,
     trust_code: bool = False,
+    format: FormatChoice = "auto",
+    classes: list[str] | None = None,
 ) -> Evaluated:
     """Measure a saved detector, or one that a builder makes, on a split of a data set.
 
     Args:
         checkpoint: A student.pt, or a run folder that holds one.
-        data: The data set's folder in COCO format, or ``digits`` for the embedded one. Classes are matched by name.
+        data: The data set's folder in COCO, YOLO or VOC format, or ``digits`` for the embedded one. Classes are matched
+            by name.
         split: Split to evaluate on: val, train, tune or test.
         area_scale: Factor on COCO's area limits of small and medium objects (32^2 and 96^2 px); 0.25 halves the sides.
         cost: Also measure parameters, FLOPs and CPU latency.
@@ -120,6 +124,8 @@ def evaluate(
         device: auto, cpu, cuda, ...
         trust_pickle: Load a checkpoint of Ultralytics' own, which is a pickle: loading it runs the code in it.
         trust_code: Call the functions that a checkpoint with a detector of your own names.
+        format: The data's format; by default the one that its content shows.
+        classes: Score these classes of the data only; images that show none of them stay.
 
     Raises:
         DrkdError: If the checkpoint or the data cannot be used, or their classes do not match.
@@ -128,7 +134,14 @@ def evaluate(
 
     def module(**settings: Any) -> DetectionDataModule:
         return DetectionDataModule(
-            data, val_split=split, batch_size=batch_size, workers=workers, val_limit=limit, **settings
+            data,
+            val_split=split,
+            batch_size=batch_size,
+            workers=workers,
+            val_limit=limit,
+            format=format,
+            classes=classes,
+            **settings,
         )
 
     names = module().split(split).class_names if detector is not None else ()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from drkd.adapters.checkpoint import load_detector, read_preprocessing
+from drkd.adapters.checkpoint import load_detector, read_category_ids, read_preprocessing
 from drkd.adapters.ultralytics import open_ultralytics
 from drkd.adapters.ultralytics_files import is_ultralytics_file
 from drkd.contracts import Detector, DetectorBuilder, DrkdError
@@ -25,12 +25,15 @@ class LoadedDetector:
         min_size: Short side that images are resized to, px.
         max_size: Limit of the long side, px.
         size_divisor: Batches are padded to multiples of it, px.
+        category_ids: Of each class in its order, the id that it has in the data that the detector was trained on; 1..K
+            where that is not known.
     """
 
     detector: Detector
     min_size: int
     max_size: int
     size_divisor: int
+    category_ids: tuple[int, ...] = ()
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -82,20 +85,25 @@ def open_detector(
     if builder is not None:
         detector = builder.build(class_names).eval()
         own = (_DEFAULT_MIN_SIZE, _DEFAULT_MAX_SIZE, _DEFAULT_DIVISOR)
+        known: dict[str, int] = {}
     else:
         file = find_checkpoint(Path(str(checkpoint)))
         if trust_pickle and is_ultralytics_file(file):
             detector, side = open_ultralytics(file, trust_pickle=True)
+            known = {}
             own = (side, side, int(max(level.stride for level in detector.spec.levels)))
         else:
             detector = load_detector(file, trust_code=trust_code)
             settings = read_preprocessing(file)
+            known = read_category_ids(file)
             own = (int(settings["min_size"]), int(settings["max_size"]), int(settings["size_divisor"]))
     short = min_size or own[0]
     long = max_size or (own[1] if min_size is None else round(own[1] * short / own[0]))
     if short < 1 or long < short:
         raise DrkdError(f"min_size and max_size: expected 1 <= min_size <= max_size, got {short} and {long}.")
-    return LoadedDetector(detector, short, long, own[2])
+    names = detector.spec.class_names
+    ids = tuple(known[name] for name in names) if set(names) <= set(known) else tuple(range(1, len(names) + 1))
+    return LoadedDetector(detector, short, long, own[2], ids)
 
 
 def choose_device(name: str) -> torch.device:

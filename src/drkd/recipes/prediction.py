@@ -18,13 +18,12 @@ from torchvision.utils import draw_bounding_boxes
 
 from drkd.contracts import BoxTargets, DetectionBatch, Detections, DrkdError
 from drkd.data.dataset import Sample
-from drkd.data.image import decode_image
+from drkd.data.image import IMAGE_SUFFIXES, decode_image
 from drkd.data.transforms import collate, eval_transforms
 from drkd.evaluation import detections_to_coco
 from drkd.recipes.loading import LoadedDetector, choose_device, open_detector
 from drkd.recipes.run_folder import write_json
 
-_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 _KEPT_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 
 
@@ -34,7 +33,8 @@ class Predicted:
 
     Args:
         output: Folder of the pictures, of ``detections.json`` (COCO results) and of ``images.json`` (COCO images and
-            categories, which give its ids a meaning).
+            categories, which give its ids a meaning; category ids are those of the data that the detector was trained
+            on, 1..K where they are not known).
         images: Number of images that were read.
         detections: Number of detections in them.
         unreadable: One message for each image that could not be read.
@@ -98,8 +98,8 @@ def predict(
         found = _detect(loaded, pixels, number, device=chosen, threshold=threshold)
         _save_picture(_draw(pixels, found, names), target)
         images.append({"id": number, "file_name": name, "width": pixels.shape[2], "height": pixels.shape[1]})
-        results += detections_to_coco([number], [found], range(1, len(names) + 1))
-    categories = [{"id": label, "name": name} for label, name in enumerate(names, start=1)]
+        results += detections_to_coco([number], [found], loaded.category_ids)
+    categories = [{"id": number, "name": name} for number, name in zip(loaded.category_ids, names, strict=True)]
     write_json(output / "images.json", {"images": images, "categories": categories})
     write_json(output / "detections.json", results)
     return Predicted(output, len(images), len(results), tuple(unreadable))
@@ -134,12 +134,12 @@ def find_images(path: Path, *, output: Path) -> dict[str, Path]:
     found = {
         file.relative_to(path).as_posix(): file
         for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in _IMAGE_SUFFIXES
+        if file.suffix.lower() in IMAGE_SUFFIXES
         and file.is_file()
         and (own == path.resolve() or own not in file.resolve().parents)
     }
     if not found:
-        raise DrkdError(f"{path}: no images found in this folder (looked for {', '.join(sorted(_IMAGE_SUFFIXES))}).")
+        raise DrkdError(f"{path}: no images found in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))}).")
     return found
 
 

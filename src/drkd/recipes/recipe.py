@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from drkd.contracts import DetectorBuilder, DetectorSpec, DrkdError, KDMethod
 from drkd.data.module import DetectionDataModule
 from drkd.engine.module import Optimization
+from drkd.engine.unlabelled import UnlabelledImages
 from drkd.recipes.limits import check_training
 from drkd.recipes.recipe_error import readable
 from drkd.recipes.recipe_file import RecipeFile
@@ -49,6 +50,7 @@ class Training:
         checkpoint_minutes: Also write it when the last one is so many minutes old; None = not by time.
         skip_nonfinite: Leave out up to so many optimizer steps whose loss or gradient is NaN or infinite, and count
             them; 0 = the first one stops the run.
+        unlabelled: How images of ``data.unlabelled`` train.
     """
 
     steps: int | None = None
@@ -74,6 +76,7 @@ class Training:
     checkpoint_every: int | None = None
     checkpoint_minutes: float | None = 10.0
     skip_nonfinite: int = 0
+    unlabelled: UnlabelledImages = field(default_factory=UnlabelledImages)
 
     def __post_init__(self) -> None:
         check_training(self)

@@ -115,6 +115,7 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
             if isinstance(teacher, dict)
             else None
         ),
+        unlabelled=recipe.training.unlabelled,
     )
     if recipe.training.compile is not None:
         compile_distiller(distiller, backend=recipe.training.compile)
@@ -156,6 +157,8 @@ def _teacher(recipe: Recipe, names: Sequence[str]) -> Detector | dict[str, Detec
 
 def _run(recipe: Recipe, *, kind: str) -> RunResult:
     folder = RunFolder(recipe.output, resume=recipe.resume, overwrite=recipe.overwrite)
+    if kind == "train":
+        recipe.data.leave_out_unlabelled()
     recipe.data.setup("fit")
     module = build_module(recipe, kind=kind)
     folder.start(resolved=recipe.resolved, seed=recipe.seed, kind=kind)
@@ -212,7 +215,7 @@ def _finish(recipe: Recipe, folder: RunFolder, student: Detector, *, device: tor
             student,
             builder=recipe.student,
             image_settings=recipe.data.image_settings,
-            extra={"seed": recipe.seed},
+            extra={"seed": recipe.seed, "category_ids": recipe.data.train_split.numbered_categories()},
         )
     if recipe.evaluation.split is None:
         return {}

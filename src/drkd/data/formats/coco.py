@@ -7,13 +7,14 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from drkd.contracts import DrkdError, ImageRecord, PackedMask
 from drkd.data.boxes import BoxColumns, Finding, GroupedBoxes, group_boxes
+from drkd.data.formats.source import SplitScan, leads_out, shorten
 from drkd.data.masks import pack_segmentation
 from drkd.data.problem import DataProblem, Severity, raise_errors
 from drkd.data.split import DatasetSplit
@@ -21,23 +22,6 @@ from drkd.data.split import DatasetSplit
 _NUMBERS = frozenset({int, float})
 # No image has as many px in a row; NaN and the infinities are not below it either.
 _HUGE = 10**9
-
-
-@dataclass(frozen=True)
-class CocoScan:
-    """What one pass over a COCO file found.
-
-    Args:
-        split: All that could be read: records without the boxes that have a problem of their own.
-        problems: Every finding, errors and warnings, in file order by section.
-        dropped: Boxes left out because they have no area.
-        clipped: Boxes cut at the image's border because they overhang it by more than a pixel.
-    """
-
-    split: DatasetSplit
-    problems: tuple[DataProblem, ...]
-    dropped: int
-    clipped: int
 
 
 def read_coco(annotations: Path, images: Path, *, name: str = "", masks: bool = False) -> DatasetSplit:
@@ -61,7 +45,7 @@ def read_coco(annotations: Path, images: Path, *, name: str = "", masks: bool = 
     return scan.split
 
 
-def scan_coco(annotations: Path, images: Path, *, name: str = "", masks: bool = False) -> CocoScan:
+def scan_coco(annotations: Path, images: Path, *, name: str = "", masks: bool = False) -> SplitScan:
     """Read a COCO instances file and return all that is wrong with it beside all that could be read.
 
     Args:
@@ -103,13 +87,8 @@ def _load_json(path: Path) -> dict[str, Any]:
                 f"'annotations' and 'categories', this one has {sorted(document) or 'nothing'}."
             )
         if not isinstance(document[section], list):
-            raise DrkdError(f"{path}: the section '{section}' must be a list, got {_kind(document[section])}.")
+            raise DrkdError(f"{path}: the section '{section}' must be a list, got {shorten(document[section])}.")
     return document
-
-
-def _kind(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
 @dataclass(frozen=True)
@@ -152,7 +131,7 @@ class _Scanner:
         self._dropped = 0
         self._clipped = 0
 
-    def scan(self, name: str) -> CocoScan:
+    def scan(self, name: str) -> SplitScan:
         document = _load_json(self._file)
         categories = self._scan_categories(document["categories"])
         images = self._scan_images(document["images"])
@@ -165,7 +144,7 @@ class _Scanner:
             tuple(categories.values()),
             tuple(categories),
         )
-        return CocoScan(split, tuple(self._problems), self._dropped, self._clipped)
+        return SplitScan(split, tuple(self._problems), self._dropped, self._clipped)
 
     def _report(self, record: str, field: str, message: str, *, severity: Severity = "error") -> None:
         self._problems.append(DataProblem(severity, self._file, record, field, message))
@@ -174,14 +153,14 @@ class _Scanner:
         """The row's id if the row is an object with an integer id that is new, else None and a finding."""
         record = f"{what} at position {index}"
         if not isinstance(row, dict):
-            self._report(record, "", f"expected a JSON object, got {_kind(row)}")
+            self._report(record, "", f"expected a JSON object, got {shorten(row)}")
             return None
         if "id" not in row:
             self._report(record, "id", "is missing")
             return None
         identity = row["id"]
         if type(identity) is not int:
-            self._report(record, "id", f"expected an integer, got {_kind(identity)}")
+            self._report(record, "id", f"expected an integer, got {shorten(identity)}")
             return None
         if identity in seen:
             self._report(f"{what} {identity}", "id", "is used twice; ids must be unique")
@@ -199,7 +178,7 @@ class _Scanner:
                 continue
             name = row.get("name")
             if not isinstance(name, str) or not name.strip():
-                self._report(f"category {identity}", "name", f"expected a name, got {_kind(name)}")
+                self._report(f"category {identity}", "name", f"expected a name, got {shorten(name)}")
                 name = f"category {identity}"
             elif name in found.values():
                 self._report(f"category {identity}", "name", f"'{name}' is the name of another category too")
@@ -241,7 +220,7 @@ class _Scanner:
             if field not in row:
                 self._report(record, field, "is missing")
             elif type(value) is not int or not 0 < value < _HUGE:
-                self._report(record, field, f"expected a positive integer, got {_kind(value)}")
+                self._report(record, field, f"expected a positive integer, got {shorten(value)}")
             else:
                 values.append(value)
         return (values[0], values[1]) if len(values) == 2 else None
@@ -250,11 +229,12 @@ class _Scanner:
         name = row.get("file_name")
         if not isinstance(name, str) or not name:
             self._report(
-                record, "file_name", f"expected a file name, got {_kind(name)}" if "file_name" in row else "is missing"
+                record,
+                "file_name",
+                f"expected a file name, got {shorten(name)}" if "file_name" in row else "is missing",
             )
             return None
-        parts = PurePosixPath(name.replace("\\", "/"))
-        if parts.is_absolute() or ".." in parts.parts or Path(name).is_absolute() or "\0" in name:
+        if leads_out(name):
             self._report(record, "file_name", f"'{name}' leads out of the image folder {self._folder}")
             return None
         path = self._folder / name
@@ -275,7 +255,7 @@ class _Scanner:
             position = self._look_up(entry, identity, "image_id", positions, "image")
             label = self._look_up(entry, identity, "category_id", labels, "category")
             if crowd not in (0, 1):
-                self._report(f"annotation {identity}", "iscrowd", f"expected 0 or 1, got {_kind(crowd)}")
+                self._report(f"annotation {identity}", "iscrowd", f"expected 0 or 1, got {shorten(crowd)}")
             elif box is not None and area is not None and position is not None and label is not None:
                 if self._masks and not self._mask(entry, identity, images.sizes[position], rows):
                     continue
@@ -296,7 +276,7 @@ class _Scanner:
             if field not in row:
                 message = "is missing"
             elif type(value) is not int:
-                message = f"expected an integer, got {_kind(value)}"
+                message = f"expected an integer, got {shorten(value)}"
             else:
                 message = f"there is no {what} with id {value}"
             self._report(f"annotation {identity}", field, message)
@@ -306,7 +286,7 @@ class _Scanner:
         box = row.get("bbox")
         if type(box) is list and len(box) == 4 and all(type(value) in _NUMBERS for value in box):
             if not all(-_HUGE < value < _HUGE for value in box):
-                self._report(f"annotation {identity}", "bbox", f"expected finite numbers of px, got {_kind(box)}")
+                self._report(f"annotation {identity}", "bbox", f"expected finite numbers of px, got {shorten(box)}")
             elif box[2] < 0 or box[3] < 0:
                 self._report(f"annotation {identity}", "bbox", f"width and height must not be negative, got {box}")
             else:
@@ -315,7 +295,7 @@ class _Scanner:
             self._report(
                 f"annotation {identity}",
                 "bbox",
-                "is missing" if "bbox" not in row else f"expected [x, y, width, height], got {_kind(box)}",
+                "is missing" if "bbox" not in row else f"expected [x, y, width, height], got {shorten(box)}",
             )
         return None
 
@@ -325,7 +305,7 @@ class _Scanner:
         if area is None:
             return math.nan
         if type(area) not in _NUMBERS or not 0 <= area < _HUGE**2:
-            self._report(f"annotation {identity}", "area", f"expected a finite number >= 0, got {_kind(area)}")
+            self._report(f"annotation {identity}", "area", f"expected a finite number >= 0, got {shorten(area)}")
             return None
         return float(area)
 
@@ -336,7 +316,7 @@ class _Scanner:
         packed = pack_segmentation(row.get("segmentation"), size)
         if isinstance(packed, str):
             message = (
-                f"{packed}, got {_kind(row['segmentation'])}" if "segmentation" in row else f"is missing; {packed}"
+                f"{packed}, got {shorten(row['segmentation'])}" if "segmentation" in row else f"is missing; {packed}"
             )
             self._report(f"annotation {identity}", "segmentation", message)
             return False

@@ -1,0 +1,86 @@
+"""Finds out which format a data set folder has, and reads its splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+from drkd.contracts import DrkdError
+from drkd.data.formats import coco_layout, voc, yolo
+from drkd.data.formats.source import FormatName, SplitScan, SplitSource
+from drkd.data.problem import raise_errors
+from drkd.data.split import DatasetSplit
+
+FormatChoice = Literal["auto", "coco", "yolo", "voc"]
+"""A format, or ``auto``: the one that the folder's content shows."""
+
+Find = Callable[[Path], dict[str, SplitSource]]
+Scan = Callable[[SplitSource], SplitScan]
+
+# A format is a module with these two functions; a new one is a line here.
+_FORMATS: Mapping[FormatName, tuple[Find, Scan]] = {
+    "coco": (coco_layout.find, coco_layout.scan),
+    "yolo": (yolo.find, yolo.scan),
+    "voc": (voc.find, voc.scan),
+}
+_EXPECTED: Mapping[FormatName, str] = {"coco": coco_layout.EXPECTED, "yolo": yolo.EXPECTED, "voc": voc.EXPECTED}
+
+
+def find_sources(root: Path, *, format: FormatChoice = "auto") -> dict[str, SplitSource]:
+    """Find the splits of a data set.
+
+    Args:
+        root: The data set's folder; for YOLO also its data.yaml.
+        format: Its format; by default the one that is found.
+
+    Raises:
+        DrkdError: If there is no such folder, no split in it, or files of several formats.
+    """
+    root = Path(root)
+    if not root.exists() or (root.is_file() and root.suffix.lower() not in (".yaml", ".yml")):
+        raise DrkdError(f"{root}: there is no such folder; expected a data set in COCO, YOLO or VOC format.")
+    chosen = {name: entry for name, entry in _FORMATS.items() if format in ("auto", name)}
+    if not chosen:
+        raise DrkdError(f"data.format: expected auto, {', '.join(_FORMATS)}, got {format!r}.")
+    found = {name: sources for name, (find, _) in chosen.items() if (sources := find(root))}
+    if len(found) > 1:
+        raise DrkdError(
+            f"{root}: holds files of several formats ({', '.join(found)}). Name one: data.format in a recipe, "
+            "--format on the command line."
+        )
+    if not found:
+        expected = "; ".join(_EXPECTED[name] for name in chosen)
+        kinds = ", ".join(name.upper() for name in chosen)
+        raise DrkdError(f"{root}: no {kinds} annotations found. Expected {expected}.")
+    return next(iter(found.values()))
+
+
+def scan_source(source: SplitSource) -> SplitScan:
+    """Read a split and return all that is wrong with it beside all that could be read.
+
+    Raises:
+        DrkdError: If it cannot be read at all.
+    """
+    return _FORMATS[source.format][1](source)
+
+
+def read_source(source: SplitSource, *, masks: bool = False) -> DatasetSplit:
+    """Read a split.
+
+    Args:
+        source: The split.
+        masks: Keep the instances' masks.
+
+    Raises:
+        DrkdError: If anything in it cannot be used; it names the first few records and counts the rest. If masks are
+            asked for of a format that has none.
+    """
+    if masks and source.format != "coco":
+        raise DrkdError(
+            f"{source.file}: instance masks, which this student trains (Mask R-CNN), are read from COCO annotations "
+            f"only, got {source.format.upper()}. Convert the data and add segmentations, or choose a student without masks."
+        )
+    scan = coco_layout.scan(source, masks=True) if masks else scan_source(source)
+    raise_errors(scan.problems, file=source.file)
+    return scan.split

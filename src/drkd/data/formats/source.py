@@ -1,0 +1,160 @@
+"""What every format reader takes and returns: where a split is described, and what one pass over it found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+
+from drkd.contracts import ImageRecord, Size
+from drkd.data.boxes import BoxColumns, group_boxes
+from drkd.data.problem import DataProblem, Severity
+from drkd.data.split import DatasetSplit
+
+FormatName = Literal["coco", "yolo", "voc"]
+"""A format that is read and written."""
+
+_SYNONYMS = {"valid": "val", "validation": "val", "training": "train"}
+
+
+@dataclass(frozen=True)
+class SplitSource:
+    """Where one split of a data set is described.
+
+    Args:
+        format: The format.
+        name: The split: train, tune, val or test (VOC also has trainval).
+        root: The data set's folder.
+        file: The file that describes it: COCO's JSON, YOLO's data.yaml, VOC's list of images, or, where VOC has none,
+            the folder of its XML files.
+        images: The folder of its images; of several, the first.
+    """
+
+    format: FormatName
+    name: str
+    root: Path
+    file: Path
+    images: Path
+
+
+@dataclass(frozen=True)
+class SplitScan:
+    """What one pass over a split found.
+
+    Args:
+        split: All that could be read: records without the boxes that have a problem of their own.
+        problems: Every finding, errors and warnings.
+        dropped: Boxes left out because they have no area.
+        clipped: Boxes cut at the image's border because they overhang it by more than a pixel.
+    """
+
+    split: DatasetSplit
+    problems: tuple[DataProblem, ...]
+    dropped: int
+    clipped: int
+
+
+@dataclass
+class BoxRows:
+    """Boxes of many images as they are read, a row each, with where each was found.
+
+    Attributes:
+        images: Position of the image.
+        labels: Label.
+        ignored: Whether it neither trains nor counts.
+        boxes: x, y, width, height, px.
+        files: File that the box was found in.
+        places: Where in it, for messages ("line 3").
+    """
+
+    images: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    ignored: list[bool] = field(default_factory=list)
+    boxes: list[list[float]] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+
+    def add(self, image: int, label: int, box: list[float], *, file: Path, place: str, ignored: bool = False) -> None:
+        """Add a box."""
+        self.images.append(image)
+        self.labels.append(label)
+        self.ignored.append(ignored)
+        self.boxes.append(box)
+        self.files.append(file)
+        self.places.append(place)
+
+
+class Findings:
+    """Collects what is wrong with a split while it is read.
+
+    Attributes:
+        problems: Every finding so far.
+        dropped: Boxes left out because they have no area.
+        clipped: Boxes cut at their image's border.
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[DataProblem] = []
+        self.dropped = 0
+        self.clipped = 0
+
+    def report(self, file: Path, record: str, field: str, message: str, *, severity: Severity = "error") -> None:
+        """Add a finding."""
+        self.problems.append(DataProblem(severity, file, record, field, message))
+
+    def make_records(
+        self, paths: Sequence[Path], sizes: Sequence[Size], rows: BoxRows, *, box_field: str, turned: bool
+    ) -> tuple[ImageRecord, ...]:
+        """Clip and group the boxes, report those that were not simply taken over, and number the images from 1."""
+        columns = BoxColumns(
+            np.asarray(rows.images, dtype=np.int64),
+            np.asarray(rows.labels, dtype=np.int64),
+            np.asarray(rows.ignored, dtype=np.bool_),
+            np.asarray(rows.boxes, dtype=np.float64).reshape(-1, 4),
+            np.full(len(rows.images), np.nan),
+        )
+        grouped = group_boxes(columns, sizes)
+        for row, kind in grouped.findings:
+            height, width = sizes[rows.images[row]]
+            x, y, box_width, box_height = (round(value, 3) for value in rows.boxes[row])
+            text = f"box of {box_width:g} x {box_height:g} px at ({x:g}, {y:g})"
+            image = f"its image of {width} x {height} px"
+            where = rows.files[row], rows.places[row], box_field
+            if kind == "flat":
+                self.dropped += 1
+                self.report(*where, f"{text} has no area; it is left out", severity="warning")
+            elif kind == "outside":
+                self.report(*where, f"{text} lies outside {image}")
+            else:
+                self.clipped += 1
+                self.report(*where, f"{text} overhangs {image}; it is clipped", severity="warning")
+        columns_of_images = zip(paths, sizes, grouped.boxes, grouped.labels, grouped.crowd, grouped.areas, strict=True)
+        return tuple(
+            ImageRecord(number, *columns, turned=turned) for number, columns in enumerate(columns_of_images, start=1)
+        )
+
+    def finish(self, split: DatasetSplit) -> SplitScan:
+        """What was found, with the split."""
+        return SplitScan(split, tuple(self.problems), self.dropped, self.clipped)
+
+
+def split_name(stem: str) -> str | None:
+    """The split that a file or folder name stands for: "train2017" is train, "valid" is val; None for another name."""
+    match = re.fullmatch(r"(training|train|tune|validation|valid|val|test)[-_]?\d*", stem)
+    return _SYNONYMS.get(match[1], match[1]) if match else None
+
+
+def leads_out(name: str) -> bool:
+    """Whether a file name that a data set gives is absolute or climbs out of its folder."""
+    parts = PurePosixPath(name.replace("\\", "/"))
+    return parts.is_absolute() or ".." in parts.parts or Path(name).is_absolute() or "\0" in name
+
+
+def shorten(value: object) -> str:
+    """Type and value for a message, cut to one line."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,0 +1,405 @@
+"""Reads and validates YOLO data sets: a data.yaml, images, and a text file of boxes for each image."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from drkd.contracts import DrkdError, Size
+from drkd.data.formats.source import (
+    BoxRows,
+    Findings,
+    SplitScan,
+    SplitSource,
+    shorten,
+    split_name,
+)
+from drkd.data.image import IMAGE_SUFFIXES, read_image_size
+from drkd.data.split import DatasetSplit
+
+EXPECTED = "YOLO: data.yaml with 'names', 'train' and 'val', and labels/*.txt beside images/"
+
+_SUFFIXES = (".yaml", ".yml")
+# Labels are rounded to a few digits; a box may overhang by this share of the image without being in px.
+_SLACK = 0.01
+
+
+@dataclass(frozen=True)
+class DataYaml:
+    """What a data.yaml says.
+
+    Args:
+        file: The file.
+        base: The folder that its entries are relative to.
+        names: Class name by class number, ascending.
+        splits: By split, its entries: folders and text files of image paths.
+        keypoint_values: Numbers that follow each box of a key-point data set; 0 where there are none.
+    """
+
+    file: Path
+    base: Path
+    names: dict[int, str]
+    splits: dict[str, list[str]]
+    keypoint_values: int = 0
+
+
+def find(root: Path) -> dict[str, SplitSource]:
+    """Find the splits of a YOLO data set, given its folder or its data.yaml; none where there is no such file.
+
+    Raises:
+        DrkdError: If there are two such files, or the file is not as expected.
+    """
+    if root.is_file() and root.suffix.lower() in _SUFFIXES:
+        file = root
+    else:
+        candidates = [
+            path for suffix in _SUFFIXES for path in sorted(root.glob(f"*{suffix}")) if _looks_like_data(path)
+        ]
+        chosen = [path for path in candidates if path.stem in ("data", "dataset")] or candidates
+        if not chosen:
+            return {}
+        if len(chosen) > 1:
+            raise DrkdError(f"{root}: two YOLO data files: {chosen[0].name} and {chosen[1].name}. Name one of them.")
+        file = chosen[0]
+    data = read_data_yaml(file)
+    return {
+        name: SplitSource("yolo", name, root, file, _image_folder(data, entries))
+        for name, entries in data.splits.items()
+    }
+
+
+def read_data_yaml(file: Path) -> DataYaml:
+    """Read a data.yaml.
+
+    ``path`` is relative to the file; where it leads nowhere, the file's own folder is meant.
+
+    Raises:
+        DrkdError: Naming the file, the field and what was expected.
+    """
+    content = _load(file)
+    if not isinstance(content, dict):
+        raise DrkdError(f"{file}: expected a mapping with 'names', 'train' and 'val', got {shorten(content)}.")
+    names = _read_names(file, content)
+    splits: dict[str, list[str]] = {}
+    for key, value in content.items():
+        name = split_name(key) if isinstance(key, str) else None
+        if name is None or value is None or value == "":
+            continue
+        entries = [value] if isinstance(value, str) else value
+        if not isinstance(entries, list) or not all(isinstance(entry, str) and entry for entry in entries):
+            raise DrkdError(
+                f"{file}: field '{key}': expected a folder, a text file or a list of such, got {shorten(value)}."
+            )
+        if name in splits:
+            raise DrkdError(f"{file}: field '{key}': the split '{name}' is given twice.")
+        splits[name] = [entry.replace("\\", "/") for entry in entries]
+    if not splits:
+        raise DrkdError(f"{file}: names no split; expected 'train' and 'val'.")
+    return DataYaml(file, _base_folder(file, content), names, splits, _keypoint_values(file, content))
+
+
+def scan(source: SplitSource) -> SplitScan:
+    """Read a split of a YOLO data set and return all that is wrong with it beside all that could be read.
+
+    Sizes come from the image files, as a viewer shows them (turned by EXIF): so do the boxes. Polygons and oriented
+    boxes become their bounding boxes, key points are ignored. An image without a label file has no boxes.
+
+    Raises:
+        DrkdError: If the data.yaml cannot be read.
+    """
+    data = read_data_yaml(source.file)
+    return _Scanner(data, source.name).scan()
+
+
+def _load(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DrkdError(f"{file}: the file cannot be read ({error}).") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
+        raise DrkdError(f"{file}: this is not valid YAML{where}: {getattr(error, 'problem', None) or error}.") from None
+
+
+def _looks_like_data(path: Path) -> bool:
+    """Whether a YAML file is a data.yaml rather than something else that lies about; a broken one called so counts."""
+    if path.stem in ("data", "dataset"):
+        return True
+    try:
+        content = _load(path)
+    except DrkdError:
+        return False
+    return isinstance(content, dict) and "names" in content and any(split_name(str(key)) for key in content)
+
+
+def _read_names(file: Path, content: dict[Any, Any]) -> dict[int, str]:
+    names = content.get("names")
+    if isinstance(names, list):
+        pairs: Iterable[tuple[Any, Any]] = enumerate(names)
+    elif isinstance(names, dict):
+        pairs = names.items()
+    else:
+        raise DrkdError(
+            f"{file}: field 'names': expected a list of class names or numbers with names, got {shorten(names)}."
+        )
+    found: dict[int, str] = {}
+    for key, value in pairs:
+        number = int(key) if isinstance(key, str) and key.isdecimal() else key
+        if type(number) is not int or number < 0:
+            raise DrkdError(f"{file}: field 'names': expected class numbers of at least 0, got {shorten(key)}.")
+        # Numbers are names of digits; YAML reads an unquoted no, off or n as false.
+        if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+            raise DrkdError(
+                f"{file}: field 'names': class {number}: expected a name (in quotes), got {shorten(value)}."
+            )
+        if number in found or str(value) in found.values():
+            raise DrkdError(f"{file}: field 'names': class {number} '{value}' is there twice.")
+        found[number] = str(value)
+    if not found:
+        raise DrkdError(f"{file}: field 'names': expected at least one class, got none.")
+    if content.get("nc", len(found)) != len(found):
+        raise DrkdError(f"{file}: field 'nc': says {shorten(content['nc'])}, but 'names' has {len(found)} classes.")
+    return dict(sorted(found.items()))
+
+
+def _keypoint_values(file: Path, content: dict[Any, Any]) -> int:
+    shape = content.get("kpt_shape")
+    if shape is None:
+        return 0
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape):
+        raise DrkdError(f"{file}: field 'kpt_shape': expected two positive integers, got {shorten(shape)}.")
+    return int(shape[0] * shape[1])
+
+
+def _base_folder(file: Path, content: dict[Any, Any]) -> Path:
+    path = content.get("path")
+    if path is None or path == "":
+        return file.parent
+    if not isinstance(path, str):
+        raise DrkdError(f"{file}: field 'path': expected a folder, got {shorten(path)}.")
+    folder = file.parent / path.replace("\\", "/")
+    if folder.is_dir():
+        return folder
+    if Path(path).is_absolute():
+        raise DrkdError(f"{file}: field 'path': there is no folder {path}.")
+    # Ultralytics looks in a folder of its settings, which we do not know.
+    return file.parent
+
+
+def _resolve(data: DataYaml, entry: str) -> Path:
+    """An entry of a split. A leading "../" that leads nowhere is dropped: exports of Roboflow have one too many."""
+    path = data.base / entry
+    if not path.exists() and entry.startswith("../") and (data.base / entry.removeprefix("../")).exists():
+        return data.base / entry.removeprefix("../")
+    return path
+
+
+def _image_folder(data: DataYaml, entries: list[str]) -> Path:
+    first = _resolve(data, entries[0])
+    return first.parent if first.suffix == ".txt" else first
+
+
+class _Scanner:
+    """Holds the findings of one split while it is read."""
+
+    def __init__(self, data: DataYaml, name: str) -> None:
+        self._data = data
+        self._name = name
+        self._found = Findings()
+        self._labels = {number: label for label, number in enumerate(data.names)}
+        self._rows = BoxRows()
+
+    def scan(self) -> SplitScan:
+        data = self._data
+        images = self._list_images()
+        paths: list[Path] = []
+        sizes: list[Size] = []
+        label_files: dict[Path, Path] = {}
+        present = 0
+        for path in images:
+            size = self._size(path)
+            paths.append(path)
+            sizes.append(size or (0, 0))
+            label_file = self._label_file(path)
+            if (other := label_files.setdefault(label_file, path)) != path:
+                text = f"has the label file of {other.name} too"
+                self._found.report(data.file, f"image {self._show(path)}", "", text, severity="warning")
+            if label_file.is_file():
+                present += 1
+                self._read_labels(label_file, len(paths) - 1, size)
+        self._report_orphans(label_files)
+        if images and not present:
+            self._found.report(
+                data.file,
+                "",
+                self._name,
+                f"none of the {len(images)} images has a label file; of {self._show(images[0])} it would be "
+                f"{self._label_file(images[0])}",
+            )
+        elif images and not self._rows.images and not self._found.problems:
+            self._found.report(data.file, "", self._name, "no image of the split has a box", severity="warning")
+        records = self._found.make_records(paths, sizes, self._rows, box_field="box", turned=True)
+        split = DatasetSplit(self._name, records, tuple(data.names.values()), tuple(data.names))
+        return self._found.finish(split)
+
+    def _show(self, path: Path) -> str:
+        return str(path.relative_to(self._data.base)) if path.is_relative_to(self._data.base) else str(path)
+
+    def _list_images(self) -> list[Path]:
+        data, found = self._data, self._found
+        images: dict[Path, None] = {}
+        for entry in data.splits.get(self._name, []):
+            path = _resolve(data, entry)
+            if path.is_dir():
+                listed = [
+                    file
+                    for file in sorted(path.rglob("*"))
+                    if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+                ]
+            elif path.suffix.lower() == ".txt" and path.is_file():
+                listed = self._read_list(path)
+            else:
+                found.report(data.file, "", self._name, f"there is no folder or text file {path}")
+                continue
+            for image in listed:
+                if image in images:
+                    text = "is listed twice; it is used once"
+                    found.report(data.file, f"image {self._show(image)}", self._name, text, severity="warning")
+                images[image] = None
+        if not images and not found.problems:
+            found.report(data.file, "", self._name, "the split is empty: expected at least one image, found none")
+        return list(images)
+
+    def _read_list(self, file: Path) -> list[Path]:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            self._found.report(file, "", "", f"the list of images cannot be read ({error})")
+            return []
+        listed = []
+        for number, line in enumerate(lines, start=1):
+            name = line.strip().replace("\\", "/")
+            if not name:
+                continue
+            options = [Path(os.path.normpath(folder / name)) for folder in (file.parent, self._data.base)]
+            inside = [
+                path
+                for path in options
+                if "\0" not in name
+                and any(path.is_relative_to(os.path.normpath(folder)) for folder in (file.parent, self._data.base))
+            ]
+            if not inside:
+                self._found.report(file, f"line {number}", "", f"'{name}' leads out of the data set {self._data.base}")
+            elif (path := next((path for path in inside if path.is_file()), None)) is None:
+                self._found.report(file, f"line {number}", "", f"there is no image file {inside[-1]}")
+            else:
+                listed.append(path)
+        return listed
+
+    def _size(self, path: Path) -> Size | None:
+        try:
+            return read_image_size(path)
+        except DrkdError as error:
+            text = str(error).removeprefix(f"{path}: ")
+            self._found.report(self._data.file, f"image {self._show(path)}", "", text)
+            return None
+
+    def _label_file(self, image: Path) -> Path:
+        """``labels`` in place of the last folder called ``images``; beside the image where there is none."""
+        inside = image.is_relative_to(self._data.base)
+        parts = list((image.relative_to(self._data.base) if inside else image).parts)
+        place = next((index for index in range(len(parts) - 2, -1, -1) if parts[index] == "images"), None)
+        if place is not None:
+            parts[place] = "labels"
+        path = Path(*parts).with_suffix(".txt")
+        return self._data.base / path if inside else path
+
+    def _report_orphans(self, label_files: dict[Path, Path]) -> None:
+        if any(_resolve(self._data, entry).suffix == ".txt" for entry in self._data.splits.get(self._name, [])):
+            return  # a list chooses some of the images
+        for folder in sorted({file.parent for file in label_files if "labels" in file.parts}):
+            for file in sorted(folder.glob("*.txt")):
+                if file not in label_files and file.name != "classes.txt":
+                    self._found.report(
+                        file, "", "", "there is no image for this label file; it is left out", severity="warning"
+                    )
+
+    def _read_labels(self, file: Path, image: int, size: Size | None) -> None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            self._found.report(file, "", "", f"the label file cannot be read ({error})")
+            return
+        seen: dict[tuple[float, ...], int] = {}
+        for number, line in enumerate(lines, start=1):
+            if not (words := line.split()):
+                continue
+            parsed = self._parse(words, file, f"line {number}")
+            if parsed is None:
+                continue
+            if (first := seen.setdefault(parsed, number)) != number:
+                text = f"the same box as in line {first}; it is left out"
+                self._found.report(file, f"line {number}", "", text, severity="warning")
+                continue
+            label, x, y, width, height = parsed
+            rows, columns = size or (1, 1)
+            box = [(x - width / 2) * columns, (y - height / 2) * rows, width * columns, height * rows]
+            # What is written at the border comes back at the border, not 1e-17 beside it.
+            box = [0.0 if abs(value) < 1e-9 else value for value in box]
+            self._rows.add(image, int(label), box, file=file, place=f"line {number}")
+
+    def _parse(self, words: list[str], file: Path, place: str) -> tuple[float, ...] | None:
+        """Label, and centre and sides as shares of the image; None and a finding where the line is wrong."""
+        try:
+            values = [float(word) for word in words]
+        except ValueError:
+            wrong = next(word for word in words if not _is_number(word))
+            self._found.report(file, place, "", f"expected numbers: class x y width height, got {shorten(wrong)}")
+            return None
+        number, coordinates = values[0], values[1:]
+        label = self._labels.get(int(number)) if number.is_integer() else None
+        if label is None:
+            known = f"{min(self._labels)}..{max(self._labels)}"
+            self._found.report(file, place, "class", f"there is no class {words[0]} in 'names' (classes {known})")
+            return None
+        expected = 4 + self._data.keypoint_values
+        polygon = not self._data.keypoint_values and len(coordinates) >= 6 and len(coordinates) % 2 == 0
+        if len(coordinates) != expected and not polygon:
+            text = f"expected class x y width height ({expected + 1} numbers) or a polygon, got {len(words)} numbers"
+            self._found.report(file, place, "", text)
+            return None
+        used = coordinates if polygon else coordinates[:4]
+        if not all(math.isfinite(value) for value in used):
+            self._found.report(file, place, "box", f"expected finite numbers, got {' '.join(words[1:5])}")
+            return None
+        if any(not -_SLACK <= value <= 1 + _SLACK for value in used):
+            wrong = next(
+                word for word, value in zip(words[1:], used, strict=False) if not -_SLACK <= value <= 1 + _SLACK
+            )
+            text = f"expected shares of the image in [0, 1], got {wrong}; are these px?"
+            self._found.report(file, place, "box", text)
+            return None
+        if polygon:
+            left, right = min(used[::2]), max(used[::2])
+            top, bottom = min(used[1::2]), max(used[1::2])
+            used = [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
+        if used[2] < 0 or used[3] < 0:
+            text = f"width and height must not be negative, got {words[3]} and {words[4]}"
+            self._found.report(file, place, "box", text)
+            return None
+        return (label, *used)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,205 @@
+"""Conversion: there and back is the same data, what is lost is said, and nothing half-written is left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from drkd.contracts import DrkdError
+from drkd.data.check import check_data
+from drkd.data.convert import convert
+from drkd.data.dataset import load_split
+from drkd.data.image import decode_image
+from drkd.data.orientation import as_shown, as_stored, turn_boxes
+from drkd.data.split import DatasetSplit
+
+if TYPE_CHECKING:
+    from tests.data.conftest import CocoFolder
+
+FORMATS = ("coco", "yolo", "voc")
+
+
+@pytest.fixture
+def source(coco: CocoFolder) -> Path:
+    """Two splits whose images have the same names; boxes of fractions; a crowd; sparse ids; a sub-folder."""
+    coco.document["annotations"][0]["bbox"] = [10.3, 5.7, 20.123456, 9.87]
+    del coco.document["annotations"][0]["area"]
+    coco.document["images"].append({"id": 9, "file_name": "deep/c d.png", "height": 31, "width": 47})
+    coco.write_image("deep/c d.png", size=(31, 47))
+    coco.document["annotations"].append({"id": 9, "image_id": 9, "category_id": 2, "bbox": [0, 0, 47, 31]})
+    coco.write()
+    for name in ("a.png", "b.png"):
+        coco.write_image(name, split="val")
+    coco.write_image("deep/c d.png", size=(31, 47), split="val")
+    coco.write(split="val")
+    return coco.root
+
+
+def content(split: DatasetSplit, *, crowds: bool = True) -> list[tuple[object, ...]]:
+    """What must survive: pixels, boxes to the last bit, classes by name, crowds."""
+    rows = []
+    for record in split.records:
+        kept = torch.ones_like(record.crowd) if crowds else ~record.crowd
+        names = [split.class_names[label] for label in record.labels[kept].tolist()]
+        pixels = decode_image(record.path, record.size, turned=record.turned)
+        rows.append(
+            (pixels.numpy().tobytes(), record.size, record.boxes[kept].tolist(), names, record.crowd[kept].tolist())
+        )
+    return sorted(rows)
+
+
+@pytest.mark.parametrize("images", ["copy", "link"])
+@pytest.mark.parametrize("to", FORMATS)
+def test_there_and_back(source: Path, tmp_path: Path, to: str, images: str) -> None:
+    there = convert(source, tmp_path / "there", to=to, images=images)
+    assert there.images == {"train": 3, "val": 3} and there.boxes == {"train": 4, "val": 4}
+    report = check_data(tmp_path / "there")
+    assert not report.errors and {split.format for split in report.splits} == {to}
+    convert(tmp_path / "there", tmp_path / "back", to="coco")
+    crowds = to != "yolo"
+    for name in ("train", "val"):
+        original = load_split(source, name)
+        for root in ("there", "back"):
+            assert content(load_split(tmp_path / root, name)) == content(original, crowds=crowds)
+    linked = [path for path in (tmp_path / "there").rglob("*.png") if path.is_symlink()]
+    assert len(linked) == (6 if images == "link" else 0)
+
+
+def test_coco_keeps_ids_areas_and_crowds(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "new", to="coco")
+    ours, theirs = load_split(tmp_path / "new", "train"), load_split(source, "train")
+    assert (ours.class_names, ours.category_ids) == (theirs.class_names, theirs.category_ids)
+    assert [record.image_id for record in ours.records] == [7, 3, 9]
+    for one, other in zip(ours.records, theirs.records, strict=True):
+        assert torch.equal(one.areas, other.areas) and torch.equal(one.crowd, other.crowd)
+        assert torch.equal(one.boxes, other.boxes)
+
+
+def test_what_is_lost_is_said(source: Path, tmp_path: Path) -> None:
+    document = json.loads((source / "annotations/instances_train.json").read_text())
+    document["annotations"][0]["area"] = 3.0
+    (source / "annotations/instances_train.json").write_text(json.dumps(document))
+    assert len(convert(source, tmp_path / "coco", to="coco").lost) == 1
+    yolo, voc = (convert(source, tmp_path / to, to=to).lost for to in ("yolo", "voc"))
+    for lost in (yolo, voc):
+        for part in (
+            "masks, key points",
+            "train: image ids",
+            "train: category ids (2, 18, 90",
+            "train: areas of 1 boxes",
+        ):
+            assert any(part in line for line in lost), part
+    assert any("train: 1 crowd or difficult boxes" in line for line in yolo)
+    assert not any("crowd or difficult" in line for line in voc)
+
+
+def test_classes_are_kept_in_the_order_asked_for(source: Path, tmp_path: Path) -> None:
+    converted = convert(source, tmp_path / "yolo", to="yolo", classes=["brush", "dog"])
+    split = load_split(tmp_path / "yolo", "train")
+    assert split.class_names == ("brush", "dog") and sorted(len(record.boxes) for record in split.records) == [0, 1, 1]
+    assert any("boxes of other classes than brush, dog" in line for line in converted.lost)
+
+
+def test_names_that_would_clash_are_made_different(source: Path, tmp_path: Path) -> None:
+    document = json.loads((source / "annotations/instances_train.json").read_text())
+    document["images"][1]["file_name"] = "A.jpg"
+    (source / "annotations/instances_train.json").write_text(json.dumps(document))
+    Image.new("RGB", (60, 40)).save(source / "train" / "A.jpg")
+    convert(source, tmp_path / "yolo", to="yolo")
+    assert sorted(path.name for path in (tmp_path / "yolo/labels/train").rglob("*.txt")) == [
+        "A_2.txt",
+        "a.txt",
+        "c d.txt",
+    ]
+    convert(source, tmp_path / "voc", to="voc")
+    names = sorted(path.name for path in (tmp_path / "voc/JPEGImages").iterdir())
+    assert names == ["train_A_2.jpg", "train_a.png", "train_deep_c d.png", "val_a.png", "val_b.png", "val_deep_c d.png"]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_follow_the_turn_of_an_image(tmp_path: Path, orientation: int) -> None:
+    pixels = np.zeros((40, 60), dtype=np.uint8)
+    pixels[4:12, 6:18] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "coco/train").mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "coco/train/a.png", exif=exif)
+    document = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 60}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [6, 4, 12, 8]}],
+        "categories": [{"id": 1, "name": "patch"}],
+    }
+    (tmp_path / "coco/annotations").mkdir()
+    (tmp_path / "coco/annotations/instances_train.json").write_text(json.dumps(document))
+    (stored,) = load_split(tmp_path / "coco", "train").records
+    convert(tmp_path / "coco", tmp_path / "yolo", to="yolo")
+    (shown,) = load_split(tmp_path / "yolo", "train").records
+    picture = decode_image(shown.path, shown.size, turned=True)[0]
+    left, top, right, bottom = (round(value) for value in shown.boxes[0].tolist())
+    assert bool((picture[top:bottom, left:right] == 255).all()) and int((picture == 255).sum()) == 96
+    assert (right - left) * (bottom - top) == 96
+    again = as_stored(shown)
+    assert torch.allclose(again.boxes, stored.boxes) and again.size == stored.size and not again.turned
+    assert torch.equal(as_shown(stored).boxes, turn_boxes(stored.boxes, (40, 60), orientation))
+
+
+def test_the_target_is_written_at_once_or_not_at_all(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("drkd.data.convert.shutil.copyfile", fail)
+    with pytest.raises(DrkdError, match="cannot be written there"):
+        convert(source, tmp_path / "new", to="yolo")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_targets_that_are_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(DrkdError, match="exists already and is not empty"):
+        convert(source, tmp_path / "full", to="yolo")
+    with pytest.raises(DrkdError, match="lies within the data set"):
+        convert(source, source / "new", to="yolo")
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    assert convert(source, tmp_path / "empty", to="voc").target == tmp_path / "empty"
+    assert (tmp_path / "empty").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_source_with_errors_is_not_converted(coco: CocoFolder, tmp_path: Path) -> None:
+    coco.document["images"][0]["file_name"] = "../a.png"
+    coco.write()
+    with pytest.raises(DrkdError, match="leads out of the image folder"):
+        convert(coco.root, tmp_path / "new", to="yolo")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_class_name_that_voc_cannot_hold(coco: CocoFolder, tmp_path: Path) -> None:
+    coco.document["categories"][0]["name"] = "a\nb"
+    coco.write()
+    with pytest.raises(DrkdError, match="VOC cannot hold the class name"):
+        convert(coco.root, tmp_path / "new", to="voc")
+    coco.document["categories"][0]["name"] = "<&> no"
+    coco.write()
+    convert(coco.root, tmp_path / "new", to="voc")
+    assert "<&> no" in load_split(tmp_path / "new", "train").class_names
+
+
+def test_files_of_several_formats_need_a_choice(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "yolo", to="yolo")
+    (source / "data.yaml").write_text("train: train\nnames: [x]\n")
+    with pytest.raises(DrkdError, match=r"files of several formats \(coco, yolo\).*data\.format"):
+        load_split(source, "train")
+    assert len(load_split(source, "train", format="coco")) == 3
+    with pytest.raises(DrkdError, match="no VOC annotations found"):
+        load_split(source, "train", format="voc")

@@ -1,0 +1,132 @@
+"""Unlabelled images and class subsets in the data module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from drkd.contracts import DrkdError
+from drkd.data.digits import DigitsConfig, build_digits
+from drkd.data.module import DetectionDataModule
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.data.conftest import CocoFolder
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = DigitsConfig(train=12, tune=2, val=3, long_side=64, max_size=30)
+    return build_digits(tmp_path_factory.mktemp("cache"), config=config)
+
+
+def make(root: Path, **options: object) -> DetectionDataModule:
+    defaults = {"batch_size": 4, "min_size": [48, 64], "max_size": 64, "horizontal_flip": 0.0, "workers": 0}
+    return DetectionDataModule(str(root), **{**defaults, **options})  # type: ignore[arg-type]
+
+
+def test_a_folder_of_images_is_shuffled_among_the_labelled(digits: Path) -> None:
+    data = make(digits, unlabelled=[str(digits / "val")], batch_size=5)
+    batches = list(data.train_dataloader())
+    assert sorted(image_id for batch in batches for image_id in batch.image_ids) == list(range(1, 16))
+    assert len(data.train_split) == 12
+    for batch in batches:
+        known = batch.labelled or (True,) * len(batch)
+        assert known == tuple(image_id <= 12 for image_id in batch.image_ids)
+        assert list(known) == sorted(known, reverse=True)  # labelled ones first
+        for labelled, target in zip(known, batch.targets, strict=True):
+            assert labelled or target.boxes.shape == (0, 4)
+    assert {record.path.parent.name for record in data.unlabelled_records} == {"val"}
+
+
+def test_the_rest_is_what_the_limit_cuts_off_without_its_labels(digits: Path) -> None:
+    data = make(digits, unlabelled=["rest"], limit=4, keep_empty=False)
+    others = data.unlabelled_records
+    assert len(data.train_split) == 4 and len(others) == 8
+    paths = {record.path for record in (*data.train_split.records, *others)}
+    assert len(paths) == 12
+    assert all(not record.labelled and len(record.boxes) == 0 for record in others)
+    ids = [record.image_id for record in (*data.train_split.records, *others)]
+    assert len(set(ids)) == 12
+
+
+@pytest.mark.parametrize("share", [None, 0.5])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resumes_bit_by_bit(digits: Path, share: float | None, workers: int) -> None:
+    def loader() -> object:
+        options = {"unlabelled": ["rest"], "limit": 6, "unlabelled_share": share, "photometric": True}
+        return make(digits, workers=workers, **options).train_dataloader()
+
+    whole, resumed = loader(), loader()
+    whole.set_epoch(2)
+    expected = list(whole)
+    resumed.load_state_dict({"epoch": 2, "position": 1})
+    resumed.set_epoch(2)
+    rest = list(resumed)
+    assert len(rest) == len(expected) - 1
+    for ours, theirs in zip(rest, expected[1:], strict=True):
+        assert ours.image_ids == theirs.image_ids and ours.labelled == theirs.labelled
+        assert torch.equal(ours.images, theirs.images)
+    if share is not None:
+        assert [batch.labelled for batch in expected] == [(True, True, False, False)] * 3
+
+
+def test_training_alone_leaves_them_out(digits: Path) -> None:
+    data = make(digits, unlabelled=["rest"], limit=4)
+    data.leave_out_unlabelled()
+    (batch,) = data.train_dataloader()
+    assert sorted(batch.image_ids) == [1, 2, 3, 4] and batch.labelled == ()
+
+
+def test_wrong_settings_name_the_field(digits: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ({"unlabelled": ["rest"]}, r"data\.unlabelled: 'rest' is what data\.limit cuts off"),
+        ({"unlabelled": ["a", "a"]}, r"data\.unlabelled: a folder is listed twice"),
+        ({"unlabelled": ["a"], "unlabelled_share": 1.0}, r"data\.unlabelled_share: expected a share in \(0, 1\)"),
+        ({"unlabelled": ["a"], "unlabelled_share": 0.5, "batch_size": 1}, r"data\.unlabelled_share.*at least two"),
+    ):
+        with pytest.raises(DrkdError, match=message):
+            make(digits, **options)
+    with pytest.raises(DrkdError, match=r"data\.unlabelled: .*gone: there is no such folder"):
+        make(digits, unlabelled=[str(tmp_path / "gone")]).train_dataloader()
+    with pytest.raises(DrkdError, match="no image in this folder"):
+        make(digits, unlabelled=[str(tmp_path)]).train_dataloader()
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(DrkdError, match=r"broken\.png: the image cannot be read"):
+        make(digits, unlabelled=[str(tmp_path)]).train_dataloader()
+
+
+def test_a_subset_of_the_classes(coco: CocoFolder) -> None:
+    coco.write(split="val")
+    coco.write_image("a.png", split="val")
+    coco.write_image("b.png", split="val")
+    data = make(coco.root, classes=["brush", "dog"])
+    split = data.train_split
+    assert split.class_names == data.class_names == ("brush", "dog")
+    assert split.category_ids == (90, 18)
+    # The bicycle, a crowd, is gone; labels follow the order that was asked for.
+    assert [record.labels.tolist() for record in split.records] == [[1], [0]]
+    assert [record.boxes.tolist() for record in split.records] == [[[10, 5, 30, 15]], [[1.5, 2.5, 4.5, 6.5]]]
+    assert [record.labels.tolist() for record in data.val_split.records] == [[1], [0]]
+
+
+def test_images_that_show_none_of_the_classes_stay_or_go(coco: CocoFolder) -> None:
+    assert [len(record.boxes) for record in make(coco.root, classes=["dog"]).train_split.records] == [1, 0]
+    kept = make(coco.root, classes=["dog"], keep_empty=False).train_split
+    assert [record.image_id for record in kept.records] == [7]
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["dgo"], "there is no class 'dgo'; the data has 'bicycle', 'dog', 'brush'"),
+        (["dog", "dog"], "each once"),
+        ([], "at least one"),
+    ],
+)
+def test_a_wrong_subset_is_an_error(coco: CocoFolder, classes: list[str], message: str) -> None:
+    with pytest.raises(DrkdError, match=message):
+        _ = make(coco.root, classes=classes).train_split

@@ -1,0 +1,278 @@
+"""The YOLO reader: layouts, what lines mean, and what it says of every way that a file can be wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drkd.contracts import DrkdError
+from drkd.data.dataset import DetectionDataset, find_splits, load_split
+from drkd.data.formats.reading import find_sources, read_source, scan_source
+from drkd.data.formats.source import SplitScan
+from drkd.data.transforms import eval_transforms
+
+_YAML = "train: images/train\nval: images/val\nnames: [cat, dog]\n"
+
+
+def write_image(path: Path, size: tuple[int, int] = (40, 60), **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+
+
+@pytest.fixture
+def yolo(tmp_path: Path) -> Path:
+    """Two training images of 60 x 40 px, one with two boxes, and a validation image."""
+    root = tmp_path / "data"
+    for name in ("train/a.png", "train/b.png", "val/c.png"):
+        write_image(root / "images" / name)
+        (root / "labels" / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / "labels/train/a.txt").write_text("1 0.5 0.25 0.5 0.5\n0 0.25 0.5 0.1 0.2\n")
+    (root / "labels/val/c.txt").write_text("0 0.5 0.5 1 1\n")
+    (root / "data.yaml").write_text(_YAML)
+    return root
+
+
+def scan(root: Path, split: str = "train") -> SplitScan:
+    return scan_source(find_sources(root)[split])
+
+
+def test_reads_boxes_labels_and_images_without_any(yolo: Path) -> None:
+    split = load_split(yolo, "train")
+    assert (split.class_names, split.category_ids) == (("cat", "dog"), (0, 1))
+    first, second = split.records
+    assert (first.image_id, first.path, first.size) == (1, yolo / "images/train/a.png", (40, 60))
+    assert first.boxes.tolist() == [[15, 0, 45, 20], [12, 16, 18, 24]]
+    assert first.labels.tolist() == [1, 0] and not first.crowd.any()
+    assert first.areas.tolist() == [600, 48]
+    assert second.boxes.shape == (0, 4)
+    assert not scan(yolo).problems
+
+
+@pytest.mark.parametrize(
+    ("names", "expected", "ids"),
+    [
+        ("{0: cat, 1: dog}", ("cat", "dog"), (0, 1)),
+        ("{1: dog, 0: cat}", ("cat", "dog"), (0, 1)),
+        ("{'0': cat, '1': dog}", ("cat", "dog"), (0, 1)),
+        ("{0: cat, 1: dog, 7: owl}", ("cat", "dog", "owl"), (0, 1, 7)),
+        ("[0, 1]", ("0", "1"), (0, 1)),
+    ],
+)
+def test_class_names_as_list_or_numbers(
+    yolo: Path, names: str, expected: tuple[str, ...], ids: tuple[int, ...]
+) -> None:
+    (yolo / "data.yaml").write_text(f"train: images/train\nnames: {names}\n")
+    split = load_split(yolo, "train")
+    assert (split.class_names, split.category_ids) == (expected, ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "file"),
+    [
+        ("path: .\ntrain: images/train\nnames: [cat, dog]", "data.yaml"),
+        ("path: ../data\ntrain: [images/train]\nnames: [cat, dog]", "data.yaml"),
+        ("path: not-here\ntrain: images/train\nnames: [cat, dog]", "data.yaml"),
+        ("train: ../images/train\nnames: [cat, dog]", "data.yaml"),  # Roboflow's exports
+        ("train: train.txt\nnames: [cat, dog]", "data.yaml"),
+        ("train: images\\train\nnames: [cat, dog]", "pets.yml"),
+    ],
+)
+def test_splits_as_folders_lists_and_relative_paths(yolo: Path, text: str, file: str) -> None:
+    (yolo / "train.txt").write_text("./images/train/a.png\n\nimages/train/b.png\n")
+    (yolo / "data.yaml").unlink()
+    (yolo / file).write_text(text)
+    assert [record.path.name for record in load_split(yolo, "train").records] == ["a.png", "b.png"]
+    assert len(load_split(yolo, "train").records[0].boxes) == 2
+
+
+def test_an_absolute_path_and_the_file_itself_as_root(yolo: Path, tmp_path: Path) -> None:
+    file = tmp_path / "elsewhere" / "pets.yaml"
+    file.parent.mkdir()
+    file.write_text(f"path: {yolo}\n{_YAML}test:\n")
+    assert sorted(find_splits(file)) == ["train", "val"]
+    assert len(load_split(file, "train").records[0].boxes) == 2
+
+
+def test_labels_beside_images_where_no_folder_is_called_so(tmp_path: Path) -> None:
+    write_image(tmp_path / "train" / "a.png")
+    (tmp_path / "train" / "a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "data.yaml").write_text("train: train\nnames: [cat]\n")
+    assert load_split(tmp_path, "train").records[0].boxes.tolist() == [[15, 10, 45, 30]]
+
+
+def test_polygons_become_their_boxes_and_key_points_are_ignored(yolo: Path) -> None:
+    (yolo / "labels/train/a.txt").write_text("0 0.25 0.25 0.75 0.25 0.5 0.75\n1 0.5 0.5 0.5 0.5 0.6 0.5 0.5 0.9\n")
+    assert load_split(yolo, "train").records[0].boxes.tolist() == [[15, 10, 45, 30], [30, 20, 36, 36]]
+    (yolo / "data.yaml").write_text(f"{_YAML}kpt_shape: [1, 2]\n")
+    (yolo / "labels/train/a.txt").write_text("0 0.5 0.5 0.5 0.5 0.1 0.1\n")
+    (yolo / "labels/val/c.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    assert load_split(yolo, "train").records[0].boxes.tolist() == [[15, 10, 45, 30]]
+    assert "6 numbers" not in str(scan(yolo).problems)
+    assert "(7 numbers)" in str(scan(yolo, "val").problems[0])
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_boxes_are_those_of_the_image_as_viewers_show_it(tmp_path: Path, orientation: int) -> None:
+    # A bright patch whose box is right only on the image turned as its EXIF data say.
+    pixels = np.zeros((40, 60), dtype=np.uint8)
+    pixels[4:12, 6:18] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "images").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "images" / "a.png", exif=exif)
+    shown = {1: pixels, 3: np.rot90(pixels, 2), 6: np.rot90(pixels, -1)}[orientation]
+    rows, columns = np.nonzero(shown)
+    height, width = shown.shape
+    box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    x, y = (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text(f"0 {x} {y} {(box[2] - box[0]) / width} {(box[3] - box[1]) / height}\n")
+    (tmp_path / "data.yaml").write_text("train: images\nnames: [patch]\n")
+
+    split = load_split(tmp_path, "train")
+    sample = DetectionDataset(split, eval_transforms(min_size=min(height, width)))[0]
+
+    assert split.records[0].size == (height, width)
+    left, top, right, bottom = (round(value) for value in sample.targets.boxes[0].tolist())
+    assert (left, top, right, bottom) == box
+    assert bool((sample.image[:, top:bottom, left:right] == 1).all()) and int((sample.image[0] == 1).sum()) == 96
+
+
+_LINES = [
+    ("1 0.5 0.5 0.5", "line 1", "", "expected class x y width height (5 numbers) or a polygon, got 4 numbers"),
+    ("1 0.5 0.5 0.5 0.5 0.9", "line 1", "", "got 6 numbers"),
+    ("\n1 0.5 x 0.5 0.5", "line 2", "", "expected numbers: class x y width height, got str 'x'"),
+    ("5 0.5 0.5 0.5 0.5", "line 1", "class", "there is no class 5 in 'names' (classes 0..1)"),
+    ("-1 0.5 0.5 0.5 0.5", "line 1", "class", "there is no class -1"),
+    ("0.5 0.5 0.5 0.5 0.5", "line 1", "class", "there is no class 0.5"),
+    ("nan 0.5 0.5 0.5 0.5", "line 1", "class", "there is no class nan"),
+    ("1 nan 0.5 0.5 0.5", "line 1", "box", "expected finite numbers"),
+    ("1 0.5 0.5 inf 0.5", "line 1", "box", "expected finite numbers"),
+    ("1 30 20 15 15", "line 1", "box", "shares of the image in [0, 1], got 30; are these px?"),
+    ("1 0.5 0.5 -0.005 0.5", "line 1", "box", "must not be negative"),
+    ("1 1.005 0.5 0.001 0.5", "line 1", "box", "lies outside its image of 60 x 40 px"),
+]
+
+
+@pytest.mark.parametrize(("text", "record", "field", "message"), _LINES, ids=[case[0].strip() for case in _LINES])
+def test_a_wrong_line_is_an_error_that_names_it(yolo: Path, text: str, record: str, field: str, message: str) -> None:
+    file = yolo / "labels/train/a.txt"
+    file.write_text(f"{text}\n")
+    (found,) = scan(yolo).problems
+    assert (found.severity, found.file, found.record, found.field) == ("error", file, record, field)
+    assert message in found.message
+    with pytest.raises(DrkdError) as caught:
+        load_split(yolo, "train")
+    assert str(file) in str(caught.value) and record in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "counts", "message"),
+    [
+        ("0 0.5 0.5 0 0.5", 0, (1, 0), "has no area; it is left out"),
+        ("0 1 0.5 0.5 0.5", 1, (0, 1), "overhangs its image of 60 x 40 px; it is clipped"),
+        ("0 0.5 0.5 0.5 0.5\n0 0.5 0.5 0.5 0.5", 1, (0, 0), "the same box as in line 1; it is left out"),
+    ],
+)
+def test_what_can_be_handled_is_a_warning(
+    yolo: Path, text: str, kept: int, counts: tuple[int, int], message: str
+) -> None:
+    (yolo / "labels/train/a.txt").write_text(f"{text}\n")
+    found = scan(yolo)
+    assert len(found.split.records[0].boxes) == kept
+    assert (found.dropped, found.clipped) == counts
+    assert [problem.severity for problem in found.problems] == ["warning"] and message in found.problems[0].message
+
+
+_FILES = [
+    ("names: [cat]\n", "names no split"),
+    ("train: images/train\n", "field 'names': expected a list of class names or numbers with names, got NoneType"),
+    ("train: images/train\nnames: []\n", "field 'names': expected at least one class"),
+    ("train: images/train\nnames: [cat, cat]\n", "field 'names': class 1 'cat' is there twice"),
+    ("train: images/train\nnames: {x: cat}\n", "field 'names': expected class numbers"),
+    ("train: images/train\nnames: [yes, no]\n", "expected a name (in quotes), got bool True"),
+    ("train: images/train\nnames: [cat, dog]\nnc: 3\n", "field 'nc': says int 3, but 'names' has 2 classes"),
+    ("train: 5\nnames: [cat]\n", "field 'train': expected a folder, a text file or a list of such, got int 5"),
+    ("train: images/train\ntraining: x\nnames: [cat]\n", "the split 'train' is given twice"),
+    ("train: images/train\nnames: [cat]\nkpt_shape: 3\n", "field 'kpt_shape': expected two positive integers"),
+    ("path: /no/such/folder\ntrain: images/train\nnames: [cat]\n", "field 'path': there is no folder"),
+    ("path: 3\ntrain: images/train\nnames: [cat]\n", "field 'path': expected a folder"),
+    ("train: [\n", "this is not valid YAML (line 2"),
+    ("- 1\n", "expected a mapping with 'names', 'train' and 'val', got list"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), _FILES, ids=[case[1][:40] for case in _FILES])
+def test_a_wrong_data_yaml_is_one_error(yolo: Path, text: str, message: str) -> None:
+    (yolo / "data.yaml").write_text(text)
+    with pytest.raises(DrkdError) as caught:
+        find_sources(yolo)
+    assert str(yolo / "data.yaml") in str(caught.value) and message in str(caught.value)
+
+
+def test_a_split_that_leads_nowhere_and_an_empty_one(yolo: Path) -> None:
+    (yolo / "data.yaml").write_text("train: images/gone\nval: images/empty\nnames: [cat]\n")
+    (yolo / "images/empty").mkdir()
+    assert "there is no folder or text file" in str(scan(yolo).problems[0])
+    (found,) = scan(yolo, "val").problems
+    assert found.severity == "error" and "the split is empty" in found.message
+
+
+@pytest.mark.parametrize("line", ["../other.png", "/etc/passwd", "images/../../other.png", "a\0.png"])
+def test_a_list_must_stay_in_the_data_set(yolo: Path, line: str) -> None:
+    write_image(yolo.parent / "other.png")
+    (yolo / "lists").mkdir()
+    (yolo / "data.yaml").write_text("path: .\ntrain: train.txt\nnames: [cat, dog]\n")
+    (yolo / "train.txt").write_text(f"{line}\nimages/train/gone.png\n")
+    outside, gone = scan(yolo).problems[:2]
+    assert (outside.severity, outside.record) == ("error", "line 1") and "leads out of the data set" in outside.message
+    assert (gone.severity, gone.record) == ("error", "line 2") and "there is no image file" in gone.message
+
+
+def test_label_files_and_images_that_do_not_go_together(yolo: Path) -> None:
+    (yolo / "labels/train/z.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (yolo / "labels/train/classes.txt").write_text("cat\ndog\n")
+    write_image(yolo / "images/train/a.jpg")
+    (yolo / "images/train/broken.png").write_bytes(b"no picture")
+    found = {problem.message[:30]: problem for problem in scan(yolo).problems}
+    assert found["there is no image for this lab"].file == yolo / "labels/train/z.txt"
+    assert any("has the label file of a.jpg too" in problem.message for problem in found.values())
+    (error,) = (problem for problem in found.values() if problem.severity == "error")
+    assert "broken.png" in error.record and "cannot be read" in error.message
+    assert len(found) == 3
+
+
+def test_no_label_file_at_all_is_an_error_and_no_box_a_warning(yolo: Path) -> None:
+    (yolo / "labels/train/a.txt").write_text("\n")
+    (found,) = scan(yolo).problems
+    assert (found.severity, found.message) == ("warning", "no image of the split has a box")
+    (yolo / "labels/train/a.txt").unlink()
+    (found,) = scan(yolo).problems
+    assert found.severity == "error" and "none of the 2 images has a label file" in found.message
+    assert str(yolo / "labels/train/a.txt") in found.message
+
+
+def test_an_image_listed_twice_is_used_once(yolo: Path) -> None:
+    (yolo / "data.yaml").write_text("train: [images/train, images/train]\nnames: [cat, dog]\n")
+    found = scan(yolo)
+    assert len(found.split) == 2
+    assert [problem.severity for problem in found.problems] == ["warning"] * 2
+
+
+def test_two_data_files_are_an_error_unless_one_is_called_so(yolo: Path) -> None:
+    (yolo / "more.yaml").write_text(_YAML)
+    assert sorted(find_splits(yolo)) == ["train", "val"]
+    (yolo / "data.yaml").rename(yolo / "other.yaml")
+    with pytest.raises(DrkdError, match=r"two YOLO data files: more\.yaml and other\.yaml"):
+        find_sources(yolo)
+
+
+def test_a_label_file_of_bytes_that_are_no_text(yolo: Path) -> None:
+    (yolo / "labels/train/a.txt").write_bytes(b"\xff\xfe\x00\x80")
+    assert "cannot be read" in str(scan(yolo).problems[0])
+    with pytest.raises(DrkdError, match="has 1 error"):
+        read_source(find_sources(yolo)["train"])

@@ -1,0 +1,35 @@
+"""The data verbs on the command line, and evaluation on some of a data set's classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.conftest import write_coco
+
+from drkd.cli import main
+from drkd.contracts import DrkdError
+from drkd.recipes.evaluation import evaluate
+
+
+@pytest.mark.parametrize("to", ["yolo", "voc"])
+def test_convert_and_check(
+    to: str, tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "convert", str(tiny_coco), "new", "--to", to, "--images", "link", "--classes=[dog]"]) == 0
+    said = capsys.readouterr().out
+    assert "train: 6 images, 6 boxes" in said and "boxes of other classes than dog" in said
+    assert main(["data", "check", "new", "--format", to]) == 0
+    said = capsys.readouterr().out
+    assert f"train ({to.upper()}): 6 images" in said and "dog 6" in said and (tmp_path / "drkd-samples.png").is_file()
+    assert main(["data", "convert", str(tiny_coco), "new", "--to", to]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_some_of_the_classes_can_be_evaluated(tmp_path: Path, tiny_detector: Path) -> None:
+    data = write_coco(tmp_path / "data", classes=("cat", "dog", "owl"))
+    with pytest.raises(DrkdError, match="'owl' not among the expected 2 classes"):
+        evaluate(tiny_detector, data=str(data), device="cpu", workers=0)
+    found = evaluate(tiny_detector, data=str(data), classes=["dog"], device="cpu", workers=0)
+    assert set(found.metrics["per_class"]) == {"cat", "dog"} and found.metrics["per_class"]["cat"] is None
