@@ -79,7 +79,7 @@ def read_source(source: SplitSource, *, masks: bool = False) -> DatasetSplit:
     if masks and source.format != "coco":
         raise DrkdError(
             f"{source.file}: instance masks, which this student trains (Mask R-CNN), are read from COCO annotations "
-            f"only, got {source.format.upper()}. Convert the data and add segmentations, or choose a student without masks."
+            f"only, got {source.format.upper()}. Add segmentations in COCO format, or choose a student without masks."
         )
     scan = coco_layout.scan(source, masks=True) if masks else scan_source(source)
     raise_errors(scan.problems, file=source.file)
