@@ -96,8 +96,12 @@ def read_plain(path: str | Path) -> tuple[Mapping[str, Any], list[str], dict[str
 
 
 def _checked(path: str | Path, build: Mapping[str, Any]) -> Mapping[str, Any]:
-    kinds = (("yaml", Mapping), ("names", list), ("options", Mapping))
-    wrong = [name for name, kind in kinds if not isinstance(build.get(name), kind)]
+    whole = {
+        "yaml": isinstance(build.get("yaml"), Mapping),
+        "names": isinstance(build.get("names"), list),
+        "options": isinstance(build.get("options"), Mapping),
+    }
+    wrong = [name for name, found in whole.items() if not found]
     if wrong:
         raise DrkdError(f"{path}: this file of a YOLO lacks {', '.join(wrong)}, so drkd cannot rebuild the model.")
     return build
