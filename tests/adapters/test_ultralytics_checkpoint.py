@@ -263,6 +263,15 @@ def test_a_file_cannot_have_code_of_its_choice_called(change, message, saved, tm
     assert str(saved) in str(caught.value) and not (tmp_path / "made").exists()
 
 
+@pytest.mark.parametrize("name", ["yaml", "names", "options"])
+def test_a_file_that_lacks_a_part_says_so(name, saved):
+    content = torch.load(saved, weights_only=True)
+    del content["build"][name]
+    torch.save(content, saved)
+    with pytest.raises(DrkdError, match=f"student.pt: this file of a YOLO lacks {name}"):
+        load_detector(saved)
+
+
 def test_models_that_there_are_not():
     with pytest.raises(DrkdError, match=r"there is no yolo99n.yaml. Expected a path, or a model"):
         UltralyticsBuilder(model="yolo99n.yaml").build(CLASSES)

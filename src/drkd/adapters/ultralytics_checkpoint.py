@@ -75,7 +75,7 @@ def rebuild_ultralytics(
     Raises:
         DrkdError: If Ultralytics is not installed, or the file describes no model that it can build.
     """
-    build = content["build"]
+    build = _checked(path, content["build"])
     model = new_model(build["yaml"], build["names"], source=str(path))
     fill(model, content["state_dict"], path)
     options = {name: value for name, value in build["options"].items() if name in _THRESHOLDS}
@@ -92,7 +92,19 @@ def read_plain(path: str | Path) -> tuple[Mapping[str, Any], list[str], dict[str
     build = content.get("build") if isinstance(content, Mapping) else None
     if not isinstance(build, Mapping) or build.get("library") != LIBRARY:
         return None
-    return build["yaml"], list(build["names"]), dict(content["state_dict"])
+    return _checked(path, build)["yaml"], list(build["names"]), dict(content["state_dict"])
+
+
+def _checked(path: str | Path, build: Mapping[str, Any]) -> Mapping[str, Any]:
+    whole = {
+        "yaml": isinstance(build.get("yaml"), Mapping),
+        "names": isinstance(build.get("names"), list),
+        "options": isinstance(build.get("options"), Mapping),
+    }
+    wrong = [name for name, found in whole.items() if not found]
+    if wrong:
+        raise DrkdError(f"{path}: this file of a YOLO lacks {', '.join(wrong)}, so drkd cannot rebuild the model.")
+    return build
 
 
 def output_names(detector: UltralyticsDetector) -> list[str]:

@@ -60,7 +60,8 @@ def new_model(description: Mapping[str, Any], names: Sequence[str], *, source: s
     model.names = dict(enumerate(names))
     model.task = "detect"
     require_detection(model, source=source)
-    return model  # type: ignore[no-any-return]
+    built: nn.Module = model
+    return built
 
 
 def check_layers(description: Mapping[str, Any], *, source: str) -> None:
@@ -89,7 +90,8 @@ def require_detection(model: nn.Module, *, source: str) -> Any:
     """
     heads = ultralytics_module("nn.modules.head")
     tasks = ultralytics_module("nn.tasks")
-    head = model.model[-1] if isinstance(model, tasks.DetectionModel) else None  # type: ignore[index]
+    untyped: Any = model
+    head = untyped.model[-1] if isinstance(untyped, tasks.DetectionModel) else None
     if type(head) not in (heads.Detect, heads.v10Detect):
         found = type(model).__name__ if head is None else f"one with a {type(head).__name__} head"
         raise DrkdError(
