@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from tests.conftest import write_coco, write_detector
+from torchvision.models import resnet18
 
 from drkd.adapters import ZooBuilder
 from drkd.contracts import DrkdError
@@ -102,3 +103,23 @@ def test_data_without_a_split_to_train_or_validate_on_is_refused(tmp_path: Path)
         look_at_data(root)
     with pytest.raises(DrkdError, match="no such folder"):
         look_at_data(tmp_path / "nowhere")
+
+
+def test_a_teacher_of_mmdetection_is_recognised(tiny_coco: Path, tmp_path: Path) -> None:
+    names = {"conv1.weight": (64, 3, 7, 7)}
+    names |= {f"bn1.{kind}": (64,) for kind in ("weight", "bias", "running_mean", "running_var")}
+    model = resnet18()
+    names |= {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name.startswith("layer")}
+    state = {f"backbone.{name}": torch.ones(shape) for name, shape in names.items()}
+    for index, width in enumerate((64, 128, 256, 512)):
+        for part, shape in (("lateral_convs", (16, width, 1, 1)), ("fpn_convs", (16, 16, 3, 3))):
+            state[f"neck.{part}.{index}.conv.weight"] = torch.zeros(shape)
+            state[f"neck.{part}.{index}.conv.bias"] = torch.zeros(16)
+    torch.save({"state_dict": {**state, "roi_head.bbox_head.0.fc_cls.weight": torch.zeros(3, 4)}}, tmp_path / "a.pth")
+    written = initialize(tiny_coco, teacher=str(tmp_path / "a.pth"), output=tmp_path / "recipe.yaml")
+    content = yaml.safe_load(written.recipe.read_text())
+    assert content["teacher"]["class_path"] == "drkd.adapters.MMDetectionBuilder"
+    # The heads of a cascade cannot be read.
+    assert content["teacher"]["init_args"] == {"path": str(tmp_path / "a.pth"), "part": "features"}
+    assert any("MMDetection" in line for line in written.findings)
+    assert load_recipe([written.recipe]).teacher is not None

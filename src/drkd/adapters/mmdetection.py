@@ -84,10 +84,11 @@ class MMDetectionBuilder(DetectorBuilder):
         plan = read_architecture(state, self.path)
         if self.part == "features":
             state = {name: value for name, value in state.items() if name.startswith(("backbone.", "neck."))}
-            model: nn.Module = nn.ModuleDict({"backbone": self._pyramid(plan)})
-            fill_from_mmdetection(model, self._prepare(state), plan, self.path)
+            pyramid = self._pyramid(plan)
+            named = nn.ModuleDict({"backbone": pyramid})
+            fill_from_mmdetection(named, self._prepare(state), plan, self.path)
             mean, std = self._normalisation()
-            return PyramidDetector(model["backbone"], class_names, mean=mean, std=std).eval()
+            return PyramidDetector(pyramid, class_names, mean=mean, std=std).eval()
         if not plan.family:
             heads = [name for name in state if not name.startswith(("backbone.", "neck."))][:_NAMED]
             raise DrkdError(

@@ -117,8 +117,8 @@ class DeformableConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty_like(plain.weight))
         # Of each of the nine samples, its shift down and right, and its weight.
-        self.conv_offset = nn.Conv2d(plain.in_channels, 27 if modulated else 18, 3, stride=plain.stride, padding=1)
-        self.stride = plain.stride
+        self.conv_offset = nn.Conv2d(plain.in_channels, 27 if modulated else 18, 3, stride=plain.stride[0], padding=1)
+        self.stride = plain.stride[0]
         self.modulated = modulated
 
     def forward(self, feature: Tensor) -> Tensor:
