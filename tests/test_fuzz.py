@@ -1,4 +1,4 @@
-"""Damaged and hostile input: it works or is refused in one paragraph; thousands more in benchmarks/robustness/fuzz.py."""
+"""Damaged and hostile input works or is refused in one paragraph; more in benchmarks/robustness/fuzz.py."""
 
 from __future__ import annotations
 
