@@ -62,9 +62,9 @@ def recipe_verb(kind: str) -> tuple[Callable[..., ArgumentParser], Callable[[Any
 
     def run(config: Any, own: ArgumentParser, console: Console) -> int:
         from drkd.cli_output import print_run
-        from drkd.engine.interruption import StoppedBySignal
         from drkd.recipes import training
         from drkd.recipes.recipe import instantiate
+        from drkd.recipes.requeue import StoppedBySignal
         from drkd.recipes.run_folder import is_first_process
 
         use_case = training.train if kind == "train" else training.distill
