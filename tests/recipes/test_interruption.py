@@ -80,12 +80,12 @@ def test_a_run_killed_at_a_save_ends_as_if_it_had_not_been(
     written = AtomicCheckpoints.save_checkpoint
     count = 0
 
-    def kill(self: AtomicCheckpoints, *arguments: Any) -> None:
+    def kill(self: AtomicCheckpoints, *arguments: Any, **options: Any) -> None:
         nonlocal count
         if count == save:
             raise _Killed
         count += 1
-        written(self, *arguments)
+        written(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(AtomicCheckpoints, "save_checkpoint", kill)
