@@ -3,8 +3,8 @@
     python benchmarks/robustness/fuzz.py --count 1000 --seed 0
 
 Each input is a valid file in which bytes or values were changed at random. It must work or end in one paragraph
-(`DrkdError`); any other exception, ten seconds of CPU time without an answer, or a file that appears outside the working folder is
-a failure and is printed. The record goes to `benchmarks/results/robustness/fuzz.json`.
+(`DrkdError`); any other exception, ten seconds of CPU time without an answer, or a file that appears outside the
+working folder is a failure and is printed. The record goes to `benchmarks/results/robustness/fuzz.json`.
 """
 
 from __future__ import annotations
