@@ -3,8 +3,8 @@
     python benchmarks/robustness/fuzz.py --count 1000 --seed 0
 
 Each input is a valid file in which bytes or values were changed at random. It must work or end in one paragraph
-(`DrkdError`); any other exception, ten seconds without an answer, or a file that appears outside the working folder is
-a failure and is printed. The record goes to `benchmarks/results/robustness/fuzz.json`.
+(`DrkdError`); any other exception, ten seconds of CPU time without an answer, or a file that appears outside the
+working folder is a failure and is printed. The record goes to `benchmarks/results/robustness/fuzz.json`.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def guarded(action: Callable[[], Any], *, seconds: float = 10.0) -> str:
     def late(number: int, frame: FrameType | None) -> None:
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         action()
     except DrkdError as error:
@@ -109,8 +109,8 @@ def guarded(action: Callable[[], Any], *, seconds: float = 10.0) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error} | {traceback.format_exc().strip().splitlines()[-3].strip()}"
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.signal(signal.SIGPROF, before)
     return "works"
 
 

@@ -128,6 +128,30 @@ def disturb(
         record["broken"] += broken_files(run)
 
 
+def _passed(runs: list[dict[str, Any]]) -> bool:
+    return all(not run["failed"] and not run["broken"] and not run["tensors_that_differ"] for run in runs)
+
+
+def _write(
+    options: argparse.Namespace, runs: list[dict[str, Any]], *, seconds: tuple[float, float], began: float
+) -> None:
+    """The record so far, after every run."""
+    write_json(
+        options.out,
+        {
+            "command": f"python benchmarks/robustness/kill.py --kills {options.kills} --seed {options.seed}",
+            "passed": _passed(runs),
+            "kills": sum(len(run["kills"]) for run in runs),
+            "runs": runs,
+            "undisturbed_seconds": [round(value, 1) for value in seconds],
+            "seconds": round(time.monotonic() - began),
+            "commit": source_commit(),
+            "versions": versions(),
+            "machine": machine(),
+        },
+    )
+
+
 def main() -> None:
     """Run the campaign."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -159,24 +183,11 @@ def main() -> None:
                 f"tensors that differ: {None if different is None else len(different)}, broken: {record['broken']}",
                 flush=True,
             )
+            _write(options, runs, seconds=seconds, began=began)
             if record["failed"]:
                 print((folder / f"{output.name}.log").read_text()[-3000:], flush=True)
+    good = _passed(runs)
     kills = sum(len(run["kills"]) for run in runs)
-    good = all(not run["failed"] and not run["broken"] and not run["tensors_that_differ"] for run in runs)
-    write_json(
-        options.out,
-        {
-            "command": f"python benchmarks/robustness/kill.py --kills {options.kills} --seed {options.seed}",
-            "passed": good,
-            "kills": kills,
-            "runs": runs,
-            "undisturbed_seconds": [round(value, 1) for value in seconds],
-            "seconds": round(time.monotonic() - began),
-            "commit": source_commit(),
-            "versions": versions(),
-            "machine": machine(),
-        },
-    )
     print(f"{kills} kills in {len(runs)} runs: {'all identical' if good else 'FAILED'}")
     sys.exit(not good)
 

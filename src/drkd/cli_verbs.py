@@ -68,9 +68,9 @@ def recipe_verb(kind: str) -> tuple[Callable[..., ArgumentParser], Callable[[Any
 
     def run(config: Any, own: ArgumentParser, console: Console) -> int:
         from drkd.cli_output import print_run
-        from drkd.engine.interruption import StoppedBySignal
         from drkd.recipes import training
         from drkd.recipes.recipe import instantiate
+        from drkd.recipes.requeue import StoppedBySignal
         from drkd.recipes.run_folder import is_first_process
 
         dry, price = config.pop("dry_run"), config.pop("price")

@@ -17,6 +17,10 @@ from drkd.contracts import DrkdError
 from drkd.engine.checkpoint_io import AtomicCheckpoints, remove_leftovers
 
 
+def names(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir()]
+
+
 def content(value: float, size: int = 4) -> dict[str, Any]:
     return {
         "state_dict": {"a": torch.full((size,), value)},
@@ -44,7 +48,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(stage: str, tmp_path: Path, monke
             AtomicCheckpoints().save_checkpoint(content(2.0), file)
     explained = explain(caught.value)
     assert explained is not None and explained[0] == 1 and "--resume" in explained[1]
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert names(tmp_path) == ["last.ckpt"]
     assert AtomicCheckpoints().load_checkpoint(file)["state_dict"]["a"][0] == 1.0
 
 
@@ -64,7 +68,7 @@ except DrkdError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert "cannot be written" in done.stdout and "The checkpoint before it is whole" in done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert names(tmp_path) == ["last.ckpt"]
     assert AtomicCheckpoints().load_checkpoint(tmp_path / "last.ckpt")["state_dict"]["a"].shape == (4,)
 
 
@@ -100,4 +104,4 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".last.ckpt.123.part").write_bytes(b"half")
     (tmp_path / "last.ckpt").write_bytes(b"whole")
     remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert names(tmp_path) == ["last.ckpt"]

@@ -127,6 +127,7 @@ class DistillationModule(LightningModule):
     ) -> None:
         super().__init__()
         self._batch_size = batch_size
+        self._loader_states: list[dict[str, Any]] = []
         self.distiller = distiller
         self.optimization = optimization
         self.evaluation_model: nn.Module | None = None
@@ -147,6 +148,16 @@ class DistillationModule(LightningModule):
         if self._channels_last:
             moved = _with_images(moved, moved.images.contiguous(memory_format=torch.channels_last))
         return moved
+
+    def on_train_start(self) -> None:
+        """Have the data go on after the last batch of the checkpoint.
+
+        Lightning leaves this out whenever the number of steps was asked for before, as the schedule does: it then has
+        made its loaders already. Nothing is drawn from them until the first batch.
+        """
+        states, self._loader_states = self._loader_states, []
+        if len(states) == 1 and hasattr(loader := self.trainer.train_dataloader, "load_state_dict"):
+            loader.load_state_dict(states[0])
 
     def on_train_batch_start(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Draw this step's randomness (box sampling, dropout) from the seed, the step and the rank."""
@@ -238,6 +249,8 @@ class DistillationModule(LightningModule):
                 f"The checkpoint belongs to another student or method: {len(missing)} keys missing "
                 f"({', '.join(missing[:3])} ...), {len(unexpected)} unexpected ({', '.join(unexpected[:3])} ...)."
             )
+        loops = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+        self._loader_states = list(loops.get("combined_loader", []))
 
 
 def scale_rates(settings: Optimization, images: int) -> Optimization:

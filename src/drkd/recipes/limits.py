@@ -38,6 +38,8 @@ def check_training(training: Training) -> None:
         )
     if training.clip_norm is not None and not training.clip_norm > 0:
         raise DrkdError(f"training.clip_norm: expected a positive number or null, got {training.clip_norm}.")
+    if training.sync_batchnorm and training.accelerator == "cpu":
+        raise DrkdError("training.sync_batchnorm: PyTorch synchronises batch norm on GPUs only; leave it out on a CPU.")
     if any(training.strategy.startswith(name) for name in _SHARDED):
         raise DrkdError(
             f"training.strategy: {training.strategy} spreads one model over the devices, and drkd needs the student "

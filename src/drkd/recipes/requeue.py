@@ -8,6 +8,10 @@ import signal
 import subprocess
 import sys
 
+from drkd.engine.interruption import StoppedBySignal
+
+__all__ = ["StoppedBySignal", "requeue", "under_slurm"]
+
 
 def under_slurm() -> bool:
     """Whether this process belongs to a SLURM batch job."""

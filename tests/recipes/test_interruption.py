@@ -1,0 +1,248 @@
+"""Runs that are killed, stopped, or meet bad files go on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drkd.cli import main
+from drkd.contracts import DrkdError
+from drkd.data.dataset import DetectionDataset
+from drkd.engine.checkpoint_io import AtomicCheckpoints
+from drkd.engine.interruption import StoppedBySignal
+from drkd.engine.module import DistillationModule
+from drkd.recipes import requeue as requeue_module
+from drkd.recipes.recipe import load_recipe
+from drkd.recipes.requeue import requeue
+from drkd.recipes.run_folder import RunFolder, is_first_process
+from drkd.recipes.training import train
+
+pytestmark = pytest.mark.slow
+
+
+def _overrides(data: Path, output: Path, *extra: str) -> list[str]:
+    return [
+        f"--data.root={data}",
+        "--data.val_split=val",
+        "--data.batch_size=1",
+        "--data.min_size=64",
+        "--data.max_size=96",
+        "--student.fpn_channels=32",
+        "--student.backbone_weights=null",
+        "--training.epochs=2",
+        "--training.validate_every=1",
+        "--training.keep=best",
+        "--training.ema=0.9",
+        "--training.checkpoint_every=2",
+        "--training.accelerator=cpu",
+        "--evaluation.split=null",
+        "--inherit=false",
+        "--resume=auto",
+        f"--output={output}",
+        *extra,
+    ]
+
+
+def _train(data: Path, output: Path, *extra: str) -> dict[str, torch.Tensor]:
+    train(load_recipe(["digits/retinanet"], _overrides(data, output, *extra)))
+    return _student(output)
+
+
+def _student(output: Path) -> dict[str, torch.Tensor]:
+    return torch.load(output / "student.pt", weights_only=True)["state_dict"]
+
+
+def _differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name in ours.keys() | theirs.keys() if not torch.equal(ours[name], theirs[name])]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return _train(tiny_coco, tmp_path_factory.mktemp("whole") / "run")
+
+
+class _Killed(BaseException):
+    """Stands for SIGKILL: what follows it in the process writes nothing."""
+
+
+# Saves of an epoch of six steps: after steps 2 and 4, the best student, the epoch's end.
+@pytest.mark.parametrize("save", [1, 2, 6])
+def test_a_run_killed_at_a_save_ends_as_if_it_had_not_been(
+    save: int, tiny_coco: Path, tmp_path: Path, whole: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = AtomicCheckpoints.save_checkpoint
+    count = 0
+
+    def kill(self: AtomicCheckpoints, *arguments: Any, **options: Any) -> None:
+        nonlocal count
+        if count == save:
+            raise _Killed
+        count += 1
+        written(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AtomicCheckpoints, "save_checkpoint", kill)
+        with pytest.raises(_Killed):
+            _train(tiny_coco, tmp_path / "run")
+    assert _differences(_train(tiny_coco, tmp_path / "run"), whole) == []
+
+
+def _signal_in_step(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = DistillationModule.training_step
+
+    def signalled(self: DistillationModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step == step:
+            os.kill(os.getpid(), number)
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(DistillationModule, "training_step", signalled)
+
+
+def test_sigterm_saves_stops_and_the_run_goes_on_from_that_step(
+    tiny_coco: Path,
+    tmp_path: Path,
+    whole: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    arguments = ["train", "--config=digits/retinanet", *_overrides(tiny_coco, tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        _signal_in_step(2, signal.SIGTERM, patch)
+        assert main(arguments) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM at step 3; a checkpoint of this step is saved. Go on with --resume" in (
+        capsys.readouterr().err
+    )
+    assert signal.getsignal(signal.SIGTERM) == before
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (run["status"], run["steps"]) == ("interrupted", 3)
+    assert main(arguments) == 0
+    assert _differences(_student(tmp_path / "run"), whole) == []
+
+
+def test_slurm_is_told_to_requeue_on_its_signal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+
+    class Done:
+        returncode = 0
+        stderr = ""
+
+    monkeypatch.setattr(requeue_module.subprocess, "run", lambda command, **_: called.append(command) or Done())
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert not requeue(signal.SIGTERM)
+    assert requeue(signal.SIGUSR1)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert requeue(signal.SIGUSR1)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert not requeue(signal.SIGUSR1)
+    assert called == [["scontrol", "requeue", "17"], ["scontrol", "requeue", "5_2"]]
+
+
+def test_a_run_that_never_saved_starts_again(tmp_path: Path) -> None:
+    with pytest.raises(DrkdError, match="Nothing to resume"):
+        RunFolder(tmp_path / "run", resume=True)
+    assert not RunFolder(tmp_path / "run", resume="auto").resumes
+    assert not RunFolder(tmp_path / "run", resume=True).resumes  # the folder was taken, then the process was killed
+
+
+def test_a_log_cut_short_loses_its_last_row_only(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    part = tmp_path / "run" / "logs" / "part-000"
+    part.mkdir(parents=True)
+    (part / "metrics.csv").write_text("step,epoch,loss\n0,0,1.5\n1,0,1.25\n2,0,1")
+    folder.merge_metrics()
+    assert (tmp_path / "run" / "metrics.csv").read_text() == "step,epoch,loss\n0,0,1.5\n1,0,1.25\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [({}, True), ({"NODE_RANK": "1"}, False), ({"NODE_RANK": "0"}, True), ({"NODE_RANK": "1", "RANK": "0"}, True)],
+)
+def test_the_first_process_of_a_second_machine_writes_nothing(
+    environment: dict[str, str], first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_process() is first
+
+
+def test_a_damaged_checkpoint_is_one_paragraph(
+    tiny_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    state = {"state_dict": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": [], "loops": {}}
+    AtomicCheckpoints().save_checkpoint({**state, "global_step": 1, "epoch": 0}, file)
+    arguments = ["train", "--config=digits/retinanet", *_overrides(tiny_coco, tmp_path / "run")]
+    assert main(arguments) == 2
+    assert "another student or method" in capsys.readouterr().err
+    file.write_bytes(file.read_bytes()[:300])
+    assert main(arguments) == 2
+    assert "the checkpoint is damaged" in capsys.readouterr().err.splitlines()[-1]
+
+
+def _damage(data: Path, place: Path, *names: str) -> Path:
+    copied = Path(shutil.copytree(data, place))
+    for name in names:
+        file = copied / "train" / f"{name}.png"
+        file.write_bytes(file.read_bytes()[:60])
+    return copied
+
+
+def test_a_truncated_image_fails_with_its_name_or_is_replaced_and_counted(
+    tiny_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = _damage(tiny_coco, tmp_path / "data", "3")
+    arguments = ["--training.epochs=1", "--training.keep=last", "--training.validate_every=0"]
+    with pytest.raises(DrkdError, match=r"3\.png: the image cannot be decoded"):
+        _train(data, tmp_path / "fails", *arguments)
+    _train(data, tmp_path / "run", *arguments, "--data.unreadable=skip", "--data.workers=1")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [Path(file).name for file in run["unreadable"]] == ["3.png"]
+    assert run["steps"] == 6
+
+
+def test_the_stand_in_depends_on_the_files_only(tiny_coco: Path, tmp_path: Path) -> None:
+    data = _damage(tiny_coco, tmp_path / "data", "2", "3")
+    recipe = load_recipe(["digits/retinanet"], _overrides(data, tmp_path / "run", "--data.unreadable=skip"))
+    dataset = recipe.data.train_dataloader().dataset
+    assert isinstance(dataset, DetectionDataset)
+    assert [dataset[(0, place)].image_id for place in (0, 1, 2, 3)] == [1, 4, 4, 4]
+    assert [Path(file).name for file in recipe.data.unreadable_files()] == ["2.png", "3.png"]
+
+
+def test_a_disk_that_is_gone_is_no_handful_of_bad_files(tiny_coco: Path, tmp_path: Path) -> None:
+    data = _damage(tiny_coco, tmp_path / "data", *"123456")
+    recipe = load_recipe(["digits/retinanet"], _overrides(data, tmp_path / "run", "--data.unreadable=skip"))
+    with pytest.raises(DrkdError, match="6 images in a row cannot be read"):
+        recipe.data.train_dataloader().dataset[(0, 0)]
+
+
+def test_a_worker_that_dies_is_explained(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent, read = os.getpid(), DetectionDataset.__getitem__
+
+    def die(self: DetectionDataset, index: Any) -> Any:
+        if os.getpid() != parent and index[1] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, index)
+
+    monkeypatch.setattr(DetectionDataset, "__getitem__", die)
+    arguments = _overrides(tiny_coco, tmp_path / "run", "--data.workers=1", "--training.epochs=1")
+    assert main(["train", "--config=digits/retinanet", *arguments]) == 1
+    assert "A process that decodes images was killed" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_stopped_by_signal_is_no_failure() -> None:
+    assert not issubclass(StoppedBySignal, Exception)

@@ -1,0 +1,146 @@
+"""Damaged and hostile input works or is refused in one paragraph; more in benchmarks/robustness/fuzz.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "robustness"))
+
+from fuzz import campaign, guarded
+
+from drkd.contracts import DrkdError
+from drkd.data.formats.coco import read_coco
+from drkd.recipes import prediction
+from drkd.recipes.prediction import predict
+from drkd.recipes.recipe import load_recipe
+
+# What Pillow says of broken tags.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def _mostly(keys: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({}, optional={key: value | _VALUES for key, value in keys.items()})
+
+
+_IDS = st.integers(0, 3)
+_DOCUMENTS = st.fixed_dictionaries(
+    {
+        "images": st.lists(
+            _mostly({"id": _IDS, "file_name": st.just("1.png"), "width": st.just(8), "height": st.just(8)}), max_size=3
+        ),
+        "annotations": st.lists(
+            _mostly({"id": _IDS, "image_id": _IDS, "category_id": _IDS, "bbox": st.lists(st.floats(0, 9), max_size=5)}),
+            max_size=3,
+        ),
+        "categories": st.lists(_mostly({"id": _IDS, "name": st.text(max_size=3)}), max_size=3),
+    }
+)
+
+
+def test_mutated_files_work_or_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    outcomes = campaign(tmp_path / "work", count=40, seed=7)
+    assert {kind: set(counter) - {"works", "refused"} for kind, counter in outcomes.items()} == {
+        kind: set() for kind in ("annotations", "recipe", "student", "checkpoint", "image")
+    }
+    assert all(counter["refused"] for counter in outcomes.values())
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(document=_DOCUMENTS)
+def test_any_annotations_work_or_are_refused(document: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "1.png")
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    assert guarded(lambda: read_coco(tmp_path / "a.json", tmp_path / "images")) in ("works", "refused")
+
+
+@pytest.mark.parametrize("name", ["../x.png", "a/../../x.png", "/etc/passwd", "..\\x.png", "C:\\x.png\0"])
+def test_file_names_do_not_climb_out(name: str, tmp_path: Path) -> None:
+    images = [{"id": 1, "file_name": name, "width": 8, "height": 8}]
+    document = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    with pytest.raises(DrkdError, match="leads out of the image folder"):
+        read_coco(tmp_path / "a.json", tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: !!python/object/apply:os.mkdir [PLACE]",
+        "seed: !!python/name:os.system",
+        "seed: 2020-99-99",
+        "[" * 5000,
+        "? {a: b}\n: c",
+        "seed: &a [*a]",
+    ],
+)
+def test_yaml_is_loaded_safely(text: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text.replace("PLACE", str(tmp_path / "ran")))
+    with pytest.raises(DrkdError, match=r"r\.yaml"):
+        load_recipe([tmp_path / "r.yaml"])
+    assert not (tmp_path / "ran").exists()
+
+
+def _hostile(folder: Path) -> None:
+    folder.mkdir()
+    Image.new("RGB", (1, 1), (9, 9, 9)).save(folder / "one.png")
+    Image.new("I;16", (20, 10), 40000).save(folder / "sixteen.png")
+    Image.new("CMYK", (20, 10)).save(folder / "cmyk.jpg")
+    Image.new("RGBA", (20, 10), (1, 2, 3, 0)).save(folder / "alpha.png")
+    Image.new("RGB", (1, 900)).save(folder / "thin.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 10)).save(folder / "turned.jpg", exif=exif)
+    (folder / "text.png").write_text("no image")
+    Image.new("RGB", (60, 60)).save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:70])
+    Image.new("RGB", (300, 300)).save(folder / "bomb.png")
+
+
+def test_predict_on_hostile_images(tmp_path: Path, tiny_detector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _hostile(tmp_path / "images")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # 300 x 300 px are then what 13,000 x 13,000 px are
+    found = predict(tiny_detector, tmp_path / "images", output=tmp_path / "found", device="cpu")
+    listed = json.loads((tmp_path / "found" / "images.json").read_text())["images"]
+    assert {image["file_name"]: (image["width"], image["height"]) for image in listed} == {
+        "alpha.png": (20, 10),
+        "cmyk.jpg": (20, 10),
+        "one.png": (1, 1),
+        "sixteen.png": (20, 10),
+        "thin.png": (1, 900),
+        "turned.jpg": (10, 30),
+    }
+    assert sorted(Path(message.partition(":")[0]).name for message in found.unreadable) == [
+        "bomb.png",
+        "cut.png",
+        "text.png",
+    ]
+
+
+def test_whatever_a_decoder_raises_is_a_paragraph(
+    tmp_path: Path, tiny_detector: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+
+    def struck(path: Path) -> None:
+        raise IndexError("index out of range")
+
+    monkeypatch.setattr(prediction, "decode_image", struck)
+    found = predict(tiny_detector, tmp_path / "a.png", output=tmp_path / "found", device="cpu")
+    assert found.images == 0
+    assert "a.png: the image cannot be decoded (index out of range)" in found.unreadable[0]
