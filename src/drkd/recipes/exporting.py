@@ -157,8 +157,8 @@ def check(detector: Detector, found: OnnxDetector, batches: Iterable[tuple[str, 
         )
     if agreement.too_many_ties:
         raise DrkdError(
-            f"Of {agreement.detections} detections in {agreement.images} images, {agreement.ties} on either side have no "
-            "partner and are near ties, where rounding may decide: too many to say that PyTorch and the ONNX file agree. "
+            f"Of {agreement.detections} detections in {agreement.images} images, {agreement.ties} on either side have "
+            "no partner and are near ties, where rounding may decide: too many to say that PyTorch and the file agree. "
             "Is the detector trained? Its scores should differ. The file was not kept."
         )
     if not agreement.matched:
