@@ -15,6 +15,7 @@ BOX_BOUND_PX, SCORE_BOUND = 0.5, 1e-3
 """Largest difference of a side of a box, px of the original image, and of a score."""
 
 _TIE_IOU = 0.01
+_TIE_SHARE = 0.05
 
 
 @dataclass
@@ -43,7 +44,12 @@ class Agreement:
     @property
     def good(self) -> bool:
         """Whether there was something to compare and all of it agrees."""
-        return self.matched > 0 and not self.mismatches
+        return self.matched > 0 and not self.mismatches and not self.too_many_ties
+
+    @property
+    def too_many_ties(self) -> bool:
+        """Whether rounding would have to decide more than a few detections, so that agreement would mean little."""
+        return self.ties > max(2.0, _TIE_SHARE * self.detections)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, the bounds among them."""

@@ -102,7 +102,10 @@ def _exponents(scales: Sequence[float]) -> tuple[int, int]:
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What `torch.onnx.export` is to write for the operators of this module."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    # Its types know tensors of numbers, not the values that stand for them here.
+    op: Any = opset18
 
     def number(value: float) -> Any:
         return op.Constant(value_float=float(value))

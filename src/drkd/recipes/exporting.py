@@ -155,6 +155,12 @@ def check(detector: Detector, found: OnnxDetector, batches: Iterable[tuple[str, 
             f"detections in {agreement.images} images differ by more than {BOX_BOUND_PX} px, {SCORE_BOUND} in score, "
             f"or in the label. The worst: {agreement.mismatches[0]}. The file was not kept."
         )
+    if agreement.too_many_ties:
+        raise DrkdError(
+            f"Of {agreement.detections} detections in {agreement.images} images, {agreement.ties} on either side have "
+            "no partner and are near ties, where rounding may decide: too many to say that PyTorch and the file agree. "
+            "Is the detector trained? Its scores should differ. The file was not kept."
+        )
     if not agreement.matched:
         raise DrkdError(
             f"PyTorch detects nothing in the {agreement.images} images of the check, so it would prove nothing. Name "
