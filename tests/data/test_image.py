@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from drkd.contracts import DrkdError, ImageRecord
 from drkd.data.dataset import DatasetSplit, DetectionDataset
@@ -187,11 +188,14 @@ def test_a_decompression_bomb_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
     assert decode_image(tmp_path / "bomb.png").shape == (3, 20, 20)  # large, but below twice the limit: no warning
 
 
-def test_a_colour_space_without_a_way_to_rgb_is_an_error(tmp_path: Path) -> None:
-    Image.new("LAB", (2, 2)).save(tmp_path / "lab.tif")
+def test_a_bomb_in_the_text_of_an_image_is_an_error(tmp_path: Path) -> None:
+    text = PngInfo()
+    text.add_text("comment", "x" * 2_000_000, zip=True)
+    Image.new("L", (2, 2)).save(tmp_path / "text.png", pnginfo=text)
 
-    with pytest.raises(DrkdError, match=r"lab\.tif: the image cannot be decoded"):
-        decode_image(tmp_path / "lab.tif")
+    for read in (decode_image, read_image_size):
+        with pytest.raises(DrkdError, match=r"text\.png"):
+            read(tmp_path / "text.png")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300)])

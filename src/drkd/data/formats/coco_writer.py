@@ -21,7 +21,8 @@ def write(root: Path, parts: Sequence[WrittenSplit]) -> None:
 def _document(part: WrittenSplit) -> dict[str, Any]:
     split = part.split
     ids = split.numbered_categories()
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for record, name in zip(split.records, part.names, strict=True):
         height, width = record.size
         images.append({"id": record.image_id, "file_name": name, "height": height, "width": width})
