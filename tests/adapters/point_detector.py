@@ -1,4 +1,4 @@
-"""A detector that drkd does not know: anchor-free, one box a cell, with methods such as MMDetection's detectors have."""
+"""A detector that drkd does not know: anchor-free, with methods such as those of MMDetection's detectors."""
 
 from __future__ import annotations
 

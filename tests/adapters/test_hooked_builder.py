@@ -48,7 +48,7 @@ def test_built_from_import_paths(make_batch):
         ({"factory": f"{HOME}:nothing"}, "has no function 'nothing'; it has .*build"),
         ({"losses": "build"}, "losses: expected an import path such as 'my_module:function'"),
         ({"arguments": {"colour": 1}}, r"factory: .*build\(class_names, \*\*arguments\) failed: .*colour"),
-        ({"factory": "builtins:list"}, "expected builtins:list to return a torch module, got list"),
+        ({"factory": "builtins:list", "arguments": {}}, "expected builtins:list to return a torch module, got list"),
     ],
 )
 def test_what_cannot_be_built(changes, message):
