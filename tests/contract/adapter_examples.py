@@ -66,7 +66,7 @@ _TORCHVISION = "drkd.adapters.torchvision"
 _SMALL = {"backbone": "resnet18", "width": 0.25, "score_threshold": 0.0}
 EXAMPLES: dict[str, Example] = {
     f"{_TORCHVISION}.RetinaNetBuilder": Example(
-        {**_SMALL, "fpn_channels": 16, "anchor_sizes": ((12, 16), (24, 32), (48, 64))}
+        {**_SMALL, "fpn_channels": 16, "extra": "none", "anchor_sizes": ((12, 16), (24, 32), (48, 64))}
     ),
     f"{_TORCHVISION}.FCOSBuilder": Example(
         {**_SMALL, "fpn_channels": 64, "extra": "none", "anchor_sizes": ((8,), (16,), (32,)), "num_convs": 1}
