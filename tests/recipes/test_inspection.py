@@ -16,13 +16,13 @@ HOME = "tests.adapters.point_adapter"
 
 
 def test_a_saved_detector(tiny_detector: Path) -> None:
-    (found,) = inspect_model(str(tiny_detector), size=(64, 128))
+    (found,) = inspect_model(str(tiny_detector), size=(128, 128))
     levels = [row for row in found.layers if row.pyramid]
-    assert [(row.stride, row.channels) for row in levels] == [(8.0, 32), (16.0, 32), (32.0, 32)]
-    assert levels[0].size == (8, 16) and levels[0].name.startswith("backbone")
+    assert [(row.stride, row.channels) for row in levels] == [(2.0**power, 32) for power in range(3, 8)]
+    assert levels[0].size == (16, 16) and levels[0].name.startswith("backbone")
     inner = [row.flops for row in found.layers if row.flops is not None]
     assert max(inner) < found.flops and found.hidden > 0
-    everything = inspect_model(str(tiny_detector), size=(64, 128), depth=0)[0]
+    everything = inspect_model(str(tiny_detector), size=(128, 128), depth=0)[0]
     assert everything.hidden == 0 and len(everything.layers) > len(found.layers)
     assert yaml.safe_load(found.yaml)["teacher"]["init_args"] == {"path": str(tiny_detector)}
 
