@@ -1,4 +1,4 @@
-"""A detector that drkd does not know: anchor-free, one box a cell, with methods as MMDetection has them."""
+"""A detector that drkd does not know: anchor-free, with methods such as those of MMDetection's detectors."""
 
 from __future__ import annotations
 
@@ -128,6 +128,6 @@ class PointDetector(nn.Module):
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         smallest = torch.where(inside, area, torch.inf).argmin(1)
         positive = inside.any(1)
-        wanted = functional.one_hot(labels[smallest], classes) * positive[:, None]
+        wanted = (labels[smallest][:, None] == torch.arange(classes, device=labels.device)) & positive[:, None]
         distances = to_sides[torch.arange(len(points), device=points.device), smallest] / stride
         return wanted.to(points.dtype), distances.clamp(min=0), positive

@@ -238,7 +238,7 @@ class _Scanner:
             self._report(record, "file_name", f"'{name}' leads out of the image folder {self._folder}")
             return None
         path = self._folder / name
-        if len(name) > 4096 or max(map(len, parts.parts), default=0) > 255:
+        if len(name) > 4096 or max(map(len, Path(name).parts), default=0) > 255:
             self._report(record, "file_name", f"the name is too long for a file: '{name[:40]}...'")
             return None
         if name not in files and not path.is_file():

@@ -1,0 +1,274 @@
+"""What every detector promises: each builder that `drkd.adapters` holds goes through the same cases."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from tests.contract.adapter_examples import CLASSES, EXAMPLES, SETTINGS, make_builder
+from torch import Tensor
+
+import drkd.adapters
+import drkd.methods
+from drkd.adapters import load_detector, save_student
+from drkd.contracts import (
+    BoxTargets,
+    DetectionBatch,
+    Detector,
+    DetectorBuilder,
+    DetectorOutput,
+    DrkdError,
+    KDMethod,
+    Want,
+)
+from drkd.engine.distiller import Distiller
+from drkd.methods import DRKD, PKD
+
+FEATURES, LOSSES, BOTH = (frozenset[Want](want) for want in (["features"], ["losses"], ["features", "losses"]))
+ARGUMENTS = {"Combination": {"methods": {"relations": DRKD, "features": PKD}}}
+SIZES = [(64, 96), (64, 96), (50, 96), (64, 70)]
+# Neither the first nor the last: a shift of labels by one is seen both ways.
+LABEL = 1
+
+
+def discover() -> list[str]:
+    """Import paths of the builders that can be instantiated, of every module below `drkd.adapters`."""
+    found = set()
+    for module in pkgutil.walk_packages(drkd.adapters.__path__, "drkd.adapters."):
+        for _, value in inspect.getmembers(import_module(module.name), inspect.isclass):
+            if issubclass(value, DetectorBuilder) and not inspect.isabstract(value) and value is not DetectorBuilder:
+                found.add(f"{value.__module__}.{value.__qualname__}")
+    return sorted(found)
+
+
+def methods() -> list[type[KDMethod]]:
+    exported = (getattr(drkd.methods, name) for name in drkd.methods.__all__)
+    return [value for value in exported if isinstance(value, type) and issubclass(value, KDMethod)]
+
+
+def make_batch(sizes: list[tuple[int, int]] = SIZES, *, label: int | None = LABEL, seed: int = 0) -> DetectionBatch:
+    """Noise with a bright rectangle for each box, padded to 64 x 96 px."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.zeros(len(sizes), 3, 64, 96)
+    targets = []
+    for index, (height, width) in enumerate(sizes):
+        images[index, :, :height, :width] = 0.3 * torch.rand(3, height, width, generator=generator)
+        corner = torch.rand(2, 2, generator=generator) * torch.tensor([width * 0.4, height * 0.4])
+        boxes = torch.cat([corner, corner + 16 + 8 * torch.rand(2, 2, generator=generator)], dim=1)
+        for left, top, right, bottom in boxes.int().tolist():
+            images[index, :, top:bottom, left:right] = torch.tensor([0.9, 0.6, 0.1])[:, None, None]
+        labels = torch.arange(2) % len(CLASSES) if label is None else torch.full((2,), label)
+        targets.append(BoxTargets(boxes, labels, torch.zeros(2, dtype=torch.bool)))
+    count = tuple(range(len(sizes)))
+    return DetectionBatch(images, tuple(sizes), tuple(sizes), tuple(targets), count)
+
+
+def total(output: DetectorOutput) -> Tensor:
+    return torch.stack([value.float() for value in output.losses.values()]).sum()
+
+
+def same_state(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
+    return list(before) == list(after) and all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def hooks(detector: Detector) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in detector.modules())
+
+
+@pytest.fixture(scope="module", params=discover())
+def path(request: pytest.FixtureRequest) -> str:
+    if request.param not in EXAMPLES:
+        pytest.fail(f"{request.param} has no example: add one to tests/contract/adapter_examples.py")
+    if EXAMPLES[request.param].needs is not None:
+        pytest.importorskip(EXAMPLES[request.param].needs)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def builder(path: str, tmp_path_factory: pytest.TempPathFactory) -> DetectorBuilder:
+    return make_builder(path, tmp_path_factory.mktemp("example"))
+
+
+def build(builder: DetectorBuilder, *, seed: int = 0, classes: tuple[str, ...] = CLASSES) -> Detector:
+    torch.manual_seed(seed)
+    return builder.build(classes)
+
+
+@pytest.fixture
+def detector(builder: DetectorBuilder) -> Detector:
+    return build(builder)
+
+
+@pytest.fixture(scope="module")
+def trained(path: str, builder: DetectorBuilder) -> tuple[Detector, list[float]]:
+    """A detector after 20 steps on 8 images whose boxes are all of one class, and the task loss of each step."""
+    detector = build(builder).train()
+    batch = make_batch([*SIZES, *SIZES])
+    optimizer = torch.optim.Adam([p for p in detector.parameters() if p.requires_grad], lr=EXAMPLES[path].learning_rate)
+    losses = []
+    for step in range(20):
+        torch.manual_seed(step)
+        loss = total(detector(batch, want=LOSSES))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return detector.eval(), losses
+
+
+@pytest.fixture(scope="module")
+def pair(builder: DetectorBuilder) -> tuple[Detector, Detector]:
+    return build(builder), build(builder, seed=1)
+
+
+def test_builders_are_discovered() -> None:
+    found = discover()
+    assert {"drkd.adapters.torchvision.RetinaNetBuilder", "drkd.adapters.hooked_builder.HookedBuilder"} <= set(found)
+    assert not any("PyramidBuilder" in name for name in found)
+    missing = sorted(set(found) - set(EXAMPLES))
+    assert not missing, f"add examples of {missing} to tests/contract/adapter_examples.py"
+
+
+def test_features_lie_at_the_declared_strides(detector: Detector) -> None:
+    spec = detector.spec
+    assert spec.class_names == CLASSES
+    assert len({level.name for level in spec.levels}) == len(spec.levels)
+    assert [level.stride for level in spec.levels] == sorted(level.stride for level in spec.levels)
+    batch = make_batch()
+    output = detector.eval()(batch, want=FEATURES)
+    assert not output.losses
+    for level, found in zip(spec.levels, output.features, strict=True):
+        rows, columns = found.tensor.shape[2:]
+        assert found.name == level.name and found.tensor.shape[:2] == (len(batch), level.channels)
+        assert (found.stride_y, found.stride_x) == (64 / rows, 96 / columns)
+        # A cell more or less at the border: sizes that are no multiple of the stride are rounded.
+        assert abs(rows - 64 / level.stride) <= 1 and abs(columns - 96 / level.stride) <= 1
+
+
+def test_task_losses_fall(trained: tuple[Detector, list[float]]) -> None:
+    losses = trained[1]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), losses
+
+
+def test_labels_come_back_as_they_went_in(trained: tuple[Detector, list[float]]) -> None:
+    strength = torch.zeros(len(CLASSES))
+    for found in trained[0].detect(make_batch()):
+        assert found.labels.dtype == torch.int64 and found.labels.ge(0).all() and found.labels.lt(len(CLASSES)).all()
+        best = found.scores.topk(min(20, len(found.scores))).indices
+        strength.index_add_(0, found.labels[best], found.scores[best])
+    assert strength.argmax() == LABEL, strength
+
+
+def test_detections_are_in_px_of_the_original_images(trained: tuple[Detector, list[float]]) -> None:
+    batch = make_batch([(64, 96), (50, 96), (64, 40)])
+    larger = replace(batch, original_sizes=tuple((2 * height, 3 * width) for height, width in batch.sizes))
+    for once, scaled, (height, width) in zip(
+        trained[0].detect(batch), trained[0].detect(larger), batch.sizes, strict=True
+    ):
+        assert len(once.boxes) > 0
+        assert once.boxes.dtype == once.scores.dtype == torch.float32
+        assert once.scores.equal(once.scores.sort(descending=True).values)
+        assert once.boxes.ge(0).all() and once.boxes.le(torch.tensor([width, height, width, height]) + 1e-3).all()
+        torch.testing.assert_close(scaled.boxes, once.boxes * torch.tensor([3.0, 2.0, 3.0, 2.0]), atol=1e-3, rtol=1e-4)
+        assert scaled.labels.equal(once.labels)
+
+
+def test_detecting_needs_eval_mode(detector: Detector) -> None:
+    with pytest.raises(ValueError, match="eval mode"):
+        detector.train().detect(make_batch())
+
+
+def test_what_it_does_not_have_is_refused(detector: Detector) -> None:
+    with pytest.raises(ValueError, match="want"):
+        detector(make_batch(), want=frozenset({"telepathy"}))  # type: ignore[arg-type]
+
+
+def test_losses_in_eval_mode_change_no_state(detector: Detector) -> None:
+    detector.eval()
+    before = copy.deepcopy(detector.state_dict())
+    output = detector(make_batch(), want=BOTH)
+    assert total(output).isfinite() and output.features
+    assert same_state(before, detector.state_dict())
+    assert not any(part.training for part in detector.modules())
+    assert list(detector.state_dict()) == [f"model.{name}" for name in detector.model.state_dict()]
+
+
+def test_images_without_boxes(detector: Detector) -> None:
+    nothing = BoxTargets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+    batch = make_batch()
+    for targets in ((nothing,) * 4, (batch.targets[0], nothing, nothing, nothing)):
+        loss = total(detector.train()(replace(batch, targets=targets), want=LOSSES))
+        assert loss.isfinite()
+        loss.backward()
+
+
+def test_a_copy_is_another_detector(detector: Detector) -> None:
+    batch = make_batch()
+    twin = copy.deepcopy(detector.eval())
+    expected = [level.tensor.clone() for level in twin(batch, want=FEATURES).features]
+    with torch.no_grad():
+        for parameter in detector.parameters():
+            parameter.zero_()
+    for level, before in zip(twin(batch, want=FEATURES).features, expected, strict=True):
+        assert level.tensor.equal(before)
+
+
+def test_saved_and_loaded(path: str, builder: DetectorBuilder, trained: tuple[Detector, list[float]], tmp_path: Path):
+    file = tmp_path / "student.pt"
+    save_student(file, trained[0], builder=builder, image_settings=SETTINGS)
+    content = torch.load(file, weights_only=True)
+    assert list(content["state_dict"]) == list(trained[0].model.state_dict())
+    options = EXAMPLES[path].load or {}
+    batch = make_batch()
+    expected = trained[0].detect(batch)
+    loaded = load_detector(file, **options)
+    assert loaded.spec == trained[0].spec and not loaded.training
+    order = (2, 0, 1)
+    turned = load_detector(file, class_names=[CLASSES[label] for label in order], **options)
+    for before, after, other in zip(expected, loaded.detect(batch), turned.detect(batch), strict=True):
+        torch.testing.assert_close(after.boxes, before.boxes)
+        torch.testing.assert_close(after.scores, before.scores)
+        assert after.labels.equal(before.labels)
+        assert torch.tensor(order)[other.labels].equal(before.labels)
+
+
+def _distilled(method: type[KDMethod], pair: tuple[Detector, Detector]) -> Iterator[tuple[str, str]]:
+    """What is wrong with distilling this pair, if anything."""
+    student, teacher = pair
+    try:
+        distiller = Distiller(
+            student, teacher, lambda ours, theirs: method(ours, theirs, **ARGUMENTS.get(method.__name__, {}))
+        )
+    except DrkdError as error:
+        if not 40 < len(str(error)) < 900 or "\n" in str(error):
+            yield "no readable reason", str(error)
+        if method.needs == FEATURES:
+            yield "a method on features was refused", str(error)
+        return
+    student.zero_grad()
+    losses = distiller.train()(make_batch(label=None))
+    if not any(name.startswith("kd/") for name in losses) or not all(value.isfinite() for value in losses.values()):
+        yield "losses", str(losses)
+    torch.stack([value.float() for value in losses.values()]).sum().backward()
+    if not any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in student.parameters()):
+        yield "gradient", "none reaches the student"
+
+
+@pytest.mark.parametrize("method", methods(), ids=lambda method: method.__name__)
+def test_distilled_or_refused_with_a_reason(method: type[KDMethod], pair: tuple[Detector, Detector]) -> None:
+    teacher = pair[1]
+    before = copy.deepcopy(teacher.state_dict())
+    assert not list(_distilled(method, pair))
+    assert same_state(before, teacher.state_dict())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not any(part.training for part in teacher.modules())
+    assert hooks(pair[0]) == hooks(teacher) == 0
