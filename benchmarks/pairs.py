@@ -124,11 +124,16 @@ def attempt(student: Seen, teacher: Seen, method: type[KDMethod], images: Detect
     pair = f"{student.detector.spec.family} from {teacher.detector.spec.family} by {method.__name__}"
     terms = built(student.output, teacher.output, images)
     features = [level.tensor for level in student.output.features]
+    # Level by level some may be silent: a softmax over one cell has nothing to teach.
+    families: dict[str, torch.Tensor] = {}
     for name, value in terms.items():
+        family = name.partition("/")[0]
+        families[family] = families[family] + value if family in families else value
+    for name, value in families.items():
         found = torch.autograd.grad(value, features, retain_graph=True, allow_unused=True)
         norm = sum(float(entry.square().sum()) for entry in found if entry is not None)
-        if not (value.isfinite() and 0 < norm < float("inf")):
-            raise RuntimeError(f"{pair}: {name} is {float(value)} with a squared gradient norm of {norm}")
+        if not (bool(value.isfinite()) and 0 < norm < float("inf")):
+            raise RuntimeError(f"{pair}: {name} is {value.item()} with a squared gradient norm of {norm}")
     return ""
 
 
