@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import write_detector
 
+from drkd.adapters import RetinaNetBuilder, save_student
 from drkd.contracts import DrkdError
 from drkd.recipes.recipe import Recipe, load_recipe
 from drkd.recipes.training import build_module, distill
 
 SAVED = "{class_path: drkd.adapters.SavedDetectorBuilder, init_args: {path: %s}}"
+
+
+def write_detector(path: Path, *, classes: tuple[str, ...]) -> Path:
+    builder = RetinaNetBuilder(width=0.25, fpn_channels=32)
+    settings = {"min_size": 64, "max_size": 96, "size_divisor": 32}
+    save_student(path, builder.build(classes), builder=builder, image_settings=settings)
+    return path
 
 
 def _recipe(tiny_coco: Path, folder: Path, text: str) -> Recipe:
@@ -31,7 +38,7 @@ output: {folder / "run"}
 
 
 def test_several_teachers_of_several_classes_and_sizes(tiny_coco: Path, tmp_path: Path) -> None:
-    one = write_detector(tmp_path / "one.pt")
+    one = write_detector(tmp_path / "one.pt", classes=("cat", "dog"))
     other = write_detector(tmp_path / "other.pt", classes=("feline", "dog", "tree"))
     names = tmp_path / "map.yaml"
     names.write_text("feline: cat\n")
