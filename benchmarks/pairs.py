@@ -10,6 +10,7 @@ features.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -157,8 +158,8 @@ def check_step(student: Detector, teacher: Detector, images: DetectionBatch) -> 
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a message."""
-    return text.split(". ")[0].rstrip(".") + "."
+    """The first sentence of a message, without the names of the two, which the table gives."""
+    return re.sub(r"(from the (?:student|teacher)) \([a-z0-9_]+\)", r"\1", text.split(". ")[0]).rstrip(".") + "."
 
 
 def run(
