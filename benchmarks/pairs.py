@@ -10,6 +10,7 @@ features.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -124,11 +125,16 @@ def attempt(student: Seen, teacher: Seen, method: type[KDMethod], images: Detect
     pair = f"{student.detector.spec.family} from {teacher.detector.spec.family} by {method.__name__}"
     terms = built(student.output, teacher.output, images)
     features = [level.tensor for level in student.output.features]
+    # Level by level some may be silent: a softmax over one cell has nothing to teach.
+    families: dict[str, torch.Tensor] = {}
     for name, value in terms.items():
+        family = name.partition("/")[0]
+        families[family] = families[family] + value if family in families else value
+    for name, value in families.items():
         found = torch.autograd.grad(value, features, retain_graph=True, allow_unused=True)
         norm = sum(float(entry.square().sum()) for entry in found if entry is not None)
-        if not (value.isfinite() and 0 < norm < float("inf")):
-            raise RuntimeError(f"{pair}: {name} is {float(value)} with a squared gradient norm of {norm}")
+        if not (bool(value.isfinite()) and 0 < norm < float("inf")):
+            raise RuntimeError(f"{pair}: {name} is {value.item()} with a squared gradient norm of {norm}")
     return ""
 
 
@@ -152,8 +158,8 @@ def check_step(student: Detector, teacher: Detector, images: DetectionBatch) -> 
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a message."""
-    return text.split(". ")[0].rstrip(".") + "."
+    """The first sentence of a message, without the names of the two, which the table gives."""
+    return re.sub(r"(from the (?:student|teacher)) \([a-z0-9_]+\)", r"\1", text.split(". ")[0]).rstrip(".") + "."
 
 
 def run(

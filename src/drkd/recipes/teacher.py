@@ -95,7 +95,8 @@ def _look_at_state(file: Path, state: Mapping[str, Tensor], class_names: Sequenc
         head: Literal["coco", "new"] = (
             "coco" if outputs == _COCO_SLOTS and len(class_names) != _COCO_SLOTS - 1 else "new"
         )
-        found = outputs - int(name.startswith("fasterrcnn")) if outputs is not None else 0
+        background = name.startswith(("fasterrcnn", "maskrcnn", "ssd"))
+        found = outputs - int(background) if outputs is not None else 0
         try:
             spec = ZooBuilder(name=name, weights=str(file), head=head).build(class_names).spec
         except DrkdError as error:
@@ -119,8 +120,12 @@ def _look_at_state(file: Path, state: Mapping[str, Tensor], class_names: Sequenc
 
 
 def _zoo_prefix(state: Mapping[str, Tensor]) -> str:
+    if any(key.startswith("roi_heads.mask_head.") for key in state):
+        return "maskrcnn"
     if any(key.startswith("roi_heads.") for key in state):
         return "fasterrcnn"
+    if any(key.startswith("head.classification_head.module_list.") for key in state):
+        return "ssd"
     return "fcos" if any("bbox_ctrness" in key for key in state) else "retinanet"
 
 
@@ -128,6 +133,12 @@ def _count_outputs(state: Mapping[str, Tensor]) -> int | None:
     """Outputs of the classifier, background included where there is one; None if this is no torchvision detector."""
     if (layer := state.get("roi_heads.box_predictor.cls_score.weight")) is not None:
         return int(layer.shape[0])
+    for place in ("0", "0.1"):
+        classes, boxes = (
+            state.get(f"head.{branch}_head.module_list.{place}.weight") for branch in ("classification", "regression")
+        )
+        if classes is not None and boxes is not None:
+            return int(classes.shape[0]) // max(1, int(boxes.shape[0]) // 4)
     if (layer := state.get("head.classification_head.cls_logits.weight")) is None:
         return None
     anchors = state.get("head.regression_head.bbox_reg.weight")
