@@ -148,7 +148,8 @@ def rebuild_hooked(
             "trust_code: true in a recipe, --trust-code on the command line."
         )
     try:
-        builder = HookedBuilder(**{name: tuple(v) if isinstance(v, list) else v for name, v in plan.items()})
+        arguments: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plan.items()}
+        builder = HookedBuilder(**arguments)
     except TypeError as error:
         raise DrkdError(f"{path}: its builder does not fit this version of drkd ({error}).") from error
     # The factory gets the classes as they were numbered in training, whatever their order is to be now.

@@ -63,9 +63,9 @@ def find_levels(
         return list_candidates(model, run, batch)
 
     check_calls(recorder, candidates)
-    for name in recorder.changed_in_place:
+    for changed in recorder.changed_in_place:
         raise DrkdError(
-            f"layers: what {name!r} returns is overwritten by a layer that follows (an in-place ReLU?), so it would be "
+            f"layers: what {changed!r} returns is overwritten by a layer that follows (in place?), so it would be "
             f"one map where the pass goes on and another where it stops there. Name that next layer. {candidates()}"
         )
     found = {}
@@ -77,7 +77,7 @@ def find_levels(
                     f"a map (B, C, h, w) of much the same stride both ways, coarser than the image. {candidates()}"
                 )
             found[layer] = tensor
-        if not any(layer.module == name.module for layer in found):
+        if not any(known.module == name.module for known in found):
             raise DrkdError(f"layers: {name} returns no map (B, C, h, w). {candidates()}")
     strides = {layer: _stride(tensor, batch.image_size) for layer, tensor in found.items()}
     exponents = [math.log2(stride) for stride in strides.values()]

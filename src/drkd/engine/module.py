@@ -156,7 +156,8 @@ class DistillationModule(LightningModule):
         made its loaders already. Nothing is drawn from them until the first batch.
         """
         states, self._loader_states = self._loader_states, []
-        if len(states) == 1 and hasattr(loader := self.trainer.train_dataloader, "load_state_dict"):
+        loader: Any = self.trainer.train_dataloader
+        if len(states) == 1 and hasattr(loader, "load_state_dict"):
             loader.load_state_dict(states[0])
 
     def on_train_batch_start(self, batch: DetectionBatch, batch_idx: int) -> None:

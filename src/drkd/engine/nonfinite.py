@@ -56,7 +56,7 @@ class NonFiniteSteps(Callback):
         checks = [] if loss is None else [loss.isfinite().all().reshape(1)]
         # With a gradient scaler infinite gradients are part of the game: it skips those steps itself.
         if not hasattr(trainer.precision_plugin, "scaler") or trainer.precision_plugin.scaler is None:
-            norms = torch._foreach_norm([p.grad for p in parameters])  # type: ignore[misc]
+            norms = torch._foreach_norm([p.grad for p in parameters])
             checks += [torch.stack(norms).isfinite().all().reshape(1)] if norms else []
         finite = torch.cat(checks).all() if checks else torch.ones((), dtype=torch.bool)
         if trainer.world_size > 1:

@@ -218,7 +218,7 @@ class TwoStageGraph(DetectorGraph):
             float(pool.canonical_scale),
             pool.canonical_level,
         )
-        return tuple(heads.box_predictor(heads.box_head(pooled)))  # type: ignore[return-value]
+        return tuple(heads.box_predictor(heads.box_head(pooled)))
 
 
 def _clip(boxes: Tensor, sizes: Tensor) -> Tensor:
@@ -254,6 +254,10 @@ def _fix_same_padding(model: nn.Module) -> None:
                 setattr(parent, name, _padded(child))
 
 
+def _two(sides: tuple[int, ...]) -> tuple[int, int]:
+    return sides[0], sides[1]
+
+
 def _padded(layer: Conv2dSame) -> nn.Module:
     sides = []
     for kernel, stride, dilation in zip(layer.kernel_size, layer.stride, layer.dilation, strict=True):
@@ -263,9 +267,9 @@ def _padded(layer: Conv2dSame) -> nn.Module:
     plain = nn.Conv2d(
         layer.in_channels,
         layer.out_channels,
-        layer.kernel_size,
-        layer.stride,
-        dilation=layer.dilation,
+        _two(layer.kernel_size),
+        _two(layer.stride),
+        dilation=_two(layer.dilation),
         groups=layer.groups,
         bias=layer.bias is not None,
     )

@@ -98,7 +98,7 @@ def export(
         seconds = time.perf_counter() - started
         found = OnnxDetector(aside)
         agreement = check(loaded.detector, found, batches)
-        report = {
+        report: dict[str, Any] = {
             "checkpoint": str(find_checkpoint(checkpoint)),
             "output": str(output),
             "bytes": aside.stat().st_size,

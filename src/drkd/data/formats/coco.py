@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +356,5 @@ def _records(images: _Images, boxes: GroupedBoxes, masks: Sequence[PackedMask] |
     )
     if masks is None:
         return tuple(ImageRecord(*row) for row in columns)
-    return tuple(
-        ImageRecord(*row, tuple(masks[place] for place in places.tolist()))
-        for row, places in zip(columns, boxes.rows, strict=True)
-    )
+    records = zip((ImageRecord(*row) for row in columns), boxes.rows, strict=True)
+    return tuple(replace(record, masks=tuple(masks[place] for place in places.tolist())) for record, places in records)

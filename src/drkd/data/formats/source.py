@@ -134,7 +134,8 @@ class Findings:
                 self.report(*where, f"{text} overhangs {image}; it is clipped", severity="warning")
         columns_of_images = zip(paths, sizes, grouped.boxes, grouped.labels, grouped.crowd, grouped.areas, strict=True)
         return tuple(
-            ImageRecord(number, *columns, turned=turned) for number, columns in enumerate(columns_of_images, start=1)
+            ImageRecord(number, path, size, boxes, labels, crowd, areas, turned=turned)
+            for number, (path, size, boxes, labels, crowd, areas) in enumerate(columns_of_images, start=1)
         )
 
     def finish(self, split: DatasetSplit) -> SplitScan:

@@ -190,7 +190,7 @@ def collect_reason(cell: Cell, reason: str) -> dict[str, Any]:
         cell: The cell.
         reason: One paragraph.
     """
-    content = {"pair": cell.pair, "method": cell.method, "seed": cell.seed, NOT_APPLICABLE: reason}
+    content: dict[str, Any] = {"pair": cell.pair, "method": cell.method, "seed": cell.seed, NOT_APPLICABLE: reason}
     content |= {"command": list(cell.command()), "recipe": cell.settings}
     write_json(cell.file, content)
     return content
