@@ -127,7 +127,7 @@ class DRKD(KDMethod):
         student: DetectorSpec,
         teacher: DetectorSpec,
         *,
-        pixel_weight: float = 1.0,
+        pixel_weight: float = 3.0,
         relation_weight: float = 0.1,
         instance_weight: float = 0.5,
         response_weight: float | None = None,
