@@ -515,17 +515,3 @@ def test_drkd_goes_without_the_response_where_predictions_differ():
         DRKD(student.spec, teacher.spec, response_weight=1.0)
     off = DRKD(student.spec, detector("retinanet", seed=1).spec, response_weight=0.0)
     assert set(off.weights) == {"pixel_relation", "instance_relation", "instance"}
-
-
-def test_drkd_gives_the_objects_their_share_of_the_pixel_term():
-    student, teacher = pair("retinanet")
-    plain, shared = (DRKD(student.spec, teacher.spec, object_share=share) for share in (0.0, 0.5))
-    shared.load_state_dict(plain.state_dict())
-    terms = [run(kd, student, teacher, batch_of())[0] for kd in (plain, shared)]
-    without = [run(kd, student, teacher, batch_of(NONE))[0] for kd in (plain, shared)]
-    for level in ("pixel_relation/p3", "pixel_relation/p4"):
-        assert terms[0][level].item() != pytest.approx(terms[1][level].item(), rel=1e-3)
-        torch.testing.assert_close(without[0][level], without[1][level])
-    for options in ({"object_share": 1.0}, {"object_share": 0.5, "pixel_distance": "frobenius"}):
-        with pytest.raises(ValueError, match="object_share"):
-            DRKD(student.spec, teacher.spec, **options)

@@ -51,9 +51,7 @@ def standardise(feature: Tensor, *, eps: float = 1e-5) -> Tensor:
         return torch.native_batch_norm(feature, None, None, None, None, True, 0.0, eps)[0]
 
 
-def tensor_distance(
-    student: Tensor, teacher: Tensor, *, kind: Distance, weights: Tensor | None = None, eps: float = 1e-6
-) -> Tensor:
+def tensor_distance(student: Tensor, teacher: Tensor, *, kind: Distance, eps: float = 1e-6) -> Tensor:
     r"""Compare two tensors as wholes. Nothing is detached here: the losses decide what is a constant.
 
     - ``frobenius``: :math:`\|s - t\|_2` of the whole tensor, un-squared; gradient 0 where it is 0.
@@ -65,17 +63,14 @@ def tensor_distance(
         student: (B, C, ...).
         teacher: Same shape.
         kind: See above.
-        weights: Of the squared differences of ``mse``, broadcast against them; their mean should be 1.
         eps: Smallest denominator of ``relative``.
 
     Returns:
         0-d, at least float32; 0 (with a graph) for empty tensors.
 
     Raises:
-        ValueError: If the shapes differ, the kind is unknown, or weights are given for another kind than ``mse``.
+        ValueError: If the shapes differ or the kind is unknown.
     """
-    if weights is not None and kind != "mse":
-        raise ValueError(f"Expected weights with the distance mse only, got {kind}")
     if student.shape != teacher.shape:
         raise ValueError(f"Expected tensors of one shape, got {tuple(student.shape)} and {tuple(teacher.shape)}")
     with full_precision(student):
@@ -83,8 +78,6 @@ def tensor_distance(
             return 0.5 * _mean_square(standardise(student) - standardise(teacher))
         if kind == "mse":
             ours, theirs = at_least_float32(student), at_least_float32(teacher)
-            if weights is not None:
-                return ((ours - theirs).square() * weights).mean()
             return functional.mse_loss(ours, theirs, reduction="sum") / max(student.numel(), 1)
         difference = at_least_float32(student) - at_least_float32(teacher)
         if kind == "frobenius":

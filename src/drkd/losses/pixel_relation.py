@@ -82,9 +82,9 @@ class PixelRelationLoss(nn.Module):
         self.teacher_side: TeacherSide = teacher_side
         self.normalise_features = normalise_features
 
-    def forward(self, student: Tensor, teacher: Tensor, *, weights: Tensor | None = None) -> Tensor:
-        """Distance between the related maps; ``weights`` as `tensor_distance` takes them, at the teacher's size."""
-        return tensor_distance(*self.maps(student, teacher), kind=self.distance, weights=weights)
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Distance between the related maps."""
+        return tensor_distance(*self.maps(student, teacher), kind=self.distance)
 
     def maps(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """The student's and the teacher's maps after graph reasoning, both (B, Ct, H, W)."""

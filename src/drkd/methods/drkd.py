@@ -29,7 +29,6 @@ from drkd.losses import (
     standardise,
 )
 from drkd.losses.instances import count_boxes
-from drkd.losses.object_weights import object_weights
 from drkd.methods.levels import LevelPair, MissingLevels, maps_by_name, match_levels, spec_of_maps
 from drkd.methods.logit_kd import LogitKD
 
@@ -102,8 +101,6 @@ class DRKD(KDMethod):
         norm: After the graph's reprojection: group, batch (released) or none.
         graph_gain: Initial weight of that norm: how loud the relations are beside the map itself (released: 1).
         activation_before_update: ReLU in the graph as released; False is the paper's linear update.
-        object_share: Share of ``pixel_relation`` that belongs to the objects, a small one counting as much as a large
-            one, see `object_weights`; in [0, 1), 0 leaves all positions alike. Needs the distance ``mse``.
         pixel_distance: See `tensor_distance` (paper, released: frobenius).
         roi_size: Cells a side of a pooled instance (released: 3).
         roi_aligned: Exact RoIAlign; False is the released, unshifted one.
@@ -147,7 +144,6 @@ class DRKD(KDMethod):
         norm: GraphNorm = "group",
         graph_gain: float = 0.3,
         activation_before_update: bool = True,
-        object_share: float = 0.0,
         pixel_distance: Distance = "mse",
         roi_size: int = 3,
         roi_aligned: bool = True,
@@ -167,11 +163,6 @@ class DRKD(KDMethod):
             raise ValueError(
                 f"Expected weights of at least 0, one of the relations' above 0, got {weights} and {response_weight}"
             )
-        if not 0 <= object_share < 1 or (object_share and pixel_distance != "mse"):
-            raise ValueError(
-                "Expected an object_share in [0, 1), and 0 with another pixel_distance than mse, got "
-                f"{object_share} with {pixel_distance}"
-            )
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         minimum = {RELATION: 2 if instance_target == "matrix" else 1, INSTANCE: 1}
         self.minimum_boxes = {name: count for name, count in minimum.items() if name in self.weights}
@@ -180,7 +171,6 @@ class DRKD(KDMethod):
             self.needs, self.teacher_needs = self.response.needs | _FEATURES, self.response.teacher_needs | _FEATURES
             self.weights |= {f"{RESPONSE}_{name}": weight for name, weight in self.response.weights.items()}
             self.minimum_boxes |= {f"{RESPONSE}_{name}": 1 for name in self.response.weights}
-        self.object_share = object_share
         self.balanced = balanced
         self.warmup_steps = warmup_steps
         self.normalise_features = normalise_features
@@ -293,11 +283,7 @@ class DRKD(KDMethod):
         ours, theirs = self._prepare(student_features, teacher_features)
         terms: dict[str, Tensor] = {}
         for pair, loss in zip(self.pixel_pairs, self.pixel_losses, strict=True):
-            maps = ours[pair.student.name], theirs[pair.teacher.name]
-            weights = None
-            if self.object_share:
-                weights = object_weights(boxes, maps[1], image_size=image_size, share=self.object_share)
-            terms[f"{PIXEL}/{pair.name}"] = loss(*maps, weights=weights)
+            terms[f"{PIXEL}/{pair.name}"] = loss(ours[pair.student.name], theirs[pair.teacher.name])
         if not self.instance_pairs:
             return terms
         layout = InstanceLayout.build(count_boxes(boxes), ours[self.instance_pairs[0].student.name].device)
