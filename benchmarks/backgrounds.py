@@ -1,9 +1,9 @@
-"""AP by background: how far the matrix's scores spread over the few photographs of `val`.
+"""AP by background: how far the leaderboard's scores spread over the few photographs of `val`.
 
-    python benchmarks/backgrounds.py --runs runs/matrix
+    python benchmarks/backgrounds.py --runs runs/compare/digits/runs
 
-Reads the students that `benchmarks/digits_matrix.py` left in its run folders and the shipped teachers; writes
-`backgrounds.json` and `backgrounds.md` beside the cells.
+Reads the students that `drkd compare --config compare/digits` left in its run folders and the shipped teachers; writes
+`backgrounds.json` and `backgrounds.md`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     """Detect once a model, score once a background."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/matrix"))
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "digits")
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare/digits/runs"))
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "leaderboard")
     options = parser.parse_args()
     data = DetectionDataModule("digits", workers=0, pad_to=(128, 128), min_size=128, max_size=128)
     split = data.split("val")
     annotations = json.loads((data.root / "annotations" / "instances_val.json").read_text())
     background = {image["id"]: image["background"] for image in annotations["images"]}
-    files = {folder.name: folder / "student.pt" for folder in sorted(options.runs.glob("*-seed*")) if folder.is_dir()}
+    folders = [folder for folder in sorted(options.runs.glob("*/*-seed*")) if folder.is_dir()]
+    files = {f"{folder.parent.name}-{folder.name}": folder / "student.pt" for folder in folders}
     files |= {f"{name}-teacher": Path(f"drkd:digits_{name}") for name in ("retinanet", "faster_rcnn")}
     scores: dict[str, dict[str, float]] = {}
     for name, file in files.items():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from drkd.contracts import DrkdError
-from drkd.reports import write_demo_report, write_matrix_report, write_run_report
+from drkd.reports import write_demo_report, write_run_report
 from drkd.reports.curves import draw_kd_report, draw_learning_curves, draw_losses, summed_terms
 from drkd.reports.figures import render_png
 from drkd.reports.files import Curve
@@ -96,15 +96,6 @@ def test_a_run_that_just_started_has_a_report(run):
     (run / "run.json").write_text(json.dumps({"status": "running", "seed": None}))
     assert "Status: running." in write_run_report(run).read_text()
     assert not (run / "figures/distillation.png").exists()
-
-
-def test_matrix_report(cells, tmp_path):
-    page = write_matrix_report(cells, tmp_path / "out")
-    assert "51.2 ± 1.2" in page.read_text()
-    assert "51.2 ± 1.2" in (tmp_path / "out/table.md").read_text()
-    check_pictures(tmp_path / "out", ["matrix"])
-    with pytest.raises(DrkdError, match="no cells"):
-        write_matrix_report([], tmp_path)
 
 
 @pytest.mark.parametrize("draw", [draw_losses, draw_kd_report, lambda curves: draw_learning_curves({"run": curves})])

@@ -8,7 +8,7 @@ import pytest
 
 from drkd.contracts import DrkdError
 from drkd.reports.files import METRICS, Evaluation
-from drkd.reports.tables import Model, Table, compare_matrix, compare_models, format_count, format_score
+from drkd.reports.tables import Model, Table, compare_models, format_count, format_score
 
 COST = {"parameters": 4_321_000, "flops": 1.5e9, "latency_ms": 12.34, "threads": 2, "image_size": [160, 128]}
 
@@ -52,32 +52,6 @@ def test_evaluations_with_different_thresholds_are_not_compared():
 def test_cost_may_be_missing():
     models = [make_model(name, ap, cost={}) for name, ap in (("teacher", 0.6), ("a", 0.4), ("b", 0.5))]
     assert compare_models(*models).rows[0][6:9] == ("-", "-", "-")
-
-
-def test_matrix_states_spread_and_paired_difference(cells):
-    table = compare_matrix(cells)
-    rows = {row[:2]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
-    assert rows["RetinaNet", "student"]["AP"] == "41.0 ± 1.0"
-    assert rows["RetinaNet", "student"]["Δ AP (95 %)"] == ""
-    drkd = rows["RetinaNet", "drkd"]
-    assert drkd["Seeds"] == "3"
-    assert drkd["AP"] == "51.2 ± 1.2"
-    # Differences 10.0, 10.2, 10.4: mean 10.2, half width 4.3027 * 0.2 / sqrt(3) = 0.50.
-    assert drkd["Δ AP (95 %)"] == "+10.2 [+9.7, +10.7]"
-    assert drkd["Gap recovered"] == "54 %"
-    assert rows["RetinaNet", "teacher"]["AP"] == "60.0"
-    assert "16² px" in " ".join(table.notes)
-
-
-def test_matrix_refuses_damaged_cells(cells):
-    with pytest.raises(DrkdError, match=r"Cell 1 .* method is missing"):
-        compare_matrix([cells[0], {"detector": "a", "metrics": {}}])
-    with pytest.raises(DrkdError, match=r"metrics\.ap_small is missing"):
-        compare_matrix([{"detector": "a", "method": "drkd", "seed": 0, "metrics": {"ap": 0.1}}])
-    with pytest.raises(DrkdError, match="repeats RetinaNet, student, seed 0"):
-        compare_matrix([*cells, cells[1]])
-    with pytest.raises(DrkdError, match="split object sizes"):
-        compare_matrix([*cells[:2], {**cells[2], "thresholds_px": [32.0, 96.0]}])
 
 
 def test_all_three_forms_hold_the_same_cells():

@@ -2,20 +2,18 @@
 
 from drkd.reports.comparison import write_comparison_report
 from drkd.reports.gap import PairedDifference, Spread, compare_paired, share_recovered, summarise
-from drkd.reports.page import write_demo_report, write_matrix_report, write_run_report
-from drkd.reports.tables import Table, compare_matrix, compare_models
+from drkd.reports.page import write_demo_report, write_run_report
+from drkd.reports.tables import Table, compare_models
 
 __all__ = [
     "PairedDifference",
     "Spread",
     "Table",
-    "compare_matrix",
     "compare_models",
     "compare_paired",
     "share_recovered",
     "summarise",
     "write_comparison_report",
     "write_demo_report",
-    "write_matrix_report",
     "write_run_report",
 ]

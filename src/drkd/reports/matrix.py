@@ -21,7 +21,7 @@ def draw_matrix(cells: Sequence[Mapping[str, Any]], *, metrics: Sequence[str] = 
     """Draw the scores of a run matrix, one panel a detector and metric.
 
     Args:
-        cells: As in ``compare_matrix``.
+        cells: Each with ``detector``, ``method``, ``seed`` and ``metrics``.
         metrics: Which metrics to draw.
     """
     scores = group_scores(cells, metrics=metrics)

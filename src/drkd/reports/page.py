@@ -12,10 +12,9 @@ from drkd.contracts import DrkdError
 from drkd.reports.curves import draw_kd_report, draw_learning_curves, draw_losses
 from drkd.reports.figures import render_png
 from drkd.reports.files import Evaluation, Run, read_cost, read_evaluation, read_run, write_atomically
-from drkd.reports.matrix import draw_matrix
 from drkd.reports.pictures import draw_detections, draw_headline, read_compared_images
 from drkd.reports.relations import draw_pixel_relations, draw_relation_matrices, read_explanation
-from drkd.reports.tables import Model, Table, compare_classes, compare_matrix, compare_models, describe_evaluation
+from drkd.reports.tables import Model, Table, compare_classes, compare_models, describe_evaluation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -138,35 +137,6 @@ def write_run_report(folder: Path) -> Path:
         sections=sections,
         runs={folder.name: run},
     )
-
-
-def write_matrix_report(results: Sequence[Mapping[str, Any]], out: Path) -> Path:
-    """Write the report of a run matrix: ``report.html``, ``table.md`` and ``figures/matrix.png``.
-
-    Args:
-        results: One cell an outcome, as ``compare_matrix`` expects them.
-        out: Folder to write to.
-
-    Returns:
-        The page.
-
-    Raises:
-        DrkdError: If there are no cells or one lacks a field.
-    """
-    if not results:
-        raise DrkdError(f"The run matrix for {out} holds no cells, so there is nothing to report.")
-    table = compare_matrix(results)
-    images = save_figures({"matrix": draw_matrix(results)}, out)
-    write_atomically(out / "table.md", table.markdown().encode())
-    section = Section(
-        "Result",
-        "Every dot is one seed, every line a mean.",
-        table,
-        images["matrix"],
-        "Scores of every seed by detector and method",
-    )
-    lead = "Every method ran with the same seeds and the same budget."
-    return write_page(out / PAGE, title="Run matrix", lead=lead, sections=[section], runs={})
 
 
 def _demo_sections(images: Mapping[str, bytes]) -> list[Section]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from drkd.contracts import DrkdError
 from drkd.reports.files import Evaluation
-from drkd.reports.gap import PairedDifference, Spread, compare_paired, share_recovered, summarise
+from drkd.reports.gap import PairedDifference, Spread, share_recovered, summarise
 
 HEADINGS = {"ap": "AP", "ap50": "AP50", "ap_small": "AP_S", "ap_medium": "AP_M", "ap_large": "AP_L"}
 _BASELINE = "student"
@@ -141,41 +141,6 @@ def compare_classes(evaluations: Mapping[str, Evaluation]) -> Table:
         for name in classes
     ]
     return Table(("Class", *evaluations), tuple(rows))
-
-
-def compare_matrix(cells: Sequence[Mapping[str, Any]], *, metrics: Sequence[str] = ("ap", "ap_small")) -> Table:
-    """Return the table of a run matrix: mean and spread over seeds, paired difference, share of the gap.
-
-    Args:
-        cells: One an outcome: ``detector``, ``method`` ("teacher", "student" for the lone student, or a method's
-            name), ``seed`` (not needed of teachers) and ``metrics`` by name in [0, 1]; ``thresholds_px`` where
-            they are not COCO's.
-        metrics: Which metrics to show.
-    """
-    scores = group_scores(cells, metrics=metrics)
-    columns = ["Detector", "Method", "Seeds"]
-    for metric in metrics:
-        columns += [HEADINGS.get(metric, metric), f"Δ {HEADINGS.get(metric, metric)} (95 %)"]
-    rows = []
-    for detector, methods in scores.items():
-        for method, by_metric in methods.items():
-            row = [detector, method, str(len(by_metric[metrics[0]]))]
-            for metric in metrics:
-                row.append(format_spread(summarise(list(by_metric[metric].values()))))
-                compared = method not in (_BASELINE, _TEACHER) and _BASELINE in methods
-                paired = compare_paired(methods[_BASELINE][metric], by_metric[metric]) if compared else None
-                row.append(format_difference(paired) if paired else "")
-            rows.append((*row, _format_matrix_share(methods, method, metrics[0])))
-    sides = {tuple(cell["thresholds_px"]) for cell in cells if "thresholds_px" in cell} or {(32.0, 96.0)}
-    if len(sides) > 1:
-        raise DrkdError(f"The cells of the run matrix split object sizes differently: {sorted(sides)} px.")
-    notes = (
-        "Mean ± sample standard deviation over seeds, x 100. Δ: distilled minus lone student, paired by seed, "
-        "with Student's 95 % interval of the mean. Gap recovered: of the teacher's lead over the lone student, "
-        f"in {HEADINGS.get(metrics[0], metrics[0])}.",
-        Evaluation({}, {}, sides.pop()).thresholds,
-    )
-    return Table((*columns, "Gap recovered"), tuple(rows), notes, words=2)
 
 
 def group_scores(
