@@ -4,22 +4,28 @@
 
 For each run, and each pyramid level that student and teacher share: a ridge regression from the student's map to the
 teacher's (channel by channel standardised), fitted on training images and tested on `tune`, for cells whose centre lies
-in small, medium and large objects and in the background. R^2 is the share of the teacher's variance in such cells that a
-1x1 convolution reads out of the student's map: a method that compares maps cannot get more out of this student.
+in small, medium and large objects and in the background. R^2 is the share of the teacher's variance there that a 1x1
+convolution reads out of the student's map: a method that compares maps cannot get more out of this student. Beside it,
+the AP on `tune` with all classes taken for one (overlapping detections suppressed across classes): is it finding or
+naming that fails?
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torchvision.ops import nms
 
-from drkd.contracts import DetectionBatch, Detector
+from drkd.contracts import DetectionBatch, Detections, Detector
+from drkd.evaluation import CocoEvaluator
 from drkd.recipes.loading import open_detector
-from drkd.recipes.recipe import load_recipe
+from drkd.recipes.recipe import Recipe, load_recipe
 
 GROUPS = ("small", "medium", "large", "background")
 LIMITS = (16.0, 48.0)  # px, as evaluation.area_scale 0.25 says
@@ -31,22 +37,59 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--fit-batches", type=int, default=60)
+    parser.add_argument("--fit-batches", type=int, default=40)
+    parser.add_argument("--skip-readable", action="store_true", help="score only")
     options = parser.parse_args()
     found: dict[str, Any] = {}
     for run in options.runs:
-        found[f"{run.parent.name}/{run.name}"] = probe(run, fit_batches=options.fit_batches)
-        print(run, json.dumps(found[f"{run.parent.name}/{run.name}"]), flush=True)
+        name = f"{run.parent.name}/{run.name}"
+        recipe, student, teacher = open_run(run)
+        readable = {} if options.skip_readable else probe(recipe, student, teacher, fit_batches=options.fit_batches)
+        found[name] = {"readable": readable, "student": score(student, recipe), "teacher": score(teacher, recipe)}
+        print(name, json.dumps(found[name]), flush=True)
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-@torch.no_grad()
-def probe(run: Path, *, fit_batches: int) -> dict[str, dict[str, float]]:
-    """R^2 by level and group."""
-    recipe = load_recipe([str(run / "recipe.yaml")], ["--data.photometric=false", "--resume=false", "--overwrite=true"])
+def open_run(run: Path) -> tuple[Recipe, Detector, Detector]:
+    """Recipe, student and teacher of a run folder."""
+    options = ["--data.photometric=false", "--resume=false", "--overwrite=true"]
+    recipe = load_recipe([str(run / "recipe.yaml")], options)
     student = open_detector(run / "student.pt").detector.eval()
-    teacher = recipe.teacher.build(student.spec.class_names).eval()
+    if recipe.teacher is None:
+        raise SystemExit(f"{run}: its recipe names no teacher to compare with.")
+    return recipe, student, recipe.teacher.build(student.spec.class_names).eval()
+
+
+@torch.no_grad()
+def score(detector: Detector, recipe: Recipe) -> dict[str, float]:
+    """AP and AP_S on `tune`, and the same with all classes taken for one."""
+    split = recipe.data.split("tune")
+    one = [replace(record, labels=torch.zeros_like(record.labels)) for record in split.records]
+    scale = recipe.evaluation.area_scale
+    named = CocoEvaluator(split.records, split.class_names, area_scale=scale)
+    found = CocoEvaluator(one, ("object",), area_scale=scale)
+    for batch in recipe.data.loader("tune"):
+        detections = detector.detect(batch)
+        named.update(batch.image_ids, detections)
+        found.update(batch.image_ids, [_as_one(entry) for entry in detections])
+    with_names, without = named.compute(), found.compute()
+    return {
+        "ap": with_names.ap,
+        "ap_small": with_names.ap_small,
+        "ap_one_class": without.ap,
+        "ap_small_one_class": without.ap_small,
+    }
+
+
+def _as_one(entry: Detections) -> Detections:
+    kept = nms(entry.boxes, entry.scores, 0.6)
+    return Detections(entry.boxes[kept], entry.scores[kept], torch.zeros_like(entry.labels[kept]))
+
+
+@torch.no_grad()
+def probe(recipe: Recipe, student: Detector, teacher: Detector, *, fit_batches: int) -> dict[str, dict[str, float]]:
+    """R^2 by level and group."""
     data = recipe.data
     data.setup("fit")
     pairs = [
@@ -83,7 +126,9 @@ def probe(run: Path, *, fit_batches: int) -> dict[str, dict[str, float]]:
     return result
 
 
-def _cells(student: Detector, teacher: Detector, batch: DetectionBatch, pairs: list[tuple[str, str]]):
+def _cells(
+    student: Detector, teacher: Detector, batch: DetectionBatch, pairs: list[tuple[str, str]]
+) -> Iterator[tuple[tuple[str, str], torch.Tensor, torch.Tensor]]:
     """By level and group: the student's cells with a constant, and the teacher's."""
     ours = {m.name: m.tensor for m in student(batch, want=frozenset({"features"})).features}
     theirs = {m.name: m.tensor for m in teacher(batch, want=frozenset({"features"})).features}
