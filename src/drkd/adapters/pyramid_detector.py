@@ -66,8 +66,8 @@ class PyramidDetector(Detector):
         """
         if want - {"features"}:
             raise ValueError(
-                f"this teacher has no heads and can show features only, got {sorted(want)}. Use a method that needs "
-                "features, or a teacher with heads."
+                f"want: this teacher has no heads and can show features only, got {sorted(want)}. Use a method that "
+                "needs features, or a teacher with heads."
             )
         height, width = batch.image_size
         maps = self.model(normalise_images(batch, self._mean, self._std))
