@@ -144,7 +144,7 @@ EXAMPLES: dict[str, Example] = {
     ),
     "drkd.adapters.transformers.PretrainedDetrBuilder": Example(_published, needs="transformers"),
     "drkd.adapters.ultralytics.UltralyticsBuilder": Example(
-        {"model": "yolo11n.yaml", "score_threshold": 0.0}, needs="ultralytics"
+        {"model": "yolo11n.yaml", "score_threshold": 0.0}, needs="ultralytics", learning_rate=1e-2
     ),
     "drkd.adapters.mmdetection.MMDetectionBuilder": Example(_mmdetection, lacks={"loading": _NOT_LOADED}),
     "drkd.adapters.mmdetection.MMDetectionBuilder#features": Example(
