@@ -58,6 +58,11 @@ class PyramidDetector(Detector):
         for name, values in (("_mean", mean), ("_std", std)):
             self.register_buffer(name, torch.tensor(values, device=device).view(1, 3, 1, 1), persistent=False)
 
+    @property
+    def body_names(self) -> tuple[str, ...]:
+        """Beginnings of the names in the model's state dict that belong to the body: the model is the backbone."""
+        return ("body.",)
+
     def forward(self, batch: DetectionBatch, *, want: frozenset[Want]) -> DetectorOutput:
         """The pyramid of the normalised images, padding zero.
 
