@@ -185,10 +185,8 @@ def test_its_body_is_named(detector: Detector) -> None:
     """What a student does not inherit from its teacher: some of the model, the layer that reads the image included."""
     state = detector.model.state_dict()
     body = [name for name in state if name.startswith(detector.body_names)]
-    assert all(any(name.startswith(beginning) for name in state) for beginning in detector.body_names)
     assert 0 < len(body) < len(state)
-    readers = [name for name, tensor in state.items() if tensor.ndim == 4 and tensor.shape[1] == 3]
-    assert readers and set(readers) <= set(body)
+    assert next(name for name, tensor in state.items() if tensor.ndim == 4 and tensor.shape[1] == 3) in body
 
 
 def test_task_losses_fall(trained: tuple[Detector, list[float]]) -> None:
