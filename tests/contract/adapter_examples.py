@@ -31,6 +31,7 @@ class Example:
             function of an empty folder that returns them, for what reads files.
         needs: Optional package without which the case is skipped.
         learning_rate: Of Adam, with which the task losses fall in 20 steps.
+        images: How many images these steps are on; fewer for a detector that is large whatever its arguments.
         load: More arguments of `load_detector`, and of `SavedDetectorBuilder`, for its saved file.
         lacks: What a detector of this builder cannot do by its nature, and why: no losses (it only teaches), no
             detections (it has no heads), no loading of a file that drkd saved. The cases that need it are skipped with
@@ -41,6 +42,7 @@ class Example:
     arguments: dict[str, Any] | Callable[[Path], dict[str, Any]]
     needs: str | None = None
     learning_rate: float = 2e-3
+    images: int = 8
     load: dict[str, Any] | None = None
     lacks: dict[Ability, str] = field(default_factory=dict)
     square: bool = False
@@ -155,7 +157,7 @@ EXAMPLES: dict[str, Example] = {
             "loading": _NOT_LOADED,
         },
     ),
-    "drkd.adapters.zoo.ZooBuilder": Example(_zoo, learning_rate=5e-4),
+    "drkd.adapters.zoo.ZooBuilder": Example(_zoo, learning_rate=5e-4, images=2),
     "drkd.adapters.checkpoint.SavedDetectorBuilder": Example(_saved),
     "drkd.adapters.hooked_builder.HookedBuilder": Example(
         {
