@@ -99,7 +99,7 @@ def _look(
     batches = [batch.to(device) for batch in _batches(recipe, images)]
     numbers: dict[str, Any] = {"classes": counts}
     group = isinstance(teacher, TeacherGroup)
-    members: Mapping[str, Detector] = dict(teacher.members) if isinstance(teacher, TeacherGroup) else {"": teacher}
+    members: Mapping[str, Any] = dict(teacher.members) if isinstance(teacher, TeacherGroup) else {"": teacher}
     for name, member in members.items():
         missing = getattr(member, "missing_classes", ())
         more = compare_classes(student.spec, member.spec, recipe.data.class_names, missing=missing)
