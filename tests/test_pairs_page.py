@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -11,8 +12,10 @@ CHEAP = ("retinanet", "faster_rcnn", "ssdlite")
 
 
 def _load():
-    spec = importlib.util.spec_from_file_location("pairs", ROOT / "benchmarks" / "pairs.py")
+    spec = importlib.util.spec_from_file_location("drkd_benchmark_pairs", ROOT / "benchmarks" / "pairs.py")
     module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look their own module up.
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 

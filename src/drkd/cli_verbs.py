@@ -187,7 +187,7 @@ def convert_parser(description: str, **settings: Any) -> ArgumentParser:
     from drkd.recipes.datasets import convert_dataset
 
     positional = {
-        "source": "The data set's folder in COCO, YOLO or VOC format, or digits.",
+        "source": "The data set's folder in COCO, YOLO or VOC format, or digits or digits2.",
         "target": "Folder to write; must not exist, or be empty.",
     }
     return _function_parser(convert_dataset, description, positional=positional, flags={}, **settings)

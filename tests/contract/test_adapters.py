@@ -6,14 +6,14 @@ import copy
 import inspect
 import math
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from tests.contract.adapter_examples import CLASSES, EXAMPLES, SETTINGS, make_builder
+from tests.contract.adapter_examples import CLASSES, EXAMPLES, SETTINGS, Ability, make_builder
 from torch import Tensor
 
 import drkd.adapters
@@ -33,6 +33,8 @@ from drkd.engine.distiller import Distiller
 from drkd.methods import DRKD, PKD
 
 FEATURES, LOSSES, BOTH = (frozenset[Want](want) for want in (["features"], ["losses"], ["features", "losses"]))
+# Learns from the teachers that cannot learn themselves.
+STUDENT = "drkd.adapters.torchvision.RetinaNetBuilder"
 ARGUMENTS = {"Combination": {"methods": {"relations": DRKD, "features": PKD}}}
 SIZES = [(64, 96), (64, 96), (50, 96), (64, 70)]
 # Neither the first nor the last: a shift of labels by one is seen both ways.
@@ -55,18 +57,20 @@ def methods() -> list[type[KDMethod]]:
 
 
 def make_batch(sizes: list[tuple[int, int]] = SIZES, *, label: int | None = LABEL, seed: int = 0) -> DetectionBatch:
-    """Noise with a bright rectangle for each box, padded to 64 x 96 px."""
+    """Noise with a bright rectangle for each box, which is its mask too, padded to 64 x 96 px, or 64 x 64."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.zeros(len(sizes), 3, 64, 96)
+    images = torch.zeros(len(sizes), 3, 64, 96 if max(sizes, key=lambda size: size[1])[1] > 64 else 64)
     targets = []
     for index, (height, width) in enumerate(sizes):
         images[index, :, :height, :width] = 0.3 * torch.rand(3, height, width, generator=generator)
         corner = torch.rand(2, 2, generator=generator) * torch.tensor([width * 0.4, height * 0.4])
         boxes = torch.cat([corner, corner + 16 + 8 * torch.rand(2, 2, generator=generator)], dim=1)
-        for left, top, right, bottom in boxes.int().tolist():
-            images[index, :, top:bottom, left:right] = torch.tensor([0.9, 0.6, 0.1])[:, None, None]
+        masks = torch.zeros(2, height, width, dtype=torch.bool)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = True
+            images[index, :, :height, :width][:, mask] = torch.tensor([0.9, 0.6, 0.1])[:, None]
         labels = torch.arange(2) % len(CLASSES) if label is None else torch.full((2,), label)
-        targets.append(BoxTargets(boxes, labels, torch.zeros(2, dtype=torch.bool)))
+        targets.append(BoxTargets(boxes, labels, torch.zeros(2, dtype=torch.bool), masks))
     count = tuple(range(len(sizes)))
     return DetectionBatch(images, tuple(sizes), tuple(sizes), tuple(targets), count)
 
@@ -83,7 +87,19 @@ def hooks(detector: Detector) -> int:
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in detector.modules())
 
 
-@pytest.fixture(scope="module", params=discover())
+def missing_examples() -> list[str]:
+    """Builders without an example."""
+    return sorted(set(discover()) - {path.partition("#")[0] for path in EXAMPLES})
+
+
+def require(path: str, *abilities: Ability) -> None:
+    """Skip what a detector cannot do by its nature, with the reason that its example gives."""
+    for ability in abilities:
+        if ability in EXAMPLES[path].lacks:
+            pytest.skip(f"{path} has no {ability}: {EXAMPLES[path].lacks[ability]}")
+
+
+@pytest.fixture(scope="module", params=[*EXAMPLES, *missing_examples()])
 def path(request: pytest.FixtureRequest) -> str:
     if request.param not in EXAMPLES:
         pytest.fail(f"{request.param} has no example: add one to tests/contract/adapter_examples.py")
@@ -109,9 +125,10 @@ def detector(builder: DetectorBuilder) -> Detector:
 
 @pytest.fixture(scope="module")
 def trained(path: str, builder: DetectorBuilder) -> tuple[Detector, list[float]]:
-    """A detector after 20 steps on 8 images whose boxes are all of one class, and the task loss of each step."""
+    """A detector after 20 steps on some images whose boxes are all of one class, and the task loss of each step."""
+    require(path, "losses")
     detector = build(builder).train()
-    batch = make_batch([*SIZES, *SIZES])
+    batch = make_batch([*SIZES, *SIZES][: EXAMPLES[path].images])
     optimizer = torch.optim.Adam([p for p in detector.parameters() if p.requires_grad], lr=EXAMPLES[path].learning_rate)
     losses = []
     for step in range(20):
@@ -125,32 +142,51 @@ def trained(path: str, builder: DetectorBuilder) -> tuple[Detector, list[float]]
 
 
 @pytest.fixture(scope="module")
-def pair(builder: DetectorBuilder) -> tuple[Detector, Detector]:
-    return build(builder), build(builder, seed=1)
+def pair(path: str, builder: DetectorBuilder, tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Detector]:
+    """Student and teacher of one kind; another kind's student where this one only teaches."""
+    student = builder
+    if "losses" in EXAMPLES[path].lacks:
+        student = make_builder(STUDENT, tmp_path_factory.mktemp("student"))
+    return build(student), build(builder, seed=1)
 
 
 def test_builders_are_discovered() -> None:
     found = discover()
     assert {"drkd.adapters.torchvision.RetinaNetBuilder", "drkd.adapters.hooked_builder.HookedBuilder"} <= set(found)
     assert not any("PyramidBuilder" in name for name in found)
-    missing = sorted(set(found) - set(EXAMPLES))
+    missing = missing_examples()
     assert not missing, f"add examples of {missing} to tests/contract/adapter_examples.py"
+    unknown = sorted({path.partition("#")[0] for path in EXAMPLES} - set(found))
+    assert not unknown, (
+        f"tests/contract/adapter_examples.py has examples of {unknown}, which drkd.adapters does not have"
+    )
 
 
-def test_features_lie_at_the_declared_strides(detector: Detector) -> None:
+@pytest.mark.parametrize("width", [96, 64])
+def test_features_lie_at_the_declared_strides(path: str, detector: Detector, width: int) -> None:
+    detector.expect_image_size(64)
     spec = detector.spec
     assert spec.class_names == CLASSES
     assert len({level.name for level in spec.levels}) == len(spec.levels)
     assert [level.stride for level in spec.levels] == sorted(level.stride for level in spec.levels)
-    batch = make_batch()
+    batch = make_batch([(64, width), (50, width), (64, 40)])
     output = detector.eval()(batch, want=FEATURES)
-    assert not output.losses
+    assert batch.image_size == (64, width) and not output.losses
     for level, found in zip(spec.levels, output.features, strict=True):
         rows, columns = found.tensor.shape[2:]
         assert found.name == level.name and found.tensor.shape[:2] == (len(batch), level.channels)
-        assert (found.stride_y, found.stride_x) == (64 / rows, 96 / columns)
+        assert (found.stride_y, found.stride_x) == (64 / rows, width / columns)
         # A cell more or less at the border: sizes that are no multiple of the stride are rounded.
-        assert abs(rows - 64 / level.stride) <= 1 and abs(columns - 96 / level.stride) <= 1
+        assert abs(rows - 64 / level.stride) <= 1
+        assert abs(columns - (64 if EXAMPLES[path].square else width) / level.stride) <= 1
+
+
+def test_its_body_is_named(detector: Detector) -> None:
+    """What a student does not inherit from its teacher: some of the model, the layer that reads the image included."""
+    state = detector.model.state_dict()
+    body = [name for name in state if name.startswith(detector.body_names)]
+    assert 0 < len(body) < len(state)
+    assert next(name for name, tensor in state.items() if tensor.ndim == 4 and tensor.shape[1] == 3) in body
 
 
 def test_task_losses_fall(trained: tuple[Detector, list[float]]) -> None:
@@ -159,7 +195,8 @@ def test_task_losses_fall(trained: tuple[Detector, list[float]]) -> None:
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), losses
 
 
-def test_labels_come_back_as_they_went_in(trained: tuple[Detector, list[float]]) -> None:
+def test_labels_come_back_as_they_went_in(path: str, trained: tuple[Detector, list[float]]) -> None:
+    require(path, "detections")
     strength = torch.zeros(len(CLASSES))
     for found in trained[0].detect(make_batch()):
         assert found.labels.dtype == torch.int64 and found.labels.ge(0).all() and found.labels.lt(len(CLASSES)).all()
@@ -168,7 +205,8 @@ def test_labels_come_back_as_they_went_in(trained: tuple[Detector, list[float]])
     assert strength.argmax() == LABEL, strength
 
 
-def test_detections_are_in_px_of_the_original_images(trained: tuple[Detector, list[float]]) -> None:
+def test_detections_are_in_px_of_the_original_images(path: str, trained: tuple[Detector, list[float]]) -> None:
+    require(path, "detections")
     batch = make_batch([(64, 96), (50, 96), (64, 40)])
     larger = replace(batch, original_sizes=tuple((2 * height, 3 * width) for height, width in batch.sizes))
     for once, scaled, (height, width) in zip(
@@ -182,7 +220,8 @@ def test_detections_are_in_px_of_the_original_images(trained: tuple[Detector, li
         assert scaled.labels.equal(once.labels)
 
 
-def test_detecting_needs_eval_mode(detector: Detector) -> None:
+def test_detecting_needs_eval_mode(path: str, detector: Detector) -> None:
+    require(path, "detections")
     with pytest.raises(ValueError, match="eval mode"):
         detector.train().detect(make_batch())
 
@@ -192,7 +231,29 @@ def test_what_it_does_not_have_is_refused(detector: Detector) -> None:
         detector(make_batch(), want=frozenset({"telepathy"}))  # type: ignore[arg-type]
 
 
-def test_losses_in_eval_mode_change_no_state(detector: Detector) -> None:
+def test_what_its_example_says_it_lacks_is_refused(
+    path: str, builder: DetectorBuilder, detector: Detector, tmp_path: Path
+) -> None:
+    """So an example cannot opt out of what its detector can do."""
+
+    def load() -> None:
+        save_student(tmp_path / "student.pt", detector, builder=builder, image_settings=SETTINGS)
+        load_detector(tmp_path / "student.pt")
+
+    attempts: dict[Ability, Callable[[], object]] = {
+        "losses": lambda: detector(make_batch(), want=LOSSES),
+        "detections": lambda: detector.detect(make_batch()),
+        "loading": load,
+    }
+    detector.eval()
+    for ability in EXAMPLES[path].lacks:
+        with pytest.raises(ValueError) as refusal:
+            attempts[ability]()
+        assert 40 < len(str(refusal.value)) < 900 and "\n" not in str(refusal.value)
+
+
+def test_losses_in_eval_mode_change_no_state(path: str, detector: Detector) -> None:
+    require(path, "losses")
     detector.eval()
     before = copy.deepcopy(detector.state_dict())
     output = detector(make_batch(), want=BOTH)
@@ -202,7 +263,8 @@ def test_losses_in_eval_mode_change_no_state(detector: Detector) -> None:
     assert list(detector.state_dict()) == [f"model.{name}" for name in detector.model.state_dict()]
 
 
-def test_images_without_boxes(detector: Detector) -> None:
+def test_images_without_boxes(path: str, detector: Detector) -> None:
+    require(path, "losses")
     nothing = BoxTargets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
     batch = make_batch()
     for targets in ((nothing,) * 4, (batch.targets[0], nothing, nothing, nothing)):
@@ -223,6 +285,7 @@ def test_a_copy_is_another_detector(detector: Detector) -> None:
 
 
 def test_saved_and_loaded(path: str, builder: DetectorBuilder, trained: tuple[Detector, list[float]], tmp_path: Path):
+    require(path, "loading")
     file = tmp_path / "student.pt"
     save_student(file, trained[0], builder=builder, image_settings=SETTINGS)
     content = torch.load(file, weights_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from tests.conftest import write_coco
 
 from drkd.cli import main
 from drkd.contracts import DrkdError
+from drkd.data.digits import EMBEDDED
+from drkd.recipes.datasets import convert_dataset
 from drkd.recipes.evaluation import evaluate
 
 
@@ -25,6 +28,19 @@ def test_convert_and_check(
     assert f"train ({to.upper()}): 6 images" in said and "dog 6" in said and (tmp_path / "drkd-samples.png").is_file()
     assert main(["data", "convert", str(tiny_coco), "new", "--to", to]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_both_embedded_sets_can_be_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DRKD_CACHE", str(tmp_path / "cache"))
+    for count, name in enumerate(["digits", "digits2"], start=3):
+        monkeypatch.setitem(EMBEDDED, name, replace(EMBEDDED[name], train=count, tune=1, val=2))
+        assert convert_dataset(Path(name), tmp_path / f"new-{name}", to="yolo").images["train"] == count
+    # A folder of that name is the user's own.
+    write_coco(tmp_path / "digits2", classes=("cat", "dog"))
+    assert set(convert_dataset(Path("digits2"), tmp_path / "own", to="voc").boxes) == {"train", "val"}
 
 
 def test_some_of_the_classes_can_be_evaluated(tmp_path: Path, tiny_detector: Path) -> None:

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from tests.adapters.point_adapter import build, losses
+from torch import nn
 
-from drkd.adapters import FasterRCNNBuilder, RetinaNetBuilder
-from drkd.contracts import DrkdError
+from drkd.adapters import DetrBuilder, FasterRCNNBuilder, RetinaNetBuilder, SSDLiteBuilder, wrap_model
+from drkd.contracts import Detector, DrkdError
 from drkd.recipes.inheritance import inherit_neck_and_head
 
 NAMES = ["cat", "dog"]
+CONFIG = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "encoder_hidden_dim": 32,
+    "encoder_ffn_dim": 32,
+    "decoder_in_channels": [32, 32, 32],
+    "decoder_layers": 1,
+    "decoder_ffn_dim": 32,
+    "num_queries": 20,
+}
 
 
 def test_what_fits_is_copied_and_the_body_is_left_alone() -> None:
@@ -36,3 +50,46 @@ def test_a_head_of_another_kind_is_refused() -> None:
     teacher = FasterRCNNBuilder(width=0.25, fpn_channels=64, representation_size=16).build(NAMES)
     with pytest.raises(DrkdError, match=r"inherit: .*retinanet.*faster_rcnn.*same fpn_channels"):
         inherit_neck_and_head(student, teacher)
+
+
+def detr() -> Detector:
+    pytest.importorskip("transformers", minversion="5.24")
+    return DetrBuilder(backbone="timm/resnet10t", config=CONFIG).build(NAMES)
+
+
+def own() -> Detector:
+    return wrap_model(build(NAMES), ["neck"], losses=losses, class_names=NAMES, image_size=(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("make", "body", "head"),
+    [
+        (lambda: SSDLiteBuilder(width=0.25, size=96).build(NAMES), "backbone.features.", "head.classification_head."),
+        (detr, "model.backbone.", "class_embed."),
+        (own, "backbone.", "head."),
+    ],
+    ids=["ssdlite", "rt_detr", "own"],
+)
+def test_the_body_stays_the_students_own(make: Callable[[], Detector], body: str, head: str) -> None:
+    """The two have the same shapes throughout, so that only the names keep the body apart."""
+    student, teacher = make(), make()
+    with torch.no_grad():
+        for parameter in teacher.model.parameters():
+            parameter.add_(0.5)
+    before = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
+    inherit_neck_and_head(student, teacher)
+    ours, theirs = student.model.state_dict(), teacher.model.state_dict()
+    inside = [name for name in ours if name.startswith(body)]
+    outside = [name for name in ours if head in name and not name.startswith(body)]
+    assert inside and all(torch.equal(ours[name], before[name]) for name in inside)
+    assert outside and all(torch.equal(ours[name], theirs[name]) for name in outside)
+
+
+def test_a_model_of_your_own_without_a_backbone_by_name_is_refused() -> None:
+    class Layers(nn.Sequential):
+        pass
+
+    model = Layers(nn.Conv2d(3, 8, 3, stride=8, padding=1), nn.Conv2d(8, 4, 1))
+    student = wrap_model(model, ["1"], features=lambda model, batch: model(batch.images), image_size=(64, 64))
+    with pytest.raises(DrkdError, match=r"inherit: .*backbone of this Layers.*got 0\.weight, 0\.bias, 1\.weight"):
+        inherit_neck_and_head(student, student)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from tests.contract.adapter_examples import make_builder
 
 from drkd.adapters import RetinaNetBuilder, save_student
-from drkd.contracts import DrkdError
+from drkd.adapters.pyramid_detector import PyramidDetector
+from drkd.contracts import DetectionBatch, Detections, DrkdError
+from drkd.recipes.doctor.preprocessing import average_precision
 from drkd.recipes.recipe import Recipe, load_recipe
 from drkd.recipes.training import build_module, distill
 
@@ -59,6 +65,44 @@ teachers:
     # The student resizes 64 px to its 96.
     assert distiller.student.spec.levels[0].stride == pytest.approx(16 * 64 / 96)
     assert (result.folder / "student.pt").is_file()
+    report = json.loads((result.folder / "doctor.json").read_text())
+    assert set(report["numbers"]["teachers"]) == {"one", "other"}
+    said = [finding["text"] for finding in report["findings"] if finding["check"] == "teacher"]
+    assert len(said) == 2 and said[0].startswith("one: The teacher's AP is") and said[1].startswith("other: ")
+
+
+def test_a_teacher_without_heads(tiny_coco: Path, tmp_path: Path) -> None:
+    path = make_builder("drkd.adapters.mmdetection.MMDetectionBuilder#features", tmp_path).path
+    builder = f"{{class_path: drkd.adapters.MMDetectionBuilder, init_args: {{path: {path}, part: features}}}}"
+    result = distill(_recipe(tiny_coco, tmp_path, f"teacher: {builder}\n"))
+    report = json.loads((result.folder / "doctor.json").read_text())
+    (said,) = [finding for finding in report["findings"] if finding["check"] == "teacher"]
+    assert said["severity"] == "ok" and "AP was not measured" in said["text"] and "no heads" in said["text"]
+    assert report["numbers"]["teacher"] is None and len(report["numbers"]["features"]["teacher"]) == 5
+
+
+def test_a_teachers_classes_are_found_by_name(tiny_coco: Path, tmp_path: Path) -> None:
+    """Its labels 0 and 1 are the data's classes 1 and none."""
+
+    class Told(PyramidDetector):
+        def detect(self, batch: DetectionBatch) -> list[Detections]:
+            return [
+                Detections(target.boxes, torch.ones(len(target.boxes)), 1 - target.labels) for target in batch.targets
+            ]
+
+    recipe = _recipe(tiny_coco, tmp_path, "")
+    recipe.data.setup("fit")
+    split = recipe.data.val_split
+    batch = next(iter(recipe.data.val_dataloader()))
+    batch = replace(batch, original_sizes=batch.sizes)
+    for record in split.records:
+        assert set(record.labels.tolist()) == {0, 1}
+    net = RetinaNetBuilder(width=0.25, fpn_channels=32).build(["x"]).model.backbone
+    found = {}
+    for names in (("dog", "cat"), ("dog", "tree"), ("cat", "dog")):
+        told = Told(net, names, mean=[0.0] * 3, std=[1.0] * 3)
+        found[names] = average_precision(told, [batch], split)["ap"]
+    assert found["dog", "cat"] > found["dog", "tree"] > found["cat", "dog"] == 0
 
 
 def test_one_teacher_with_a_map_and_a_size(tiny_coco: Path, tmp_path: Path) -> None:

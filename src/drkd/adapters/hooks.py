@@ -100,6 +100,23 @@ class HookedDetector(Detector):
         names = zip(self.spec.class_names, self.label_ids, strict=True)
         return tuple(name for name, label in names if label < 0)
 
+    @property
+    def body_names(self) -> tuple[str, ...]:
+        """The first of "backbone.body.", "backbone." and "body." that names of the model's state dict begin with.
+
+        Raises:
+            DrkdError: If none does, for nothing else says where the body of a model of your own ends.
+        """
+        names = list(self.model.state_dict())
+        for beginning in ("backbone.body.", "backbone.", "body."):
+            if any(name.startswith(beginning) for name in names):
+                return (beginning,)
+        raise DrkdError(
+            f"inherit: drkd cannot tell the backbone of this {self.spec.family} from the rest. Expected parameters "
+            f"whose names begin with backbone or body, got {', '.join(names[:3])}, ... Name the module so, or copy "
+            "what the student should start from in the function that builds it."
+        )
+
     def forward(self, batch: DetectionBatch, *, want: frozenset[Want]) -> DetectorOutput:
         """Compute features, losses or both from one pass, in train or eval mode alike.
 

@@ -58,6 +58,11 @@ class PyramidDetector(Detector):
         for name, values in (("_mean", mean), ("_std", std)):
             self.register_buffer(name, torch.tensor(values, device=device).view(1, 3, 1, 1), persistent=False)
 
+    @property
+    def body_names(self) -> tuple[str, ...]:
+        """Beginnings of the names in the model's state dict that belong to the body: the model is the backbone."""
+        return ("body.",)
+
     def forward(self, batch: DetectionBatch, *, want: frozenset[Want]) -> DetectorOutput:
         """The pyramid of the normalised images, padding zero.
 
@@ -66,8 +71,8 @@ class PyramidDetector(Detector):
         """
         if want - {"features"}:
             raise ValueError(
-                f"this teacher has no heads and can show features only, got {sorted(want)}. Use a method that needs "
-                "features, or a teacher with heads."
+                f"want: this teacher has no heads and can show features only, got {sorted(want)}. Use a method that "
+                "needs features, or a teacher with heads."
             )
         height, width = batch.image_size
         maps = self.model(normalise_images(batch, self._mean, self._std))

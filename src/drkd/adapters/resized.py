@@ -49,6 +49,11 @@ class ResizedDetector(Detector):
         self.size_divisor = size_divisor
         self.spec = scale_spec(detector.spec, 1 / scale)
 
+    @property
+    def body_names(self) -> tuple[str, ...]:
+        """The detector's own."""
+        return self.inner.body_names
+
     def expect_image_size(self, side: int) -> None:
         """Pass the side on as the detector sees it."""
         self.inner.expect_image_size(max(1, round(side * self.scale)))

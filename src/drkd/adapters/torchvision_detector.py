@@ -127,6 +127,15 @@ class TorchvisionDetector(Detector):
         names = zip(self.spec.class_names, self.label_ids, strict=True)
         return tuple(name for name, label in names if label < 0)
 
+    @property
+    def body_names(self) -> tuple[str, ...]:
+        """Beginnings of the names in the model's state dict that belong to the backbone's body."""
+        if self.spec.family in SSD_FAMILIES:
+            # What is left of the backbone is SSD's own layers, its pyramid.
+            return ("backbone.features.", "backbone.scale_weight")
+        has_body = any(name.startswith("backbone.body.") for name in self.model.state_dict())
+        return ("backbone.body.",) if has_body else ("backbone.",)
+
     def expect_image_size(self, side: int) -> None:
         """Declare strides and anchors for batches of this side, where the model resizes them to a size of its own."""
         if self._frame is not None:

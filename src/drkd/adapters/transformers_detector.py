@@ -108,6 +108,11 @@ class TransformersDetector(Detector):
         return tuple(name for name, label in names if label < 0)
 
     @property
+    def body_names(self) -> tuple[str, ...]:
+        """Beginnings of the names in the model's state dict that belong to the backbone; DEIMv2 has its own for it."""
+        return ("model.backbone." if hasattr(_untyped(self.model).model, "backbone") else "model.conv_encoder.",)
+
+    @property
     def image_mean(self) -> list[float]:
         """Per channel, RGB in [0, 1], subtracted from the images."""
         return [float(value) for value in self._mean.flatten()]

@@ -40,7 +40,7 @@ def convert_dataset(
     """Write a data set in another format.
 
     Args:
-        source: The data set's folder in COCO, YOLO or VOC format, or ``digits`` for the embedded one.
+        source: The data set's folder in COCO, YOLO or VOC format, or ``digits`` or ``digits2`` for an embedded one.
         target: Folder to write; must not exist, or be empty.
         to: The new format.
         images: Copy the images, or link to where they are now.
@@ -50,7 +50,8 @@ def convert_dataset(
     Raises:
         DrkdError: If the source cannot be read or has errors, or the target cannot be written.
     """
-    folder = build_digits() if source == Path("digits") and not source.exists() else source
+    embedded = EMBEDDED.get(str(source))
+    folder = source if embedded is None or source.exists() else build_digits(config=embedded)
     return convert(folder, target, to=to, images=images, format=format, classes=classes)
 
 

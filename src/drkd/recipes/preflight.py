@@ -29,7 +29,7 @@ def doctor(recipe: Recipe, *, images: int | None = 200, steps: int = 8) -> Diagn
     """
     from drkd.recipes.training import build_module
 
-    if recipe.teacher is None or recipe.method is None:
+    if (recipe.teacher is None and not recipe.teachers) or recipe.method is None:
         raise DrkdError("drkd doctor: the recipe names no teacher or no method, so there is nothing to examine.")
     recipe.data.setup("fit")
     on_gpu = recipe.training.accelerator in ("auto", "gpu", "cuda")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -13,7 +13,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
 from drkd.contracts import DetectionBatch, Detector, DrkdError
+from drkd.data.split import DatasetSplit
 from drkd.engine.distiller import Distiller
+from drkd.engine.teachers import TeacherGroup
 from drkd.recipes.doctor.classes import compare_classes, count_boxes
 from drkd.recipes.doctor.features import look_at_features
 from drkd.recipes.doctor.finding import Diagnosis, Finding
@@ -93,29 +95,43 @@ def _look(
         raise DrkdError("drkd doctor: the recipe names no teacher and no method; there is nothing to examine.")
     train, val = recipe.data.train_split, recipe.data.val_split
     student.eval()
-    missing = getattr(teacher, "missing_classes", ())
-    findings = compare_classes(student.spec, teacher.spec, recipe.data.class_names, missing=missing)
-    more, counts = count_boxes(train, val)
-    findings += more
+    findings, counts = count_boxes(train, val)
     batches = [batch.to(device) for batch in _batches(recipe, images)]
-    seen = sum(len(batch) for batch in batches)
-    own = average_precision(teacher, batches, val)
-    boxes = sum(len(entry) for batch in batches for entry in batch.boxes)
-    findings.append(judge_teacher(own["ap"], own["ap50"], seen, boxes=boxes))
+    numbers: dict[str, Any] = {"classes": counts}
+    group = isinstance(teacher, TeacherGroup)
+    members: Mapping[str, Any] = dict(teacher.members) if isinstance(teacher, TeacherGroup) else {"": teacher}
+    for name, member in members.items():
+        missing = getattr(member, "missing_classes", ())
+        more = compare_classes(student.spec, member.spec, recipe.data.class_names, missing=missing)
+        measured, found = _measure(member, student, batches, val)
+        alive, found["features"] = look_at_features("teacher", member, batches[0])
+        more += [*measured, *alive]
+        findings += [replace(entry, text=f"{name}: {entry.text}") for entry in more] if group else more
+        if group:
+            numbers.setdefault("teachers", {})[name] = found
+        else:
+            numbers |= {**found, "features": {"teacher": found["features"]}}
+    more, own = look_at_features("student", student, batches[0])
+    numbers.setdefault("features", {})["student"] = own
+    return findings + more, numbers
+
+
+def _measure(
+    teacher: Detector, student: Detector, batches: Sequence[DetectionBatch], split: DatasetSplit
+) -> tuple[list[Finding], dict[str, Any]]:
+    """The teacher's AP as it is and under other preprocessings; one that cannot detect is left at that."""
+    seen, boxes = sum(len(batch) for batch in batches), sum(len(entry) for batch in batches for entry in batch.boxes)
+    try:
+        own = average_precision(teacher, batches, split)
+    except DrkdError as error:
+        return [Finding("ok", "teacher", f"The teacher's AP was not measured. {error}")], {"teacher": None}
+    findings = [judge_teacher(own["ap"], own["ap50"], seen, boxes=boxes)]
     changes = preprocessing_changes(teacher, student)
-    others = {name: average_precision(teacher, batches, val, change)["ap"] for name, change in changes.items()}
+    others = {name: average_precision(teacher, batches, split, change)["ap"] for name, change in changes.items()}
     if boxes:
         findings.append(judge_preprocessing(own["ap"], others))
-    levels = {}
-    for who, detector in (("teacher", teacher), ("student", student)):
-        more, levels[who] = look_at_features(who, detector, batches[0])
-        findings += more
-    return findings, {
-        "classes": counts,
-        "teacher": {**own, "images": seen, "boxes": boxes, "split": val.name},
-        "preprocessing": others,
-        "features": levels,
-    }
+    numbers = {**own, "images": seen, "boxes": boxes, "split": split.name}
+    return findings, {"teacher": numbers, "preprocessing": others}
 
 
 def _batches(recipe: Recipe, images: int | None) -> list[DetectionBatch]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drkd.contracts import DetectionBatch, Detector
+from drkd.contracts import DetectionBatch, Detections, Detector
 from drkd.data.split import DatasetSplit
 from drkd.evaluation import CocoEvaluator
 from drkd.recipes.doctor.finding import Finding, Severity
@@ -72,14 +72,26 @@ def _renormalise(mean: Tensor, std: Tensor, own_mean: Tensor, own_std: Tensor) -
 def average_precision(
     detector: Detector, batches: Sequence[DetectionBatch], split: DatasetSplit, change: Change | None = None
 ) -> dict[str, float]:
-    """COCO's AP and AP50 of a detector on some batches; AP is of their images alone."""
+    """COCO's AP and AP50 of a detector on some batches; AP is of their images alone.
+
+    Classes are the split's by name; detections of classes that it does not have are left out.
+    """
     ids = {image_id for batch in batches for image_id in batch.image_ids}
     evaluator = CocoEvaluator([record for record in split.records if record.image_id in ids], split.class_names)
+    names = list(split.class_names)
+    places = [names.index(name) if name in names else -1 for name in detector.spec.class_names]
     for batch in batches:
         seen = batch if change is None else replace(batch, images=change(batch.images))
-        evaluator.update(batch.image_ids, detector.detect(seen))
+        evaluator.update(batch.image_ids, [_in_order(found, places) for found in detector.detect(seen)])
     metrics = evaluator.compute()
     return {"ap": metrics.ap, "ap50": metrics.ap50}
+
+
+def _in_order(found: Detections, places: Sequence[int]) -> Detections:
+    """Labels as the split numbers its classes; -1 for those it does not have, which are dropped."""
+    labels = torch.tensor(places, dtype=torch.int64, device=found.labels.device)[found.labels]
+    known = labels >= 0
+    return Detections(found.boxes[known], found.scores[known], labels[known])
 
 
 def judge_teacher(ap: float, ap50: float, images: int, *, boxes: int) -> Finding:
