@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 
@@ -181,7 +182,8 @@ def test_a_damaged_checkpoint_is_one_paragraph(
 ) -> None:
     file = tmp_path / "run" / "checkpoints" / "last.ckpt"
     state = {"state_dict": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": [], "loops": {}}
-    AtomicCheckpoints().save_checkpoint({**state, "global_step": 1, "epoch": 0}, file)
+    version = {"pytorch-lightning_version": lightning.__version__}
+    AtomicCheckpoints().save_checkpoint({**state, **version, "global_step": 1, "epoch": 0}, file)
     arguments = ["train", "--config=digits/retinanet", *_overrides(tiny_coco, tmp_path / "run")]
     assert main(arguments) == 2
     assert "another student or method" in capsys.readouterr().err
