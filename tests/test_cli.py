@@ -171,8 +171,8 @@ def test_no_data(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_wrong_folder(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = _fails(capsys, "distill", "--config", recipe, f"--data.root={tmp_path}")
-    assert "no COCO annotations found" in message
-    assert "no COCO annotations found" in _fails(capsys, "data", "check", tmp_path)
+    assert "no COCO, YOLO or VOC annotations found" in message
+    assert "no COCO, YOLO or VOC annotations found" in _fails(capsys, "data", "check", tmp_path)
 
 
 def test_teacher_of_other_classes(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,8 +295,8 @@ def test_a_comparison_with_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixtu
     file.write_text("base: compare/digits\nrefernce: hint\n")
     message = _fails(capsys, "compare", "--config", file)
     assert "mine.yaml: there is no such key as 'refernce'; did you mean 'reference'?" in message
-    message = _fails(capsys, "compare", "--config=compare/digits", "--reference=hnit", "--dry-run")
-    assert "digits.yaml: reference: there is no method 'hnit'; did you mean 'hint'?" in message
+    message = _fails(capsys, "compare", "--config=compare/digits", "--reference=dkrd", "--dry-run")
+    assert "digits.yaml: reference: there is no method 'dkrd'; did you mean 'drkd'?" in message
     assert "--only retinanet/hnit: no cell" in _fails(
         capsys, "compare", "--config=compare/digits", "--dry-run", "--only", "retinanet/hnit"
     )
