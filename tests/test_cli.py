@@ -157,7 +157,7 @@ def test_data_check_lists_problems(tmp_path: Path, tiny_coco: Path, capsys: pyte
     assert "0 errors" in capsys.readouterr().out
     broken = write_coco(tmp_path / "coco")
     (broken / "train" / "2.png").unlink()
-    assert main(["data", "check", str(broken)]) == 2
+    assert main(["data", "check", str(broken), "--picture", str(tmp_path / "broken.png")]) == 2
     assert "2.png" in capsys.readouterr().out
 
 
