@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from tests.conftest import write_coco, write_detector
+from torch.multiprocessing.reductions import rebuild_storage_fd
 
 from drkd import cli
 from drkd.cli import main
@@ -170,8 +171,8 @@ def test_no_data(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_wrong_folder(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = _fails(capsys, "distill", "--config", recipe, f"--data.root={tmp_path}")
-    assert "no COCO annotations found" in message
-    assert "no COCO annotations found" in _fails(capsys, "data", "check", tmp_path)
+    assert "no COCO, YOLO or VOC annotations found" in message
+    assert "no COCO, YOLO or VOC annotations found" in _fails(capsys, "data", "check", tmp_path)
 
 
 def test_teacher_of_other_classes(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,8 +295,8 @@ def test_a_comparison_with_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixtu
     file.write_text("base: compare/digits\nrefernce: hint\n")
     message = _fails(capsys, "compare", "--config", file)
     assert "mine.yaml: there is no such key as 'refernce'; did you mean 'reference'?" in message
-    message = _fails(capsys, "compare", "--config=compare/digits", "--reference=hnit", "--dry-run")
-    assert "digits.yaml: reference: there is no method 'hnit'; did you mean 'hint'?" in message
+    message = _fails(capsys, "compare", "--config=compare/digits", "--reference=dkrd", "--dry-run")
+    assert "digits.yaml: reference: there is no method 'dkrd'; did you mean 'drkd'?" in message
     assert "--only retinanet/hnit: no cell" in _fails(
         capsys, "compare", "--config=compare/digits", "--dry-run", "--only", "retinanet/hnit"
     )
@@ -341,6 +342,8 @@ def test_a_bug_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch
         (RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0"), 1, "disk full"),
         (DrkdError("Caught DrkdError in worker.\nOriginal Traceback:\n  x\ndrkd.contracts.DrkdError: bad"), 2, "bad"),
         (ValueError("expected 1, got 2"), 2, "expected 1, got 2 (DRKD_TRACEBACK=1"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "data.workers"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), 1, "data.workers"),
     ],
 )
 def test_explained_errors(error: Exception, code: int, expected: str) -> None:
@@ -349,6 +352,20 @@ def test_explained_errors(error: Exception, code: int, expected: str) -> None:
     assert explained[0] == code
     assert expected in explained[1]
     assert "\n" not in explained[1]
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_died_while_it_handed_a_batch_over(error: Exception) -> None:
+    class Handle:
+        def detach(self) -> int:
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        rebuild_storage_fd(torch.UntypedStorage, Handle(), 4)
+    explained = explain(caught.value)
+    assert explained is not None and explained[0] == 1 and "data.workers" in explained[1]
+    other = type(error)(*error.args)
+    assert "data.workers" not in str(explain(other))
 
 
 def test_copied_run_folder_evaluates(tiny_detector: Path, tiny_coco: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ init_args: {path: PATH}
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_digits(tmp_path_factory.mktemp("digits"), config=DigitsConfig(train=48, tune=8, val=16))
+    return build_digits(tmp_path_factory.mktemp("digits"), config=DigitsConfig(train=24, tune=4, val=8))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def teacher(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _recipe(digits: Path, teacher: Path | None, output: Path, extra: list[str] | None = None) -> Recipe:
     overrides = [
         f"--data.root={digits}",
-        "--data.batch_size=8",
+        "--data.batch_size=4",
         "--training.epochs=4",
         "--inherit=false",
         "--doctor=false",

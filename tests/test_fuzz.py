@@ -107,8 +107,9 @@ def _hostile(folder: Path) -> None:
     exif[0x0112] = 6
     Image.new("RGB", (30, 10)).save(folder / "turned.jpg", exif=exif)
     (folder / "text.png").write_text("no image")
-    Image.new("RGB", (60, 60)).save(folder / "cut.png")
-    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:70])
+    # Of noise: a black image is so few bytes that what is cut off need not be pixels.
+    Image.effect_noise((60, 60), 60).save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:1000])
     Image.new("RGB", (300, 300)).save(folder / "bomb.png")
 
 

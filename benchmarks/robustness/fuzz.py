@@ -158,7 +158,7 @@ class Attacks:
         zeros = {"a": torch.zeros(3)}
         self.checkpoint: dict[str, Any] = {
             **{"state_dict": zeros, "callbacks": {}, "optimizer_states": [zeros], "lr_schedulers": []},
-            **{"loops": {"fit_loop": {}}, "global_step": 3, "epoch": 1},
+            **{"loops": {"fit_loop": {}}, "global_step": 3, "epoch": 1, "pytorch-lightning_version": "2.6.0"},
         }
 
     def try_annotations(self) -> str:

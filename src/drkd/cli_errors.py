@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+import traceback
 
 FAILED, WRONG, NOT_APPLICABLE, INTERRUPTED = 1, 2, 3, 130
 """Exit codes: a fault of the machine, what the user can put right, a method that does not fit the pair, Ctrl-C."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Where PyTorch opens the memory that a worker shares with us.
+_TAKES_OVER = os.path.join("torch", "multiprocessing", "reductions.py")  # noqa: PTH118 - an end of a name, no path
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:
@@ -27,6 +31,11 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, DrkdError):
         full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
         return FAILED if full else WRONG, _from_worker(message)
+    if _worker_died(error, message):
+        return FAILED, (
+            "A process that decodes images was killed, mostly for want of (shared) memory. Use fewer of them "
+            "(data.workers), or 0."
+        )
     if isinstance(error, OSError):
         return _explain_os(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in message:
@@ -37,15 +46,24 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     # torch.save reports a full disk as a RuntimeError of its file writer.
     if "PytorchStreamWriter failed" in message or "unexpected pos" in message:
         return FAILED, "A checkpoint could not be written. Is the disk full? Free some space and go on with --resume."
-    if "DataLoader worker" in message and "killed by signal" in message:
-        return FAILED, (
-            "A process that decodes images was killed, mostly for want of (shared) memory. Use fewer of them "
-            "(data.workers), or 0."
-        )
     if isinstance(error, ValueError) or type(error).__name__ == "MisconfigurationException":
         text = _from_worker(message) or type(error).__name__
         return WRONG, f"{text} (DRKD_TRACEBACK=1 shows where this comes from.)"
     return None
+
+
+def _worker_died(error: BaseException, message: str) -> bool:
+    """Whether a data loader's worker was killed.
+
+    PyTorch says so itself where the system told it in time; else what shows is the connection that broke while a batch
+    was taken over from the worker.
+    """
+    if "DataLoader worker" in message and ("killed by signal" in message or "exited unexpectedly" in message):
+        return True
+    if not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
+        return False
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_filename.endswith(_TAKES_OVER) for frame, _ in frames)
 
 
 def _explain_os(error: OSError) -> tuple[int, str]:

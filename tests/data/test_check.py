@@ -127,7 +127,7 @@ def test_chosen_splits(coco: CocoFolder) -> None:
 
 
 def test_no_data_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DrkdError, match="no COCO, YOLO, VOC annotations found"):
+    with pytest.raises(DrkdError, match="no COCO, YOLO or VOC annotations found"):
         check_data(tmp_path)
 
 

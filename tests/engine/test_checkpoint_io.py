@@ -30,6 +30,7 @@ def content(value: float, size: int = 4) -> dict[str, Any]:
         "loops": {},
         "global_step": 1,
         "epoch": 0,
+        "pytorch-lightning_version": "2.0.0",
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,20 @@ def test_too_many_stop_the_run_and_name_the_images(tmp_path: object) -> None:
     bad = broken(toy_batch(seed=9), float("nan"))
     with pytest.raises(DrkdError, match=r"images 0, 1.*after 2 skipped steps.*skip_nonfinite"):
         fit(tmp_path, [bad] * 4, limit=2)
+
+
+@pytest.mark.parametrize(
+    ("scaler", "loss", "skipped"), [(object(), 1.0, 0), (object(), float("inf"), 1), (None, 1.0, 1)]
+)
+def test_a_gradient_scaler_sees_to_infinite_gradients_itself(scaler: object, loss: float, skipped: int) -> None:
+    skipping = NonFiniteSteps(3)
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.full((2,), float("inf"))
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), world_size=1, global_step=5)
+    skipping.on_before_backward(trainer, None, torch.tensor(loss))  # type: ignore[arg-type]
+    skipping.on_before_optimizer_step(trainer, torch.nn.Identity(), torch.optim.SGD([weight]))  # type: ignore[arg-type]
+    assert skipping.skipped == skipped
+    assert (weight.grad is None) == bool(skipped)
 
 
 def test_the_count_goes_on_after_a_checkpoint() -> None:

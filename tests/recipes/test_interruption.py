@@ -6,17 +6,21 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning
 import pytest
 import torch
 
 from drkd.cli import main
 from drkd.contracts import DrkdError
 from drkd.data.dataset import DetectionDataset
+from drkd.engine import interruption
 from drkd.engine.checkpoint_io import AtomicCheckpoints
-from drkd.engine.interruption import StoppedBySignal
+from drkd.engine.interruption import Interruptible, StoppedBySignal
 from drkd.engine.module import DistillationModule
 from drkd.recipes import requeue as requeue_module
 from drkd.recipes.recipe import load_recipe
@@ -127,6 +131,59 @@ def test_sigterm_saves_stops_and_the_run_goes_on_from_that_step(
     assert _differences(_student(tmp_path / "run"), whole) == []
 
 
+def test_ctrl_c_saves_and_stops_too(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _signal_in_step(2, signal.SIGINT, monkeypatch)
+    assert main(["train", "--config=digits/retinanet", *_overrides(tiny_coco, tmp_path / "run")]) == 130
+    assert "stopped by SIGINT at step 3; a checkpoint of this step is saved" in capsys.readouterr().err
+    saved = AtomicCheckpoints().load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert saved["global_step"] == 3
+
+
+def test_ctrl_c_twice_does_not_wait(tmp_path: Path) -> None:
+    stop = Interruptible(tmp_path / "last.ckpt", every_steps=None, every_minutes=None, signals=(signal.SIGINT,))
+    stop._note(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        stop._note(signal.SIGINT, None)
+
+
+def test_in_validation_one_process_stops_at_once_and_several_after_it(tmp_path: Path) -> None:
+    stop = Interruptible(tmp_path / "last.ckpt", every_steps=None, every_minutes=None, signals=(signal.SIGTERM,))
+    one, two = (SimpleNamespace(world_size=size, global_step=6) for size in (1, 2))
+    stop.on_validation_batch_end(one, None)  # type: ignore[arg-type]
+    stop._note(signal.SIGTERM, None)
+    stop.on_validation_batch_end(two, None)  # type: ignore[arg-type]
+    with pytest.raises(StoppedBySignal, match="at step 6; the last checkpoint stands"):
+        stop.on_validation_batch_end(one, None)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_is_written_when_the_last_one_is_old(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    saved: list[int] = []
+    write = AtomicCheckpoints.save_checkpoint
+
+    def pass_time(self: Interruptible, trainer: Any, *rest: Any) -> None:
+        nonlocal now
+        now += 20.0
+
+    def note(self: AtomicCheckpoints, checkpoint: dict[str, Any], *rest: Any, **options: Any) -> None:
+        saved.append(checkpoint["global_step"])
+        write(self, checkpoint, *rest, **options)
+
+    monkeypatch.setattr(interruption, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(Interruptible, "on_train_batch_start", pass_time)
+    monkeypatch.setattr(AtomicCheckpoints, "save_checkpoint", note)
+    arguments = ["--training.epochs=1", "--training.keep=last", "--training.validate_every=0"]
+    _train(
+        tiny_coco, tmp_path / "run", *arguments, "--training.checkpoint_every=null", "--training.checkpoint_minutes=1"
+    )
+    # Twenty seconds a step: a minute has passed after the third; then the epoch's end, and the run's.
+    assert saved == [3, 6, 6]
+
+
 def test_slurm_is_told_to_requeue_on_its_signal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[list[str]] = []
 
@@ -181,7 +238,8 @@ def test_a_damaged_checkpoint_is_one_paragraph(
 ) -> None:
     file = tmp_path / "run" / "checkpoints" / "last.ckpt"
     state = {"state_dict": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": [], "loops": {}}
-    AtomicCheckpoints().save_checkpoint({**state, "global_step": 1, "epoch": 0}, file)
+    version = {"pytorch-lightning_version": lightning.__version__}
+    AtomicCheckpoints().save_checkpoint({**state, **version, "global_step": 1, "epoch": 0}, file)
     arguments = ["train", "--config=digits/retinanet", *_overrides(tiny_coco, tmp_path / "run")]
     assert main(arguments) == 2
     assert "another student or method" in capsys.readouterr().err
@@ -225,6 +283,27 @@ def test_a_disk_that_is_gone_is_no_handful_of_bad_files(tiny_coco: Path, tmp_pat
     recipe = load_recipe(["digits/retinanet"], _overrides(data, tmp_path / "run", "--data.unreadable=skip"))
     with pytest.raises(DrkdError, match="6 images in a row cannot be read"):
         recipe.data.train_dataloader().dataset[(0, 0)]
+
+
+def test_more_than_sixteen_in_a_row_stop_the_run_in_a_larger_split(tiny_coco: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(["digits/retinanet"], _overrides(tiny_coco, tmp_path / "run", "--data.unreadable=skip"))
+    dataset = recipe.data.train_dataloader().dataset
+    assert isinstance(dataset, DetectionDataset)
+    gone = replace(dataset.split.records[0], path=tmp_path / "gone.png")
+    dataset.split = replace(dataset.split, records=(*[gone] * 17, *dataset.split.records))
+    dataset.unreadable = torch.zeros(len(dataset.split.records), dtype=torch.uint8)
+    assert dataset[(0, 1)].image_id == dataset.split.records[17].image_id
+    with pytest.raises(DrkdError, match="17 images in a row cannot be read"):
+        dataset[(0, 0)]
+
+
+def test_an_image_of_the_validation_split_has_no_stand_in(tiny_coco: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(tiny_coco, tmp_path / "data"))
+    file = next((data / "val").glob("*.png"))
+    file.write_bytes(file.read_bytes()[:60])
+    recipe = load_recipe(["digits/retinanet"], _overrides(data, tmp_path / "run", "--data.unreadable=skip"))
+    with pytest.raises(DrkdError, match=rf"{file.name}: the image cannot be decoded"):
+        list(recipe.data.val_dataloader())
 
 
 def test_a_worker_that_dies_is_explained(

@@ -14,7 +14,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from drkd.contracts import DrkdError
 
 _ASIDE = ".part"
-# Without these Lightning cannot go on; all of them are mappings or lists.
+# Without these Lightning cannot go on.
 _NEEDED: Mapping[str, type | tuple[type, ...]] = {
     "state_dict": Mapping,
     "callbacks": Mapping,
@@ -23,6 +23,7 @@ _NEEDED: Mapping[str, type | tuple[type, ...]] = {
     "loops": Mapping,
     "global_step": int,
     "epoch": int,
+    "pytorch-lightning_version": str,
 }
 
 

@@ -149,6 +149,7 @@ def test_a_failing_cell_does_not_stop_the_others(
     assert main(["compare", "--config", str(comparison_file)]) == 0
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_work_with_a_pair_is_a_finished_cell_with_the_reason(
     comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,7 +51,8 @@ def find_sources(root: Path, *, format: FormatChoice = "auto") -> dict[str, Spli
         )
     if not found:
         expected = "; ".join(_EXPECTED[name] for name in chosen)
-        kinds = ", ".join(name.upper() for name in chosen)
+        *others, last = (name.upper() for name in chosen)
+        kinds = f"{', '.join(others)} or {last}" if others else last
         raise DrkdError(f"{root}: no {kinds} annotations found. Expected {expected}.")
     return next(iter(found.values()))
 
