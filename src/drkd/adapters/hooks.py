@@ -136,6 +136,11 @@ class HookedDetector(Detector):
         return DetectorOutput(self._levels(recorder, batch) if "features" in want else (), losses)
 
     @torch.no_grad()
+    @property
+    def can_detect(self) -> bool:
+        """Whether a function for detections was given."""
+        return self._detections is not None
+
     def detect(self, batch: DetectionBatch) -> list[Detections]:
         """Detections in px of the original images.
 
