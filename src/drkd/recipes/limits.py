@@ -62,12 +62,12 @@ def check_unlabelled(recipe: Recipe, *, student: Detector, teacher: Detector) ->
     heads = getattr(student.model, "roi_heads", None)
     if pseudo_labels and heads is not None and heads.has_mask():
         raise DrkdError(
-            "training.unlabelled.pseudo_labels: this Mask R-CNN trains its masks too, and the teacher's boxes come without "
-            "masks. Leave pseudo_labels out, or train a Faster R-CNN."
+            "training.unlabelled.pseudo_labels: this Mask R-CNN trains its masks too, and the teacher's boxes come "
+            "without masks. Leave pseudo_labels out, or train a Faster R-CNN."
         )
     if recipe.training.sync_batchnorm and not pseudo_labels and recipe.data.unlabelled_share is None:
         raise DrkdError(
-            "training.sync_batchnorm: with data.unlabelled the processes may see different kinds of images in a step, and "
-            "would wait for one another's batch norms for ever. Set data.unlabelled_share, so that every batch has both "
-            "kinds, or leave sync_batchnorm out."
+            "training.sync_batchnorm: with data.unlabelled the processes may see different kinds of images in a step, "
+            "and would wait for one another's batch norms for ever. Set data.unlabelled_share, so that every batch has "
+            "both kinds, or leave sync_batchnorm out."
         )
