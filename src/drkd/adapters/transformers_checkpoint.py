@@ -14,8 +14,8 @@ from drkd.contracts import DrkdError
 
 LIBRARY = "transformers"
 
-# What makes transformers look something up, run code from elsewhere or ask whether it may. A file is not trusted with it;
-# the weights are the file's own, so nothing of it is missed.
+# What makes transformers look something up, run code from elsewhere or ask whether it may. A file is not trusted with
+# it; the weights are the file's own, so nothing of it is missed.
 _NOT_FROM_FILES = frozenset(
     {
         *("auto_map", "name_or_path", "attn_implementation", "experts_implementation", "quantization_config"),
@@ -119,7 +119,7 @@ def _filter_part(part: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     name = part.get("backbone")
     if name is not None and not (isinstance(name, str) and _TIMM_NAME.fullmatch(name)):
         raise DrkdError(
-            f"{path}: its configuration has the backbone {name!r}; expected the plain name of a timm network. drkd loads "
-            "nothing else than the file."
+            f"{path}: its configuration has the backbone {name!r}; expected the plain name of a timm network. drkd "
+            "loads nothing but the file."
         )
     return _filter(part, path)

@@ -197,9 +197,9 @@ class DetectionDataset(Dataset[Sample]):
         seed: Of the augmentation.
         keep_crowds: Keep crowds in the targets, flagged to be ignored, rather than leaving them out.
         minimum_side: Boxes with a side shorter than this after the transforms are left out, px.
-        substitutes: Where an image cannot be read, take the next one in the split that is labelled, or not, as it is, up
-            to so many times, and note it in ``unreadable``; 0 = raise. Which image stands in depends on nothing but the
-            files.
+        substitutes: Where an image cannot be read, take the next one in the split that is labelled, or not, as it is,
+            up to so many times, and note it in ``unreadable``; 0 = raise. Which image stands in depends on nothing but
+            the files.
 
     Attributes:
         unreadable: (images,) uint8 in shared memory, so that workers write into it: 1 where an image was replaced.
@@ -267,7 +267,7 @@ class DetectionDataset(Dataset[Sample]):
         raise AssertionError("unreachable: the last substitute raises")
 
     def _alike(self, position: int) -> Iterator[int]:
-        """A position and those that follow, around, of images that have labels where it has, or none where it has none."""
+        """A position and those that follow, around, of images that are labelled, or not, as it is."""
         records = self.split.records
         for place in chain(range(position, len(records)), range(position)):
             if records[place].labelled == records[position].labelled:

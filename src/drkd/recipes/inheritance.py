@@ -42,8 +42,8 @@ def inherit_neck_and_head(student: Detector, teacher: Detector, *, body: str | N
     if not alike and not any(map(_CLASS_LAYERS.search, ours)):
         raise DrkdError(
             f"inherit: the student ({student.spec.family}) and the teacher do not have the same classes in the same "
-            "order, and which layers of this detector name classes is not known, so that rows would be copied onto other "
-            "classes. Use a teacher trained on the student's classes in their order, or leave out inherit."
+            "order, and which layers of this detector name classes is not known, so that rows would be copied onto "
+            "other classes. Use a teacher trained on the student's classes in their order, or leave out inherit."
         )
     fitting = {
         name: theirs[name]
