@@ -68,8 +68,8 @@ def choose_labeller(teacher: Detector) -> Detector:
             return member
     raise DrkdError(
         "data.unlabelled: images without labels get the boxes that a teacher detects, and no teacher of this run "
-        "detects: it was read for its features alone. Use a teacher with its heads (or wrapped with its detections), or "
-        "leave out data.unlabelled."
+        "detects: it was read for its features alone. Use a teacher with its heads (or wrapped with its detections), "
+        "or leave out data.unlabelled."
     )
 
 
