@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.adapters.point_adapter import build, losses
 
-from drkd.adapters import FasterRCNNBuilder, MaskRCNNBuilder
+from drkd.adapters import FasterRCNNBuilder, MaskRCNNBuilder, wrap_model
+from drkd.adapters.resized import ResizedDetector
 from drkd.contracts import DetectionBatch, Detector, DrkdError
 from drkd.engine import Distiller
 from drkd.engine.unlabelled import UnlabelledImages
@@ -87,3 +89,12 @@ def test_a_student_of_masks_takes_a_batch_without_labels() -> None:
     assert "task/loss_mask" in task and set(task.values()) == {0.0}
     sum(losses.values()).backward()
     assert all(entry.grad is not None for entry in distiller.trainable_parameters())
+
+
+def test_a_model_of_your_own_without_detections_says_so() -> None:
+    names = ["cat", "dog"]
+    silent = wrap_model(build(names), ["neck"], losses=losses, class_names=names, image_size=(64, 64))
+    plain = FasterRCNNBuilder(**SMALL).build(names)
+    for detector, expected in ((silent, False), (plain, True)):
+        assert detector.can_detect is expected
+        assert ResizedDetector(detector, scale=2.0).can_detect is expected
