@@ -456,6 +456,11 @@ class Detector(nn.Module, ABC):
         """Beginnings of the names in the model's state dict that belong to the backbone's body."""
         return ("backbone.body.",)
 
+    @property
+    def can_detect(self) -> bool:
+        """Whether ``detect`` works; a detector without heads, or wrapped without its detections, has features alone."""
+        return True
+
     @abstractmethod
     def forward(self, batch: DetectionBatch, *, want: frozenset[Want]) -> DetectorOutput:
         """Compute what is wanted and nothing else, in train or eval mode alike.

@@ -243,3 +243,43 @@ def test_a_damaged_file_is_said(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(DrkdError, match=r"other.pt .saved with transformers .* builds no rt_detr"):
         load_detector(tmp_path / "other.pt")
+
+
+def test_a_files_configuration_runs_no_code_and_looks_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        pytest.fail("Expected neither a question nor a look-up")
+
+    monkeypatch.setattr("builtins.input", never)
+    monkeypatch.setattr("socket.socket.connect", never)
+    monkeypatch.setattr("transformers.models.auto.auto_factory.resolve_trust_remote_code", never)
+    save_student(tmp_path / "good.pt", small(), builder=None, image_settings=SETTINGS)
+    content = torch.load(tmp_path / "good.pt", weights_only=True)
+    config = content["build"]["config"]
+    elsewhere = {
+        "auto_map": {"AutoBackbone": "some/one--code.Body", "AutoModelForObjectDetection": "some/one--code.Model"},
+        "name_or_path": "some/one",
+        "attn_implementation": "some/kernels",
+        "_attn_implementation": "some/kernels",
+        "quantization_config": {"quant_method": "bitsandbytes"},
+    }
+    config.update({**elsewhere, "backbone": "some/one", "use_pretrained_backbone": True})
+    config["backbone_config"].update(elsewhere)
+    torch.save(content, tmp_path / "harmless.pt")
+    rebuilt: Any = load_detector(tmp_path / "harmless.pt").model
+    for part in (rebuilt.config, rebuilt.config.backbone_config):
+        assert not hasattr(part, "auto_map") and not hasattr(part, "quantization_config")
+    for name in ("hf-hub:some/one", "local-dir:/tmp", "some/one", 7):
+        config["backbone_config"]["backbone"] = name
+        torch.save(content, tmp_path / "bad.pt")
+        with pytest.raises(DrkdError, match=r"bad\.pt: its configuration has the backbone"):
+            load_detector(tmp_path / "bad.pt")
+    config["backbone_config"] = {"model_type": "bert"}
+    torch.save(content, tmp_path / "bad.pt")
+    with pytest.raises(DrkdError, match=r"bad\.pt: .*a part of the type 'bert', which is no backbone"):
+        load_detector(tmp_path / "bad.pt")
+    content["build"]["family"] = "yolos"
+    torch.save(content, tmp_path / "bad.pt")
+    with pytest.raises(DrkdError, match=r"bad\.pt: expected a detector with a multi-scale encoder"):
+        load_detector(tmp_path / "bad.pt")

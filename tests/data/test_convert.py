@@ -122,6 +122,22 @@ def test_names_that_would_clash_are_made_different(source: Path, tmp_path: Path)
     assert names == ["train_A_2.jpg", "train_a.png", "train_deep_c d.png", "val_a.png", "val_b.png", "val_deep_c d.png"]
 
 
+def test_an_image_outside_of_its_folder_is_written_within_the_target(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for folder, name in (("images/a", "one.png"), ("payload", "two.png")):
+        (root / folder).mkdir(parents=True)
+        Image.new("RGB", (60, 40)).save(root / folder / name)
+    (root / "labels/a").mkdir(parents=True)
+    (root / "labels/a/one.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    folders = "[images/a, images/a/../../payload, images/a/../../../data/payload]"
+    (root / "data.yaml").write_text(f"path: {root}\ntrain: {folders}\nval: images/a\nnames: [cat]\n")
+    for to in FORMATS:
+        target = tmp_path / "place" / to / "inner"
+        convert(root, target, to=to)
+        assert [entry.name for entry in target.parent.iterdir()] == ["inner"]
+        assert list(target.rglob("*two*.png"))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_boxes_follow_the_turn_of_an_image(tmp_path: Path, orientation: int) -> None:
     pixels = np.zeros((40, 60), dtype=np.uint8)

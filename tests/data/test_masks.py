@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from faster_coco_eval.core import mask as coco_mask
 from torchvision import tv_tensors
 
 from drkd.contracts import DrkdError
@@ -94,6 +95,10 @@ def test_nobody_pays_who_does_not_ask(folder):
         ([["a", 2, 3, 4, 5, 6]], "at least three corners"),
         ({"size": [2, 2], "counts": [4]}, r"size \[40, 60\]"),
         ({"size": [40, 60], "counts": [4]}, "add up to 2400 px"),
+        ({"size": [40, 60], "counts": "abc"}, "annotation 1, field 'segmentation': .*damaged, or of another image"),
+        ({"size": [40, 60], "counts": "0"}, "damaged, or of another image"),
+        ({"size": [40, 60], "counts": "\u00e9"}, "damaged, or of another image"),
+        ({"size": [40, 60], "counts": "X" * 50}, "damaged, or of another image"),
     ],
 )
 def test_a_segmentation_that_cannot_be_used_is_named(folder, value, message):
@@ -110,3 +115,12 @@ def test_compressed_run_lengths_round_trip():
     assert again == packed
     found = unpack_masks([packed, None], (10, 12))
     assert found[0, 1:5, 2:8].all() and found[0].sum() == 24 and not found[1].any()
+
+
+def test_corners_far_outside_of_the_image_cost_nothing():
+    far = pack_segmentation([[0, 0, 9e8, 0, 9e8, 5, 0, 5]], (10, 12))
+    assert not isinstance(far, str)
+    found = unpack_masks([far], (10, 12))
+    assert found[0, :5].all() and not found[0, 5:].any()
+    near = [[-3.0, 1.0, 14.5, 1.0, 8.0, 12.0]]
+    assert pack_segmentation(near, (10, 12)).counts == coco_mask.merge(coco_mask.frPyObjects(near, 10, 12))["counts"]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from drkd.contracts import DrkdError
+from drkd.data.dataset import DetectionDataset, load_split
 from drkd.data.digits import DigitsConfig, build_digits
 from drkd.data.module import DetectionDataModule
+from drkd.data.transforms import eval_transforms
+from drkd.data.unlabelled import read_unlabelled
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -130,3 +134,27 @@ def test_images_that_show_none_of_the_classes_stay_or_go(coco: CocoFolder) -> No
 def test_a_wrong_subset_is_an_error(coco: CocoFolder, classes: list[str], message: str) -> None:
     with pytest.raises(DrkdError, match=message):
         _ = make(coco.root, classes=classes).train_split
+
+
+def test_what_stands_in_for_an_unreadable_image_is_labelled_or_not_as_it_is(coco: CocoFolder) -> None:
+    for name in ("a.png", "b.png"):
+        coco.write_image(name)
+    coco.write()
+    split = load_split(coco.root, "train")
+    for entry in range(3):
+        coco.write_image(f"{entry}.png", split="more")
+    others = read_unlabelled(coco.root / "more", first_id=100)
+    records = (split.records[0], *others[:2], split.records[1], others[2])
+    mixed = dataclasses.replace(split, records=records)
+    dataset = DetectionDataset(mixed, eval_transforms(min_size=40, max_size=60), substitutes=2)
+    ids = [record.image_id for record in records]
+    assert [dataset[place].image_id for place in range(5)] == ids
+    for place in (0, 2):
+        records[place].path.write_bytes(b"broken")
+    found = [dataset[place] for place in range(5)]
+    assert [sample.image_id for sample in found] == [ids[3], ids[1], ids[4], ids[3], ids[4]]
+    assert [sample.labelled for sample in found] == [record.labelled for record in records]
+    assert dataset.unreadable.tolist() == [1, 0, 1, 0, 0]
+    records[3].path.write_bytes(b"broken")
+    with pytest.raises(DrkdError, match="2 images in a row cannot be read"):
+        dataset[0]

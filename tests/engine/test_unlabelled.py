@@ -10,7 +10,7 @@ from toys import ToyDetector, ToyMethod, toy_batch
 
 from drkd.contracts import DetectionBatch, Detections, DetectorOutput, DrkdError
 from drkd.engine import Distiller
-from drkd.engine.unlabelled import UnlabelledImages, detect_targets, split_batch
+from drkd.engine.unlabelled import UnlabelledImages, choose_labeller, detect_targets, split_batch
 
 _BOXES = [[1.0, 2.0, 11.0, 22.0], [3.0, 3.0, 30.0, 30.0], [0.0, 0.0, 9.0, 9.0], [5.0, 5.0, 5.5, 20.0]]
 _SCORES = [0.9, 0.8, 0.5, 0.95]
@@ -189,3 +189,33 @@ def test_selecting_keeps_the_memory_layout_and_does_not_copy_a_run() -> None:
     assert laid_out.select([0, 2]).image_ids == (0, 2)
     with pytest.raises(ValueError, match="labelled"):
         dataclasses.replace(batch, labelled=(True,))
+
+
+class SilentDetector(ToyDetector):
+    """Shows features alone."""
+
+    can_detect = False
+
+    def detect(self, batch: DetectionBatch) -> list[Detections]:
+        raise DrkdError("no heads")
+
+
+def test_of_several_teachers_the_first_that_detects_gives_the_boxes() -> None:
+    first, second = SureDetector(), SureDetector()
+    second.spec = dataclasses.replace(second.spec, class_names=("other", "thing"))
+    second.eval()
+    distiller = Distiller(ToyDetector(seed=1), {"a": SilentDetector(6), "b": second, "c": first}, BoxMethod)
+    losses = distiller(mixed((True, False)))
+    assert set(losses) == {"task/task", "kd/a.near", "kd/b.near", "kd/c.near"}
+    assert len(second.detected) == 1 and not first.detected
+    # Its label 0 is no class of the student's, whatever the first teacher calls its own.
+    assert distiller.method.members["a"].shown[1] == [[]]
+    with pytest.raises(DrkdError, match="no teacher of this run detects"):
+        choose_labeller(SilentDetector())
+
+
+def test_images_whose_task_loss_does_not_count_have_masks_for_it_all_the_same() -> None:
+    options = {"student": ToyDetector(), "teacher": SureDetector().eval(), "settings": UnlabelledImages()}
+    (part,) = split_batch(mixed((False, False)), **options)
+    assert [target.masks.shape for target in part.batch.targets] == [(3, 32, 32)] * 2
+    assert not part.counts and not part.batch.targets[0].masks.any()

@@ -344,6 +344,25 @@ def test_crosskd_leaves_out_ignored_anchors_and_counts_positives():
         assert full[name].item() != term.item()
 
 
+def test_crosskd_learns_no_box_of_a_class_that_the_teacher_does_not_know():
+    student, _ = (entry.eval() for entry in pair("retinanet"))
+    teacher = detector("retinanet", seed=3, classes=CLASSES[:2]).requires_grad_(False).eval()
+    kd, batch = CrossKD(student.spec, teacher.spec), batch_of()
+    unknown = tuple(replace(entry, labels=torch.full_like(entry.labels, 2)) for entry in batch.targets)
+    batch = replace(batch, targets=unknown)
+    ours, theirs = outputs(kd, student, teacher, batch)
+
+    def terms(*indices):
+        assignment = torch.full_like(ours.assignment, -2)
+        assignment[0, : len(indices)] = torch.tensor(indices)
+        return {name: term.item() for name, term in kd(replace(ours, assignment=assignment), theirs, batch).items()}
+
+    # Three anchors on a box that the teacher does not know: no positives, and no boxes to compare.
+    lone, background = terms(0, 0, 0), terms(-1, -1, -1)
+    assert lone["classification"] == pytest.approx(background["classification"], rel=1e-5) and lone["box"] == 0
+    assert background["box"] > 0
+
+
 def test_crosskd_defaults_are_the_authors():
     retinanet, fcos = detector("retinanet", seed=0).spec, detector("fcos", seed=0).spec
     kd = CrossKD(retinanet, retinanet, balanced=False)

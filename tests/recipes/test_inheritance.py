@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from tests.adapters.point_adapter import build, losses
 from torch import nn
 
-from drkd.adapters import DetrBuilder, FasterRCNNBuilder, RetinaNetBuilder, SSDLiteBuilder, wrap_model
+from drkd.adapters import (
+    DetrBuilder,
+    FasterRCNNBuilder,
+    FCOSBuilder,
+    MaskRCNNBuilder,
+    RetinaNetBuilder,
+    SSDLiteBuilder,
+    wrap_model,
+)
+from drkd.adapters.class_map import build_mapped
+from drkd.adapters.resized import ResizedDetector
 from drkd.contracts import Detector, DrkdError
 from drkd.recipes.inheritance import inherit_neck_and_head
 
@@ -52,9 +63,9 @@ def test_a_head_of_another_kind_is_refused() -> None:
         inherit_neck_and_head(student, teacher)
 
 
-def detr() -> Detector:
+def detr(names: Sequence[str] = NAMES) -> Detector:
     pytest.importorskip("transformers", minversion="5.24")
-    return DetrBuilder(backbone="timm/resnet10t", config=CONFIG).build(NAMES)
+    return DetrBuilder(backbone="timm/resnet10t", config=CONFIG).build(names)
 
 
 def own() -> Detector:
@@ -93,3 +104,46 @@ def test_a_model_of_your_own_without_a_backbone_by_name_is_refused() -> None:
     student = wrap_model(model, ["1"], features=lambda model, batch: model(batch.images), image_size=(64, 64))
     with pytest.raises(DrkdError, match=r"inherit: .*backbone of this Layers.*got 0\.weight, 0\.bias, 1\.weight"):
         inherit_neck_and_head(student, student)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        RetinaNetBuilder(width=0.25, fpn_channels=32, extra="none").build,
+        FCOSBuilder(width=0.25, fpn_channels=32, extra="none").build,
+        FasterRCNNBuilder(width=0.25, fpn_channels=32, representation_size=16).build,
+        MaskRCNNBuilder(width=0.25, fpn_channels=32, representation_size=16).build,
+        SSDLiteBuilder(width=0.25, size=96).build,
+        detr,
+    ],
+    ids=["retinanet", "fcos", "faster_rcnn", "mask_rcnn", "ssdlite", "rt_detr"],
+)
+def test_rows_are_not_copied_onto_other_classes(make: Callable[[Sequence[str]], Detector]) -> None:
+    student, turned, more = make(NAMES), make(NAMES[::-1]), make([*NAMES, "cup"])
+    others = more.model.state_dict()
+    of_classes = {name for name, value in student.model.state_dict().items() if others[name].shape != value.shape}
+    everything = set(inherit_neck_and_head(student, make(NAMES)))
+    copied = set(inherit_neck_and_head(student, turned))
+    assert of_classes and of_classes <= everything and not of_classes & copied
+    assert copied and any("backbone." not in name for name in copied)
+
+
+def test_what_the_teacher_calls_its_classes_and_how_it_numbers_them_counts() -> None:
+    builder = RetinaNetBuilder(width=0.25, fpn_channels=32, extra="none")
+    student, head = builder.build(NAMES), "head.classification_head.cls_logits.weight"
+    renamed = build_mapped(builder, NAMES, {"feline": "cat"})
+    assert head in inherit_neck_and_head(student, renamed)
+    assert head in inherit_neck_and_head(student, ResizedDetector(renamed, scale=2.0))
+    turned = ResizedDetector(builder.build(NAMES[::-1]), scale=2.0)
+    assert head not in inherit_neck_and_head(student, turned)
+    # As a saved detector that was trained with the classes in another order.
+    numbered = builder.build(NAMES)
+    numbered.label_ids = numbered.label_ids[::-1]
+    assert head not in inherit_neck_and_head(student, numbered)
+
+
+def test_a_model_of_your_own_with_other_classes_is_refused() -> None:
+    student, teacher = own(), own()
+    teacher.spec = replace(teacher.spec, class_names=tuple(NAMES[::-1]))
+    with pytest.raises(DrkdError, match=r"inherit: .*not have the same classes in the same order"):
+        inherit_neck_and_head(student, teacher)

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
+from pathlib import Path
 
-from drkd.contracts import DrkdError
+import pytest
+import torch
+from tests.adapters.point_adapter import build, losses
+
+from drkd.adapters import FasterRCNNBuilder, MaskRCNNBuilder, wrap_model
+from drkd.adapters.resized import ResizedDetector
+from drkd.contracts import DetectionBatch, Detector, DrkdError
+from drkd.engine import Distiller
+from drkd.engine.unlabelled import UnlabelledImages
+from drkd.methods import FeatureHint
+from drkd.recipes.limits import check_unlabelled
 from drkd.recipes.recipe import load_recipe
+
+SMALL = {"width": 0.25, "fpn_channels": 32, "representation_size": 16}
 
 
 @pytest.mark.parametrize(
@@ -29,3 +42,59 @@ def test_batch_norm_is_synchronised_on_gpus_only() -> None:
     with pytest.raises(DrkdError, match=r"training\.sync_batchnorm"):
         load_recipe(["digits/retinanet"], arguments)
     assert load_recipe(["digits/retinanet"], ["--training.strategy=ddp"]).training.strategy == "ddp"
+
+
+def masked() -> Detector:
+    return MaskRCNNBuilder(**SMALL, mask_layers=(16,), mask_channels=16).build(["cat", "dog"])
+
+
+def test_what_unlabelled_images_cannot_do_is_refused_when_the_run_is_built(tmp_path: Path) -> None:
+    recipe = load_recipe(["digits/retinanet"], [f"--data.unlabelled=[{tmp_path}]", "--training.accelerator=gpu"])
+    plain, silent = FasterRCNNBuilder(**SMALL).build(["cat", "dog"]), _Silent()
+    check_unlabelled(recipe, student=plain, teacher=plain)
+    with pytest.raises(DrkdError, match="no teacher of this run detects"):
+        check_unlabelled(recipe, student=plain, teacher=silent)
+    pseudo = replace(recipe.training, unlabelled=UnlabelledImages(pseudo_labels=True))
+    check_unlabelled(replace(recipe, training=pseudo), student=plain, teacher=plain)
+    with pytest.raises(DrkdError, match=r"pseudo_labels: this Mask R-CNN"):
+        check_unlabelled(replace(recipe, training=pseudo), student=masked(), teacher=plain)
+    in_step = replace(recipe.training, sync_batchnorm=True)
+    with pytest.raises(DrkdError, match=r"training\.sync_batchnorm: .*data\.unlabelled_share"):
+        check_unlabelled(replace(recipe, training=in_step), student=plain, teacher=plain)
+    shared = load_recipe(["digits/retinanet"], [f"--data.unlabelled=[{tmp_path}]", "--data.unlabelled_share=0.5"])
+    check_unlabelled(replace(shared, training=in_step), student=plain, teacher=plain)
+    none = load_recipe(["digits/retinanet"], [])
+    check_unlabelled(replace(none, training=in_step), student=plain, teacher=silent)
+
+
+class _Silent(Detector):
+    can_detect = False
+
+    def forward(self, batch, *, want):  # type: ignore[no-untyped-def]
+        raise NotImplementedError
+
+    def detect(self, batch):  # type: ignore[no-untyped-def]
+        raise NotImplementedError
+
+
+def test_a_student_of_masks_takes_a_batch_without_labels() -> None:
+    torch.manual_seed(0)
+    teacher = FasterRCNNBuilder(**SMALL, score_threshold=0.0).build(["cat", "dog"])
+    settings = UnlabelledImages(score_threshold=0.0, max_boxes=5)
+    distiller = Distiller(masked(), teacher, FeatureHint, unlabelled=settings).train()
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    batch = DetectionBatch.from_lists([torch.rand(3, 64, 96)] * 2, [none] * 2)
+    losses = distiller(replace(batch, labelled=(False, False)))
+    task = {name: float(value.detach()) for name, value in losses.items() if name.startswith("task/")}
+    assert "task/loss_mask" in task and set(task.values()) == {0.0}
+    sum(losses.values()).backward()
+    assert all(entry.grad is not None for entry in distiller.trainable_parameters())
+
+
+def test_a_model_of_your_own_without_detections_says_so() -> None:
+    names = ["cat", "dog"]
+    silent = wrap_model(build(names), ["neck"], losses=losses, class_names=names, image_size=(64, 64))
+    plain = FasterRCNNBuilder(**SMALL).build(names)
+    for detector, expected in ((silent, False), (plain, True)):
+        assert detector.can_detect is expected
+        assert ResizedDetector(detector, scale=2.0).can_detect is expected

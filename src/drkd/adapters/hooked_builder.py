@@ -145,7 +145,8 @@ def rebuild_hooked(
         raise DrkdError(
             f"{path}: holds a detector of your own, and loading it calls functions that the file names "
             f"({', '.join(functions)}). If you know where the file comes from, allow it: trust_code=True in Python, "
-            "trust_code: true in a recipe, --trust-code on the command line."
+            "trust_code: true in a recipe, --trust-code of drkd evaluate, predict and inspect. Other commands load no "
+            "such file."
         )
     try:
         arguments: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plan.items()}

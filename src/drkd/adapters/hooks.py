@@ -135,6 +135,11 @@ class HookedDetector(Detector):
             losses = self._task_losses(batch)
         return DetectorOutput(self._levels(recorder, batch) if "features" in want else (), losses)
 
+    @property
+    def can_detect(self) -> bool:
+        """Whether a function for detections was given."""
+        return self._detections is not None
+
     @torch.no_grad()
     def detect(self, batch: DetectionBatch) -> list[Detections]:
         """Detections in px of the original images.

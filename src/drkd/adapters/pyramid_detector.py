@@ -63,6 +63,11 @@ class PyramidDetector(Detector):
         """Beginnings of the names in the model's state dict that belong to the body: the model is the backbone."""
         return ("body.",)
 
+    @property
+    def can_detect(self) -> bool:
+        """No: there are no heads."""
+        return False
+
     def forward(self, batch: DetectionBatch, *, want: frozenset[Want]) -> DetectorOutput:
         """The pyramid of the normalised images, padding zero.
 

@@ -54,6 +54,11 @@ class ResizedDetector(Detector):
         """The detector's own."""
         return self.inner.body_names
 
+    @property
+    def can_detect(self) -> bool:
+        """As the detector."""
+        return self.inner.can_detect
+
     def expect_image_size(self, side: int) -> None:
         """Pass the side on as the detector sees it."""
         self.inner.expect_image_size(max(1, round(side * self.scale)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -139,8 +140,10 @@ def _choose_names(splits: Sequence[DatasetSplit], folders: Sequence[Path], write
 
 
 def _own_name(record: ImageRecord, folder: Path, *, flat: bool) -> str:
-    inside = record.path.is_relative_to(folder)
-    parts = record.path.relative_to(folder).parts if inside else (record.path.name,)
+    # Without "..", which would lead out of the folder that the name is written under.
+    path, within = Path(os.path.normpath(record.path)), Path(os.path.normpath(folder))
+    parts = path.relative_to(within).parts if path.is_relative_to(within) else (path.name,)
+    parts = (path.name,) if ".." in parts else parts
     return ("_" if flat else "/").join(parts)
 
 

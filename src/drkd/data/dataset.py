@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +197,9 @@ class DetectionDataset(Dataset[Sample]):
         seed: Of the augmentation.
         keep_crowds: Keep crowds in the targets, flagged to be ignored, rather than leaving them out.
         minimum_side: Boxes with a side shorter than this after the transforms are left out, px.
-        substitutes: Where an image cannot be read, take the next one in the split, up to so many times, and note it in
-            ``unreadable``; 0 = raise. Which image stands in depends on nothing but the files.
+        substitutes: Where an image cannot be read, take the next one in the split that is labelled, or not, as it is,
+            up to so many times, and note it in ``unreadable``; 0 = raise. Which image stands in depends on nothing but
+            the files.
 
     Attributes:
         unreadable: (images,) uint8 in shared memory, so that workers write into it: 1 where an image was replaced.
@@ -247,15 +249,15 @@ class DetectionDataset(Dataset[Sample]):
 
     def _decode(self, position: int) -> tuple[ImageRecord, Tensor]:
         """The image at a position, or the one that stands in for it."""
-        for offset in range(self._substitutes + 1):
-            place = (position + offset) % len(self.split.records)
+        places = [position] if not self._substitutes else [*islice(self._alike(position), self._substitutes + 1)]
+        for offset, place in enumerate(places):
             record = self.split.records[place]
             try:
                 return record, decode_image(record.path, record.size, turned=record.turned)
             except DrkdError as error:
                 if not self._substitutes:
                     raise
-                if offset == self._substitutes or offset + 1 == len(self.split.records):
+                if offset + 1 == len(places):
                     raise DrkdError(
                         f"{offset + 1} images in a row cannot be read, which is no chance any more; the last: {error}"
                     ) from error
@@ -263,6 +265,13 @@ class DetectionDataset(Dataset[Sample]):
                     self.unreadable[place] = 1
                     print(f"drkd: left out, the next image stands in: {error}", file=sys.stderr, flush=True)
         raise AssertionError("unreachable: the last substitute raises")
+
+    def _alike(self, position: int) -> Iterator[int]:
+        """A position and those that follow, around, of images that are labelled, or not, as it is."""
+        records = self.split.records
+        for place in chain(range(position, len(records)), range(position)):
+            if records[place].labelled == records[position].labelled:
+                yield place
 
     def _targets(self, target: dict[str, Any], image: Tensor) -> BoxTargets:
         height, width = image.shape[-2:]

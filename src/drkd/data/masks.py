@@ -29,7 +29,9 @@ def pack_segmentation(value: object, size: Size) -> PackedMask | str:
         usable = [entry for entry in polygons if len(entry) >= _SMALLEST_POLYGON]
         if len(polygons) != len(value) or wrong or not usable:
             return "expected polygons [[x, y, x, y, x, y, ...], ...] of at least three corners each"
-        parts: list[Any] = coco_mask.frPyObjects(usable, height, width)
+        # A corner far outside would take the rasteriser a point for each px on the way there.
+        inside = [_clip(entry, size) for entry in usable]
+        parts: list[Any] = coco_mask.frPyObjects(inside, height, width)
         return PackedMask(size, bytes(_counts(coco_mask.merge(parts))))
     if not isinstance(value, dict) or list(value.get("size", ())) != [height, width]:
         return f"expected polygons, or run lengths with size [{height}, {width}]"
@@ -37,7 +39,9 @@ def pack_segmentation(value: object, size: Size) -> PackedMask | str:
     if isinstance(counts, list) and _are_numbers(counts) and sum(counts) == height * width:
         return PackedMask(size, bytes(_counts(coco_mask.frPyObjects(value, height, width))))
     if isinstance(counts, str | bytes) and counts:
-        return PackedMask(size, counts.encode() if isinstance(counts, str) else counts)
+        packed = PackedMask(size, counts.encode() if isinstance(counts, str) else counts)
+        # Nothing but decoding shows whether they are whole; an epoch must not end on them.
+        return packed if _can_be_decoded(packed) else "its compressed run lengths are damaged, or of another image"
     return f"expected run lengths that add up to {height * width} px"
 
 
@@ -48,6 +52,21 @@ def unpack_masks(masks: Sequence[PackedMask | None], size: Size) -> Tensor:
         if mask is not None:
             place[:] = coco_mask.decode({"size": list(mask.size), "counts": mask.counts})
     return torch.from_numpy(found).bool()
+
+
+def _can_be_decoded(mask: PackedMask) -> bool:
+    try:
+        coco_mask.decode({"size": list(mask.size), "counts": mask.counts})
+    except (ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _clip(corners: Sequence[float], size: Size) -> list[float]:
+    """Corners x, y, x, y, ... no further outside than the image is large."""
+    height, width = size
+    limits = (width, height)
+    return [min(max(value, -limits[place % 2]), 2 * limits[place % 2]) for place, value in enumerate(corners)]
 
 
 def _counts(packed: Any) -> bytes:

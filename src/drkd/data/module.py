@@ -211,6 +211,16 @@ class DetectionDataModule(LightningDataModule):
                 found += read_unlabelled(Path(entry), first_id=first + len(found))
         return found
 
+    @property
+    def unlabelled(self) -> tuple[str, ...]:
+        """The folders of images without labels."""
+        return self._unlabelled
+
+    @property
+    def unlabelled_share(self) -> float | None:
+        """Their share of every batch; None where all images are shuffled together."""
+        return self._share
+
     def leave_out_unlabelled(self) -> None:
         """Train on the labelled images alone, as training without a teacher must."""
         self._unlabelled = ()

@@ -37,6 +37,11 @@ class TeacherGroup(Detector):
         # For messages; methods are built from the members' own.
         self.spec = next(iter(teachers.values())).spec
 
+    @property
+    def can_detect(self) -> bool:
+        """No: one of the members may."""
+        return False
+
     def forward(self, batch: DetectionBatch, *, want: frozenset[Want]) -> DetectorOutput:
         """The outputs of all, in ``members``."""
         return DetectorOutput(

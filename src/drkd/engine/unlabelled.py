@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from drkd.contracts import BoxTargets, DetectionBatch, Detections, Detector, DrkdError
+from drkd.engine.teachers import TeacherGroup
 
 # As for ground truth in training: a box that is thinner has no side to regress.
 _MINIMUM_SIDE = 1.0
@@ -55,6 +56,23 @@ class BatchPart:
     counts: bool
 
 
+def choose_labeller(teacher: Detector) -> Detector:
+    """The teacher whose boxes stand in for labels: of several, the first that detects.
+
+    Raises:
+        DrkdError: If none detects.
+    """
+    members = teacher.members.values() if isinstance(teacher, TeacherGroup) else (teacher,)
+    for member in members:
+        if isinstance(member, Detector) and member.can_detect:
+            return member
+    raise DrkdError(
+        "data.unlabelled: images without labels get the boxes that a teacher detects, and no teacher of this run "
+        "detects: it was read for its features alone. Use a teacher with its heads (or wrapped with its detections), "
+        "or leave out data.unlabelled."
+    )
+
+
 def split_batch(
     batch: DetectionBatch, *, student: Detector, teacher: Detector, settings: UnlabelledImages
 ) -> tuple[BatchPart, ...]:
@@ -71,7 +89,14 @@ def split_batch(
             merged[row] = found
         return (BatchPart(replace(batch, targets=tuple(merged)), True),)
     taught = BatchPart(replace(shown, targets=targets), False)
-    return (BatchPart(batch.select(labelled), True), taught) if labelled else (taught,)
+    if labelled:
+        return (BatchPart(batch.select(labelled), True), taught)
+    # The only part, whose losses are asked for and multiplied by zero: a student of masks needs masks for that, any.
+    covered = tuple(
+        replace(target, masks=target.labels.new_zeros(1, 1, 1, dtype=torch.bool).expand(len(target.boxes), *size))
+        for target, size in zip(targets, shown.sizes, strict=True)
+    )
+    return (replace(taught, batch=replace(shown, targets=covered)),)
 
 
 @torch.no_grad()
@@ -82,8 +107,12 @@ def detect_targets(
 
     Costs one host-device synchronisation a batch beside those of the teacher's own ``detect``. A class that the
     student does not have is left out.
+
+    Raises:
+        DrkdError: If no teacher detects.
     """
     # As if the tensor were the stored image: the boxes then come in its px, whatever the augmentation did.
+    teacher = choose_labeller(teacher)
     found = teacher.detect(replace(batch, original_sizes=batch.sizes))
     table = _class_table(student, teacher)
     picked = [_pick(entry, table, settings) for entry in found]

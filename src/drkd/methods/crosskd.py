@@ -102,8 +102,11 @@ class CrossKD(KDMethod):
                 f"Expected as many predictions of student and teacher, got {tuple(found.boxes.shape)}, "
                 f"{tuple(target.boxes.shape)} and an assignment of {tuple(assignment.shape)}"
             )
+        positive = self.classes.positives(assignment, [entry.labels for entry in batch.targets])
         counted = (assignment != -2).float()
-        normaliser = (assignment >= 0).sum().clamp_min(1)
+        # Of a box whose class the teacher does not know, it has no box to teach.
+        taught = (positive | (assignment == -1)).float()
+        normaliser = positive.sum().clamp_min(1)
         logits = [self.classes.logits(entry.logits) for entry in (found, target)]
         with full_precision(target.boxes):
             confidence = at_least_float32(logits[1].detach()).sigmoid().amax(dim=2)
@@ -113,7 +116,7 @@ class CrossKD(KDMethod):
             "classification": quality_focal_distance(
                 logits[0], logits[1], counted, normaliser=normaliser, beta=self.beta
             ),
-            "box": overlap_distance(boxes[0], boxes[1], counted * confidence, normaliser=normaliser),
+            "box": overlap_distance(boxes[0], boxes[1], taught * confidence, normaliser=normaliser),
         }
 
     def _maps(self, student: DetectorOutput, teacher: DetectorOutput) -> tuple[list[Tensor], list[Tensor]]:

@@ -44,7 +44,7 @@ def evaluate_detector(
     cost: bool = False,
     device: torch.device | str = "cpu",
 ) -> Evaluated:
-    """Run a detector over a split and score it.
+    """Run a detector over a split and score it. Classes are matched by name; detections of others are left out.
 
     Args:
         detector: Any detector; put into eval mode.
@@ -56,15 +56,30 @@ def evaluate_detector(
     """
     detector.eval().to(device)
     evaluator = CocoEvaluator(split.records, split.class_names, area_scale=area_scale)
+    table = _class_table(detector.spec.class_names, split.class_names)
     image_size = None
     for batch in loader:
         image_size = image_size or batch.image_size
-        evaluator.update(batch.image_ids, detector.detect(batch.to(device)))
+        found = detector.detect(batch.to(device))
+        evaluator.update(batch.image_ids, found if table is None else [_renumber(entry, table) for entry in found])
     coco = evaluator.compute()
     measured: ModelCost | None = None
     if cost and image_size is not None:
         measured = measure_cost(_on_images(detector.to("cpu")), image_size)
     return Evaluated(coco, coco.as_json(), None if measured is None else measured.as_json())
+
+
+def _class_table(theirs: tuple[str, ...], ours: tuple[str, ...]) -> Tensor | None:
+    """The split's label of each of the detector's, -1 where it has none; None where the two are alike."""
+    if theirs == ours:
+        return None
+    return torch.tensor([ours.index(name) if name in ours else -1 for name in theirs], dtype=torch.int64)
+
+
+def _renumber(found: Detections, table: Tensor) -> Detections:
+    labels = table.to(found.labels.device)[found.labels]
+    kept = labels >= 0
+    return Detections(found.boxes[kept], found.scores[kept], labels[kept])
 
 
 class _OnImages(nn.Module):

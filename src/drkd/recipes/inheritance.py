@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
+from drkd.adapters.resized import ResizedDetector
 from drkd.contracts import Detector, DrkdError
+
+# Layers with a row for each class: of torchvision's heads, of transformers', of Ultralytics'.
+_CLASS_LAYERS = re.compile(
+    r"cls_logits\.|classification_head\.module_list\.|box_predictor\.|mask_fcn_logits\."
+    r"|class_embed\.|enc_score_head\.|cv3\.\d+\.2\."
+)
 
 
 @torch.no_grad()
 def inherit_neck_and_head(student: Detector, teacher: Detector, *, body: str | None = None) -> list[str]:
     """Copy into the student what the teacher has under the same name and in the same shape, the backbone's body aside.
 
-    Lateral convolutions differ in shape where the bodies differ in width, and stay the student's own.
+    Lateral convolutions differ in shape where the bodies differ in width, and stay the student's own. So do the layers
+    that name classes where the two do not number the same classes alike.
 
     Args:
         student: Changed in place.
@@ -22,15 +32,26 @@ def inherit_neck_and_head(student: Detector, teacher: Detector, *, body: str | N
         Names of the copied tensors.
 
     Raises:
-        DrkdError: If no tensor of the head fits, so that there would be nothing to inherit.
+        DrkdError: If no tensor of the head fits, so that there would be nothing to inherit; or the classes differ in a
+            detector whose layers that name classes are not known.
     """
     kept = student.body_names if body is None else (body,)
     theirs = teacher.model.state_dict()
     ours = student.model.state_dict()
+    alike = _class_rows(student) == _class_rows(teacher)
+    if not alike and not any(map(_CLASS_LAYERS.search, ours)):
+        raise DrkdError(
+            f"inherit: the student ({student.spec.family}) and the teacher do not have the same classes in the same "
+            "order, and which layers of this detector name classes is not known, so that rows would be copied onto "
+            "other classes. Use a teacher trained on the student's classes in their order, or leave out inherit."
+        )
     fitting = {
         name: theirs[name]
         for name, value in ours.items()
-        if not name.startswith(kept) and name in theirs and theirs[name].shape == value.shape
+        if not name.startswith(kept)
+        and name in theirs
+        and theirs[name].shape == value.shape
+        and (alike or not _CLASS_LAYERS.search(name))
     }
     if not any(not name.startswith("backbone.") for name in fitting):
         raise DrkdError(
@@ -40,3 +61,11 @@ def inherit_neck_and_head(student: Detector, teacher: Detector, *, body: str | N
         )
     student.model.load_state_dict(fitting, strict=False)
     return sorted(fitting)
+
+
+def _class_rows(detector: Detector) -> dict[str, int]:
+    """By class, the detector's own label of it, which is its place in the layers that name classes."""
+    inner = detector.inner if isinstance(detector, ResizedDetector) else detector
+    names = inner.spec.class_names
+    labels = getattr(inner, "label_ids", range(len(names)))
+    return {name: label for name, label in zip(names, labels, strict=True) if label >= 0}

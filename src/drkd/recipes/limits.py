@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from drkd.contracts import DrkdError
+from drkd.contracts import Detector, DrkdError
+from drkd.engine.unlabelled import choose_labeller
 
 if TYPE_CHECKING:
-    from drkd.recipes.recipe import Training
+    from drkd.recipes.recipe import Recipe, Training
 
 _SHARDED = ("fsdp", "deepspeed", "model_parallel")
 
@@ -45,4 +46,28 @@ def check_training(training: Training) -> None:
             f"training.strategy: {training.strategy} spreads one model over the devices, and drkd needs the student "
             "whole on each: its moving average, its detections in validation and student.pt are made from it between "
             "steps. Use ddp; a detector with its teacher fits one device, and bf16-mixed halves its activations."
+        )
+
+
+def check_unlabelled(recipe: Recipe, *, student: Detector, teacher: Detector) -> None:
+    """Refuse what cannot work on images without labels; nothing where the recipe has none.
+
+    Raises:
+        DrkdError: If no teacher detects, pseudo-labels would have to be masks, or processes would wait for one another.
+    """
+    if not recipe.data.unlabelled:
+        return
+    choose_labeller(teacher)
+    pseudo_labels = recipe.training.unlabelled.pseudo_labels
+    heads = getattr(student.model, "roi_heads", None)
+    if pseudo_labels and heads is not None and heads.has_mask():
+        raise DrkdError(
+            "training.unlabelled.pseudo_labels: this Mask R-CNN trains its masks too, and the teacher's boxes come "
+            "without masks. Leave pseudo_labels out, or train a Faster R-CNN."
+        )
+    if recipe.training.sync_batchnorm and not pseudo_labels and recipe.data.unlabelled_share is None:
+        raise DrkdError(
+            "training.sync_batchnorm: with data.unlabelled the processes may see different kinds of images in a step, "
+            "and would wait for one another's batch norms for ever. Set data.unlabelled_share, so that every batch has "
+            "both kinds, or leave sync_batchnorm out."
         )

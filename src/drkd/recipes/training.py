@@ -29,6 +29,7 @@ from drkd.engine.training_cost import TrainingCost
 from drkd.evaluation import CocoEvaluator
 from drkd.recipes.evaluation import evaluate_detector
 from drkd.recipes.inheritance import inherit_neck_and_head
+from drkd.recipes.limits import check_unlabelled
 from drkd.recipes.preflight import preflight
 from drkd.recipes.recipe import Recipe
 from drkd.recipes.requeue import requeue, under_slurm
@@ -117,6 +118,8 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
         ),
         unlabelled=recipe.training.unlabelled,
     )
+    if distiller.teacher is not None:
+        check_unlabelled(recipe, student=student, teacher=distiller.teacher)
     if recipe.training.compile is not None:
         compile_distiller(distiller, backend=recipe.training.compile)
     validation = recipe.data.val_split

@@ -24,7 +24,7 @@ _NO_SETTINGS = ("output", "resume", "overwrite", "doctor")
 # What a teacher's scores depend on.
 _TEACHERS_SETTINGS = (
     *("teacher", "data.root", "data.min_size", "data.max_size", "data.size_divisor", "data.pad_to", "data.val_limit"),
-    *("data.class_names", "data.classes", "data.format", "evaluation.split", "evaluation.area_scale"),
+    *("data.class_names", "data.classes", "data.format", "evaluation.split", "evaluation.area_scale", "class_map"),
 )
 NOT_APPLICABLE = "not_applicable"
 """Field of a cell's file that says why its method cannot work with its pair; there are no scores then."""

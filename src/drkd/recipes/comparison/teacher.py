@@ -11,6 +11,7 @@ from drkd.recipes.evaluation import evaluate_detector
 from drkd.recipes.loading import choose_device
 from drkd.recipes.recipe import Recipe, load_recipe
 from drkd.recipes.run_folder import RunFolder, write_json
+from drkd.recipes.teacher_assembly import build_teacher
 
 
 def evaluate_teacher(recipe: Recipe) -> Path:
@@ -23,7 +24,13 @@ def evaluate_teacher(recipe: Recipe) -> Path:
         raise DrkdError("Expected a recipe with a teacher and with evaluation.split.")
     folder = RunFolder(recipe.output, overwrite=recipe.overwrite)
     recipe.data.setup("fit")
-    teacher = recipe.teacher.build(recipe.data.class_names)
+    teacher = build_teacher(
+        recipe.teacher,
+        recipe.data.class_names,
+        image_settings=recipe.data.image_settings,
+        class_map=recipe.class_map,
+        teacher_size=recipe.teacher_size,
+    )
     folder.start(resolved=recipe.resolved, seed=recipe.seed, kind="teacher")
     accelerator = recipe.training.accelerator
     evaluated = evaluate_detector(
