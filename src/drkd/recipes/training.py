@@ -161,9 +161,6 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
         recipe.data.leave_out_unlabelled()
     recipe.data.setup("fit")
     module = build_module(recipe, kind=kind)
-    folder.start(resolved=recipe.resolved, seed=recipe.seed, kind=kind)
-    if kind == "distill" and recipe.doctor and not recipe.resume:
-        preflight(recipe, module.distiller, folder)
     average = StudentAverage(recipe.training.ema) if recipe.training.ema else None
     last, best = _checkpoints(recipe, folder)
     cost = TrainingCost(folder.note_progress)
@@ -172,7 +169,10 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
     callbacks += [restoring, _interruptible(recipe, folder)]
     with quiet_lightning():
         trainer = _trainer(recipe, folder, callbacks)
+    folder.start(resolved=recipe.resolved, seed=recipe.seed, kind=kind)
     try:
+        if kind == "distill" and recipe.doctor and not folder.resumes:
+            preflight(recipe, module.distiller, folder, device=trainer.strategy.root_device)
         with quiet_lightning(), restoring:
             trainer.fit(
                 module,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from tests.conftest import write_detector
 
 from drkd import cli
 from drkd.adapters import TorchvisionDetector, load_detector
+from drkd.contracts import DrkdError
 from drkd.data.digits import DigitsConfig, build_digits
 from drkd.data.module import DetectionDataModule
+from drkd.recipes import preflight as preflight_module
 from drkd.recipes.doctor.preprocessing import average_precision, judge_preprocessing, preprocessing_changes
 from drkd.recipes.preflight import doctor
 from drkd.recipes.recipe import Recipe, load_recipe
@@ -59,6 +63,49 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without_it(
     for name, value in states[0].items():
         if torch.is_tensor(value):
             assert torch.equal(value, states[1][name]), name
+
+
+@pytest.mark.parametrize("failure", [DrkdError("an image is gone"), RuntimeError("CUDA out of memory\nmore")])
+def test_a_run_goes_on_where_its_examination_fails(
+    failure: Exception,
+    tiny_coco: Path,
+    tiny_detector: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(preflight_module, "examine_briefly", _raising(failure))
+    distill(_recipe(tiny_coco, tiny_detector, tmp_path / "run"))
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("drkd doctor")]
+    assert str(failure).splitlines()[0] in said
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    assert not (tmp_path / "run" / "doctor.json").exists()
+
+
+def test_a_run_stopped_while_it_is_examined_is_not_left_running(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight_module, "examine_briefly", _raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        distill(_recipe(tiny_coco, tiny_detector, tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_a_first_start_with_resume_auto_is_examined_and_a_resumed_one_is_not(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path
+) -> None:
+    distill(_recipe(tiny_coco, tiny_detector, tmp_path / "run", "--resume=auto"))
+    report = tmp_path / "run" / "doctor.json"
+    report.unlink()  # it was there
+    distill(_recipe(tiny_coco, tiny_detector, tmp_path / "run", "--resume=auto"))
+    assert not report.exists()
+
+
+def _raising(error: BaseException) -> Callable[..., NoReturn]:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return fail
 
 
 def test_the_whole_form_measures_everything_and_says_that_this_teacher_is_bad(

@@ -73,14 +73,16 @@ def examine_briefly(recipe: Recipe, distiller: Distiller, *, device: torch.devic
     Args:
         recipe: The recipe, its data set up.
         distiller: Student, teacher and method.
-        device: Where to run; where the models are, by default.
+        device: Where to run, after which the models are put back; where they are, by default.
     """
-    where = device or next(distiller.student.parameters()).device
+    home = next(distiller.student.parameters()).device
+    where = device or home
     modes = {module: module.training for module in distiller.modules()}
     with isolate_rng():
         try:
-            findings, numbers = _look(recipe, distiller, images=BRIEF_IMAGES, device=where)
+            findings, numbers = _look(recipe, distiller.to(where), images=BRIEF_IMAGES, device=where)
         finally:
+            distiller.to(home)
             for module, training in modes.items():
                 module.training = training
     return Diagnosis(tuple(findings), numbers, brief=True)
