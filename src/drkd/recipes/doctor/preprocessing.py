@@ -98,7 +98,8 @@ def average_precision(
         for name, found in detections.items():
             seen = replace(batch, images=changes[name](batch.images)) if name else batch
             found += [_in_order(entry, places) for entry in detector.detect(seen)]
-    records = [record for record in split.records if record.image_id in set(ids)]
+    looked_at = set(ids)
+    records = [record for record in split.records if record.image_id in looked_at]
     measured = {}
     for name, found in detections.items():
         evaluator = CocoEvaluator(records, split.class_names)
