@@ -57,7 +57,8 @@ def test_a_compiled_step_equals_the_eager_one() -> None:
     assert not counters["graph_break"]
 
 
-def test_each_of_several_teachers_is_compiled_with_its_method(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_each_of_several_teachers_is_compiled_with_its_method() -> None:
     torch.manual_seed(0)
     # Of different widths, as equal ones would share what is compiled.
     student, *teachers = (
@@ -67,7 +68,6 @@ def test_each_of_several_teachers_is_compiled_with_its_method(monkeypatch: pytes
     named = {f"teacher{number}": teacher for number, teacher in enumerate(teachers)}
     distiller = Distiller(student, named, DRKD)
     expected = step(copy.deepcopy(distiller), small_batch(3))[0]
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     compile_distiller(distiller, backend="eager")
     # All parts count as one function: eight forms for each of them, not for all.
     assert torch._dynamo.config.recompile_limit == 8 * 5
