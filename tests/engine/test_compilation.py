@@ -57,6 +57,29 @@ def test_a_compiled_step_equals_the_eager_one() -> None:
     assert not counters["graph_break"]
 
 
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_each_of_several_teachers_is_compiled_with_its_method() -> None:
+    torch.manual_seed(0)
+    # Of different widths, as equal ones would share what is compiled.
+    student, *teachers = (
+        RetinaNetBuilder(width=0.25, fpn_channels=32 * wide, extra="none", stages=(4,)).build(["cat"])
+        for wide in (1, 2, 3)
+    )
+    named = {f"teacher{number}": teacher for number, teacher in enumerate(teachers)}
+    distiller = Distiller(student, named, DRKD)
+    expected = step(copy.deepcopy(distiller), small_batch(3))[0]
+    compile_distiller(distiller, backend="eager")
+    # All parts count as one function: eight forms for each of them, not for all.
+    assert torch._dynamo.config.recompile_limit == 8 * 5
+    torch._dynamo.reset()
+    counters.clear()
+    found = step(distiller, small_batch(3))[0]
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-5)
+    # Three backbones and two pixel losses.
+    assert counters["stats"]["unique_graphs"] == 5
+    assert not counters["graph_break"]
+
+
 @pytest.mark.parametrize("method", [DRKD, ToyMethod])
 def test_gradient_ratios_are_still_measured(method: type[KDMethod]) -> None:
     """By several backward passes through one compiled graph, whose buffers must not be given away by the first."""

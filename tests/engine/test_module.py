@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from torch.utils.data import DataLoader
 from toys import ToyDetector, ToyMethod, toy_batch
 
@@ -118,6 +120,21 @@ def test_the_average_equals_its_definition(tmp_path: object) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path: object) -> None:
     with pytest.raises(DrkdError, match=r"became NaN or infinite at step \d+.*learning_rate"):
         trainer(tmp_path, FiniteLossGuard(), max_epochs=20).fit(module(learning_rate=1e30), loader())
+
+
+def test_no_checkpoint_is_written_between_a_broken_loss_and_the_reading_of_its_note(tmp_path: Path) -> None:
+    guard, path = FiniteLossGuard(), tmp_path / "last.ckpt"
+
+    class SavesWithinTheEpoch(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *rest: object) -> None:  # type: ignore[override]
+            if trainer.global_step == 2:
+                # As a GPU leaves it until the next reading.
+                guard._broken = torch.tensor(True)
+                trainer.save_checkpoint(path)
+
+    with pytest.raises(DrkdError, match="became NaN or infinite at step 2"):
+        trainer(tmp_path, guard, SavesWithinTheEpoch()).fit(module(), loader())
+    assert not path.exists()
 
 
 def test_a_step_draws_the_same_whatever_came_before(tmp_path: object) -> None:

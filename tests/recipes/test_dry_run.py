@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -70,6 +71,25 @@ def test_the_command_line_prints_it(
     assert re.search(r"epoch: +6 images, 3 steps, .*costs \d", text)
     assert re.search(r"loader: +[\d.]+ images a second, the step consumes [\d.]+", text)
     assert "peak memory" in text and not (tmp_path / "run").exists()
+
+
+def test_a_student_alone_is_tried_without_the_unlabelled_images(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path
+) -> None:
+    more = (f"--data.unlabelled=[{tiny_coco / 'val'}]", "--data.unlabelled_share=0.5")
+    found = dry_run(_load(*_recipe(tiny_coco, tiny_detector, tmp_path / "run", *more)), kind="train")
+    # Three batches of the six labelled images; with the unlabelled ones among them there were six.
+    assert found.steps_per_epoch == 3
+
+
+def test_several_teachers_are_teachers(tiny_coco: Path, tiny_detector: Path, tmp_path: Path) -> None:
+    saved = {"class_path": "drkd.adapters.SavedDetectorBuilder", "init_args": {"path": str(tiny_detector)}}
+    arguments = [
+        option for option in _recipe(tiny_coco, tiny_detector, tmp_path / "run") if not option.startswith("--teacher.")
+    ]
+    teachers = json.dumps({name: {"detector": saved} for name in ("one", "two")})
+    found = dry_run(_load(*arguments, "--teacher=null", f"--teachers={teachers}"), kind="distill")
+    assert {"kd/one.instance", "kd/two.instance"} <= set(found.losses)
 
 
 def test_distilling_without_a_teacher_is_refused() -> None:

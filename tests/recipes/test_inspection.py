@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.conftest import write_detector
 
 from drkd.cli import main
 from drkd.contracts import DrkdError
@@ -57,6 +58,24 @@ def test_a_recipe_shows_student_and_teacher(tmp_path: Path, tiny_coco: Path, tin
     assert (student.title, teacher.title) == ("student", "teacher")
     assert [row.name for row in student.layers if row.pyramid] == ["neck[0]", "neck[1]", "neck[2]"]
     assert yaml.safe_load(student.yaml) == {"method": {"init_args": {"levels": ["p3", "p4", "p5"]}}}
+
+
+def test_several_teachers_and_their_class_maps_are_built_as_a_run_builds_them(tmp_path: Path, tiny_coco: Path) -> None:
+    other = write_detector(tmp_path / "teacher.pt", classes=("horse", "dog"))
+    saved = {"class_path": "drkd.adapters.SavedDetectorBuilder", "init_args": {"path": str(other)}}
+    content = {
+        "student": {"class_path": "drkd.adapters.RetinaNetBuilder", "init_args": {"width": 0.25, "fpn_channels": 32}},
+        "teachers": {
+            "one": {"detector": saved, "class_map": "names"},
+            "two": {"detector": saved, "class_map": "names"},
+        },
+        "data": {"root": str(tiny_coco)},
+        "training": {"steps": 1},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    found = inspect_model(str(tmp_path / "recipe.yaml"), size=(64, 64))
+    assert [entry.title for entry in found] == ["student", "teacher one", "teacher two"]
+    assert found[1].yaml.startswith("# levels of the teacher one: ")
 
 
 @pytest.mark.parametrize(

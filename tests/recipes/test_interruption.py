@@ -158,6 +158,24 @@ def test_in_validation_one_process_stops_at_once_and_several_after_it(tmp_path: 
         stop.on_validation_batch_end(one, None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("accumulate", [1, 2, 4, 5, 10])
+def test_several_processes_stop_within_the_epoch_however_many_batches_a_step_takes(
+    accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    stop = Interruptible(tmp_path / "last.ckpt", every_steps=None, every_minutes=None, signals=(signal.SIGTERM,))
+    stop._note(signal.SIGTERM, None)
+    trainer: Any = SimpleNamespace(world_size=2, is_last_batch=False, global_step=0, received_sigterm=False)
+    trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer.save_checkpoint = lambda path: None
+    with pytest.raises(StoppedBySignal, match="at step 10; a checkpoint of this step is saved"):
+        for batch_idx in range(20 * accumulate):
+            ends_step = (batch_idx + 1) % accumulate == 0
+            trainer.global_step += ends_step
+            trainer.fit_loop = SimpleNamespace(_should_accumulate=lambda ends_step=ends_step: not ends_step)
+            stop.on_train_batch_end(trainer, None, None, None, batch_idx)  # type: ignore[arg-type]
+
+
 def test_a_checkpoint_is_written_when_the_last_one_is_old(
     tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,7 +114,12 @@ class FiniteLossGuard(Callback):
             self._check(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the note before a checkpoint is written."""
+        """Read the note at the latest when an epoch ends."""
+        self._check(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read the note before a checkpoint is written, whoever writes it."""
+        del checkpoint
         self._check(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 __all__ = ["Interruptible", "StoppedBySignal", "stop_signals"]
 
-# Batches between two agreements of several processes on whether to stop; one costs a small collective.
+# Steps between two agreements of several processes on whether to stop; one costs a small collective.
 _AGREE_EVERY = 10
 
 
@@ -47,7 +47,7 @@ class Interruptible(Checkpoint):
     """Save the run's checkpoint every so many steps or minutes, and stop where a signal asks for it.
 
     A signal only leaves a note: the run saves and stops after the optimizer step under way, when its state is
-    consistent. Several processes agree every ten batches, so that all stop at the same step whichever was told. In
+    consistent. Several processes agree every ten steps, so that all stop at the same step whichever was told. In
     validation there is nothing to save: one process stops at once, several after the epoch.
 
     Args:
@@ -79,11 +79,13 @@ class Interruptible(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save where it is due; save and stop where it was asked for."""
-        del pl_module, outputs, batch
+        del pl_module, outputs, batch, batch_idx
         # After an epoch's last batch come validation and the checkpoint of the epoch's end: nothing goes between.
         if trainer.is_last_batch or trainer.fit_loop._should_accumulate():
             return
-        asked, late = self._agree(trainer, batch_idx)
+        # Not by the batch's number: where gradients are accumulated, every tenth batch may never end a step.
+        together = trainer.world_size == 1 or trainer.global_step % _AGREE_EVERY == 0
+        asked, late = self._agree(trainer) if together else (0, False)
         due = late or (self.every_steps is not None and trainer.global_step % self.every_steps == 0)
         if asked or due:
             trainer.save_checkpoint(self.path)
@@ -101,7 +103,7 @@ class Interruptible(Checkpoint):
         """Stop after the epoch's own checkpoint."""
         del pl_module
         self._saved_at = time.monotonic()
-        asked, _ = self._agree(trainer, 0)
+        asked, _ = self._agree(trainer)
         if asked:
             raise StoppedBySignal(asked, step=trainer.global_step, saved=True)
 
@@ -111,15 +113,13 @@ class Interruptible(Checkpoint):
             raise KeyboardInterrupt  # whoever presses twice will not wait
         self._asked = number
 
-    def _agree(self, trainer: Trainer, batch_idx: int) -> tuple[int, bool]:
+    def _agree(self, trainer: Trainer) -> tuple[int, bool]:
         """The signal that any process got, or 0, and whether the time is up on any."""
         # Between Lightning's taking the signals and ours it keeps the note itself.
         asked = self._asked or (int(signal.SIGTERM) if trainer.received_sigterm else 0)
         late = self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
         if trainer.world_size == 1:
             return asked, late
-        if batch_idx % _AGREE_EVERY:
-            return 0, False
         notes = torch.tensor([asked, int(late)], device=trainer.strategy.root_device)
         torch.distributed.all_reduce(notes, op=torch.distributed.ReduceOp.MAX)
         first, second = notes.tolist()

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from lightning import Trainer
 
-from drkd.contracts import DetectionBatch, DrkdError
+from drkd.contracts import DetectionBatch
 from drkd.engine.callbacks import FiniteLossGuard
 from drkd.engine.module import DistillationModule
 from drkd.engine.quiet import quiet_lightning
 from drkd.engine.training_cost import TrainingCost
 from drkd.recipes.recipe import Recipe
-from drkd.recipes.training import build_module
+from drkd.recipes.training import build_module, require_teacher_and_method
 
 _LOADER_SECONDS = 20.0
 _STEPS = 2
@@ -110,8 +110,10 @@ def dry_run(recipe: Recipe, *, kind: str, price: float | None = None) -> Project
         DrkdError: For anything that would stop the run itself.
     """
     settings = recipe.training
-    if kind == "distill" and (recipe.teacher is None or recipe.method is None):
-        raise DrkdError("drkd distill needs a teacher and a method in the recipe; use `drkd train` for one alone.")
+    if kind == "distill":
+        require_teacher_and_method(recipe)
+    else:
+        recipe.data.leave_out_unlabelled()
     recipe.data.setup("fit")
     module = build_module(recipe, kind=kind)
     cost = TrainingCost()

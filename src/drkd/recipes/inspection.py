@@ -16,10 +16,11 @@ from drkd.adapters.hooks import HookedDetector
 from drkd.adapters.import_path import import_function
 from drkd.adapters.layer_outputs import TracedLayer, trace_layers
 from drkd.adapters.pyramid_probe import probe_batch, undisturbed
-from drkd.contracts import DetectionBatch, Detector, DetectorBuilder, DetectorOutput, DrkdError, Size, Want
+from drkd.contracts import DetectionBatch, Detector, DetectorOutput, DrkdError, Size, Want
 from drkd.recipes.builtin import list_builtin
 from drkd.recipes.loading import find_checkpoint
 from drkd.recipes.recipe import load_recipe
+from drkd.recipes.training import assemble_teacher
 
 _FEATURES = frozenset[Want]({"features"})
 
@@ -54,7 +55,7 @@ class Inspected:
     """One model.
 
     Args:
-        title: What it is to the user: "student", "teacher", or what was asked for.
+        title: What it is to the user: "student", "teacher", "teacher NAME" of several, or what was asked for.
         kind: The model's class.
         image_size: Height and width of the image that it was run on, px.
         parameters: Number of its weights.
@@ -111,17 +112,18 @@ def inspect_model(
 
 def _inspect_recipe(name: str, *, size: Size, depth: int) -> list[Inspected]:
     recipe = load_recipe([name], ["--output=unused"])
-    names = recipe.data.class_names
+    teacher = assemble_teacher(recipe)
+    parts = {"student": recipe.student.build(recipe.data.class_names)}
+    if isinstance(teacher, Detector):
+        parts["teacher"] = teacher
+    else:
+        parts |= {f"teacher {member}": detector for member, detector in (teacher or {}).items()}
     found = []
-    parts: dict[str, DetectorBuilder | None] = {"student": recipe.student, "teacher": recipe.teacher}
-    for title, builder in parts.items():
-        if builder is None:
-            continue
-        detector = builder.build(names)
+    for title, detector in parts.items():
         levels = [level.name for level in detector.spec.levels]
         text = yaml.safe_dump({"method": {"init_args": {"levels": levels}}}, default_flow_style=None)
-        if title == "teacher":
-            text = f"# levels of the teacher: {', '.join(levels)}; the student's are matched with them by stride\n"
+        if title != "student":
+            text = f"# levels of the {title}: {', '.join(levels)}; the student's are matched with them by stride\n"
         found.append(_inspect_detector(detector, title, size=size, depth=depth, text=text))
     return found
 

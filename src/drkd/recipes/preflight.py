@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from drkd.contracts import DrkdError
@@ -46,14 +47,20 @@ def doctor(recipe: Recipe, *, images: int | None = 200, steps: int = 8) -> Diagn
     return diagnosis
 
 
-def preflight(recipe: Recipe, distiller: Distiller, folder: RunFolder) -> None:
+def preflight(recipe: Recipe, distiller: Distiller, folder: RunFolder, *, device: torch.device) -> None:
     """The short form: writes ``doctor.json`` and says on standard error what speaks against the run.
 
-    It never stops a run: a control with a random teacher, say, is meant to look hopeless.
+    It never stops a run: a control with a random teacher, say, is meant to look hopeless; and where the examination
+    itself fails, that is said in one line.
     """
     if not folder.writes:
         return
-    diagnosis = examine_briefly(recipe, distiller)
-    write_json(folder.path / REPORT, diagnosis.as_json())
+    try:
+        diagnosis = examine_briefly(recipe, distiller, device=device)
+        write_json(folder.path / REPORT, diagnosis.as_json())
+    except (ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"drkd doctor: could not examine this run, which goes on without it: {reason}", file=sys.stderr)
+        return
     if diagnosis.severity != "ok":
         print(f"drkd doctor: {diagnosis.verdict} (--doctor=false turns this check off.)", file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +60,7 @@ def distill(recipe: Recipe) -> RunResult:
     Raises:
         DrkdError: If the recipe names no teacher or no method, or for anything else a user can put right.
     """
-    missing = [] if recipe.teachers else [name for name in ("teacher",) if recipe.teacher is None]
-    missing += ["method"] if recipe.method is None else []
-    if missing:
-        raise DrkdError(
-            f"drkd distill needs a {' and a '.join(missing)} in the recipe; give --{missing[0]}, or use `drkd train` "
-            "to train the student alone."
-        )
+    require_teacher_and_method(recipe)
     return _run(recipe, kind="distill")
 
 
@@ -78,6 +71,17 @@ def train(recipe: Recipe) -> RunResult:
         DrkdError: For anything that a user can put right.
     """
     return _run(recipe, kind="train")
+
+
+def require_teacher_and_method(recipe: Recipe) -> None:
+    """Raise a DrkdError that says what a recipe lacks for a distillation, if it lacks anything."""
+    missing = [] if recipe.teachers or recipe.teacher is not None else ["teacher"]
+    missing += ["method"] if recipe.method is None else []
+    if missing:
+        raise DrkdError(
+            f"drkd distill needs a {' and a '.join(missing)} in the recipe; give --{missing[0]}, or use `drkd train` "
+            "to train the student alone."
+        )
 
 
 def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
@@ -94,7 +98,7 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
     teacher: Detector | dict[str, Detector] | None = None
     method = None
     if kind == "distill" or recipe.inherit:
-        teacher = _teacher(recipe, names)
+        teacher = assemble_teacher(recipe)
     if recipe.inherit:
         if not isinstance(teacher, Detector):
             raise DrkdError("inherit: the recipe names no teacher whose neck and head the student could start from.")
@@ -137,9 +141,13 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
     )
 
 
-def _teacher(recipe: Recipe, names: Sequence[str]) -> Detector | dict[str, Detector] | None:
-    """The recipe's teacher, its teachers by name, or None."""
-    settings = recipe.data.image_settings
+def assemble_teacher(recipe: Recipe) -> Detector | dict[str, Detector] | None:
+    """Build the recipe's teacher, its teachers by name, or None, as a run does.
+
+    Raises:
+        DrkdError: If the recipe names both a teacher and teachers, or one of them cannot be built.
+    """
+    names, settings = recipe.data.class_names, recipe.data.image_settings
     if recipe.teachers:
         if recipe.teacher is not None or recipe.class_map is not None or recipe.teacher_size is not None:
             raise DrkdError(
@@ -164,9 +172,6 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
         recipe.data.leave_out_unlabelled()
     recipe.data.setup("fit")
     module = build_module(recipe, kind=kind)
-    folder.start(resolved=recipe.resolved, seed=recipe.seed, kind=kind)
-    if kind == "distill" and recipe.doctor and not recipe.resume:
-        preflight(recipe, module.distiller, folder)
     average = StudentAverage(recipe.training.ema) if recipe.training.ema else None
     last, best = _checkpoints(recipe, folder)
     cost = TrainingCost(folder.note_progress)
@@ -175,7 +180,10 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
     callbacks += [restoring, _interruptible(recipe, folder)]
     with quiet_lightning():
         trainer = _trainer(recipe, folder, callbacks)
+    folder.start(resolved=recipe.resolved, seed=recipe.seed, kind=kind)
     try:
+        if kind == "distill" and recipe.doctor and not folder.resumes:
+            preflight(recipe, module.distiller, folder, device=trainer.strategy.root_device)
         with quiet_lightning(), restoring:
             trainer.fit(
                 module,

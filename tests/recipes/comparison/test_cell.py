@@ -78,6 +78,16 @@ def test_a_pair_without_teacher_has_no_teachers_cell(comparison_file: Path) -> N
         _cells(comparison_file, none)
 
 
+def test_a_pair_of_several_teachers_has_its_methods_and_no_teachers_cell(comparison_file: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    teacher = recipe.pop("teacher")
+    recipe["teachers"] = {"one": {"detector": teacher}, "two": {"detector": teacher, "weight": 0.5}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    cells = _cells(comparison_file)
+    assert "tiny/teacher" not in cells and cells["tiny/hint/0"].verb == "distill"
+    assert set(cells["tiny/hint/0"].settings["teachers"]) == {"one", "two"}
+
+
 def test_a_changed_setting_is_found_wherever_it_was_changed(comparison_file: Path, tmp_path: Path) -> None:
     for cell in _cells(comparison_file).values():
         _measure(cell, tmp_path)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -11,12 +14,18 @@ from tests.conftest import write_detector
 
 from drkd import cli
 from drkd.adapters import TorchvisionDetector, load_detector
+from drkd.contracts import DrkdError
 from drkd.data.digits import DigitsConfig, build_digits
 from drkd.data.module import DetectionDataModule
+from drkd.engine.distiller import Distiller
+from drkd.recipes import preflight as preflight_module
+from drkd.recipes.doctor import Diagnosis, examination
+from drkd.recipes.doctor.batches import ValidationBatches
 from drkd.recipes.doctor.preprocessing import average_precision, judge_preprocessing, preprocessing_changes
 from drkd.recipes.preflight import doctor
 from drkd.recipes.recipe import Recipe, load_recipe
-from drkd.recipes.training import distill
+from drkd.recipes.run_folder import RunFolder
+from drkd.recipes.training import build_module, distill
 
 
 def _options(tiny_coco: Path, teacher: Path, output: Path, *extra: str) -> list[str]:
@@ -61,6 +70,83 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without_it(
             assert torch.equal(value, states[1][name]), name
 
 
+@pytest.mark.parametrize("failure", [DrkdError("an image is gone"), RuntimeError("CUDA out of memory\nmore")])
+def test_a_run_goes_on_where_its_examination_fails(
+    failure: Exception,
+    tiny_coco: Path,
+    tiny_detector: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(preflight_module, "examine_briefly", _raising(failure))
+    distill(_recipe(tiny_coco, tiny_detector, tmp_path / "run"))
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("drkd doctor")]
+    assert str(failure).splitlines()[0] in said
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    assert not (tmp_path / "run" / "doctor.json").exists()
+
+
+def test_a_run_stopped_while_it_is_examined_is_not_left_running(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight_module, "examine_briefly", _raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        distill(_recipe(tiny_coco, tiny_detector, tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_images_are_looked_at_in_the_recipes_batches_one_at_a_time(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path
+) -> None:
+    recipe = _recipe(tiny_coco, tiny_detector, tmp_path / "run")
+    recipe.data.setup("fit")
+    batches = ValidationBatches(recipe, 3, device=torch.device("meta"))
+    assert batches.count == 3 and [batch.image_ids for batch in batches] == [(1, 2), (3,)]
+    assert batches.first().images.device.type == "meta"
+    alive: list[weakref.ref[torch.Tensor]] = []
+    for batch in ValidationBatches(recipe, None, device=torch.device("cpu")):
+        alive = [entry for entry in alive if entry() is not None] + [weakref.ref(batch.images)]
+        assert len(alive) <= 2  # this one, and the last one until its name is given away
+
+
+def test_the_preflight_runs_on_the_runs_device_and_puts_the_models_back(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+    moved: list[str] = []
+
+    def note(recipe: Recipe, distiller: Distiller, *, device: torch.device) -> Diagnosis:
+        asked.append(device)
+        monkeypatch.setattr(examination, "_look", lambda *_, **__: ([], {}))
+        monkeypatch.setattr(distiller, "to", lambda where: moved.append(str(where)) or distiller)
+        return examination.examine_briefly(recipe, distiller, device=torch.device("cuda", 1))
+
+    monkeypatch.setattr(preflight_module, "examine_briefly", note)
+    recipe = _recipe(tiny_coco, tiny_detector, tmp_path / "run")
+    recipe.data.setup("fit")
+    distiller = build_module(recipe, kind="distill").distiller
+    preflight_module.preflight(recipe, distiller, RunFolder(tmp_path / "run"), device=torch.device("cuda", 1))
+    assert asked == [torch.device("cuda", 1)] and moved == ["cuda:1", "cpu"]
+
+
+def test_a_first_start_with_resume_auto_is_examined_and_a_resumed_one_is_not(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path
+) -> None:
+    distill(_recipe(tiny_coco, tiny_detector, tmp_path / "run", "--resume=auto"))
+    report = tmp_path / "run" / "doctor.json"
+    report.unlink()  # it was there
+    distill(_recipe(tiny_coco, tiny_detector, tmp_path / "run", "--resume=auto"))
+    assert not report.exists()
+
+
+def _raising(error: BaseException) -> Callable[..., NoReturn]:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return fail
+
+
 def test_the_whole_form_measures_everything_and_says_that_this_teacher_is_bad(
     tiny_coco: Path, tiny_detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,11 +178,11 @@ def test_a_teacher_under_a_wrong_normalisation_is_found_out(tmp_path: Path) -> N
     wrong = TorchvisionDetector(wrong_model, right.spec.class_names, label_ids=right.label_ids).eval()
     data = DetectionDataModule(str(folder), min_size=128, max_size=128, workers=0, pad_to=(128, 128))
     batches = list(data.val_dataloader())
-    own = average_precision(wrong, batches, data.val_split)["ap"]
-    changes = preprocessing_changes(wrong, None)
-    found = {name: average_precision(wrong, batches, data.val_split, change)["ap"] for name, change in changes.items()}
+    measured = average_precision(wrong, batches, data.val_split, preprocessing_changes(wrong, None))
+    found = {name: numbers["ap"] for name, numbers in measured.items()}
+    own = found.pop("")
     cure = "mean and std 0.5" if trained_with[0][0] == 0.5 else "ImageNet's mean and std"
-    assert found[cure] == pytest.approx(average_precision(right, batches, data.val_split)["ap"], abs=1e-6)
+    assert found[cure] == pytest.approx(average_precision(right, batches, data.val_split)[""]["ap"], abs=1e-6)
     finding = judge_preprocessing(own, {name: found[name] for name in (cure, "BGR instead of RGB")})
     assert finding.severity == "stop" and cure in finding.text
 

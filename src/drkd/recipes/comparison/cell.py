@@ -252,7 +252,7 @@ def _make_cell(comparison: Comparison, pair: tuple[str, Pair], arm: tuple[str, A
         options.append(_option("method", method))
     arguments = (f"--config={pair[1].recipe}", *options)
     recipe = load_recipe([], [*arguments, f"--output={comparison.output}"])
-    if method and recipe.teacher is None:
+    if method and recipe.teacher is None and not recipe.teachers:
         raise DrkdError(f"the recipe {pair[1].recipe} names no teacher, and the method needs one.")
     settings = yaml.safe_load(recipe.resolved)
     kept = {key: value for key, value in settings.items() if key not in _NO_SETTINGS}

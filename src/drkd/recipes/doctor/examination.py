@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader
 
 from drkd.contracts import DetectionBatch, Detector, DrkdError
 from drkd.data.split import DatasetSplit
 from drkd.engine.distiller import Distiller
 from drkd.engine.teachers import TeacherGroup
+from drkd.recipes.doctor.batches import ValidationBatches
 from drkd.recipes.doctor.classes import compare_classes, count_boxes
 from drkd.recipes.doctor.features import look_at_features
 from drkd.recipes.doctor.finding import Diagnosis, Finding
@@ -50,7 +49,7 @@ def examine(
         raise DrkdError(f"drkd doctor: expected at least 2 steps and 1 image, got {steps} and {images}.")
     distiller.to(device)
     findings, numbers = _look(recipe, distiller, images=images, device=device)
-    batch = _batches(recipe, 1)[0].to(device)
+    batch = ValidationBatches(recipe, 1, device=device).first()
     detect = _detect_seconds(distiller.student, batch)
     taken = take_steps(recipe, distiller, steps=steps, device=device)
     weights = distiller.method.weights if distiller.method is not None else {}
@@ -73,14 +72,16 @@ def examine_briefly(recipe: Recipe, distiller: Distiller, *, device: torch.devic
     Args:
         recipe: The recipe, its data set up.
         distiller: Student, teacher and method.
-        device: Where to run; where the models are, by default.
+        device: Where to run, after which the models are put back; where they are, by default.
     """
-    where = device or next(distiller.student.parameters()).device
+    home = next(distiller.student.parameters()).device
+    where = device or home
     modes = {module: module.training for module in distiller.modules()}
     with isolate_rng():
         try:
-            findings, numbers = _look(recipe, distiller, images=BRIEF_IMAGES, device=where)
+            findings, numbers = _look(recipe, distiller.to(where), images=BRIEF_IMAGES, device=where)
         finally:
+            distiller.to(home)
             for module, training in modes.items():
                 module.training = training
     return Diagnosis(tuple(findings), numbers, brief=True)
@@ -96,7 +97,8 @@ def _look(
     train, val = recipe.data.train_split, recipe.data.val_split
     student.eval()
     findings, counts = count_boxes(train, val)
-    batches = [batch.to(device) for batch in _batches(recipe, images)]
+    batches = ValidationBatches(recipe, images, device=device)
+    first = batches.first()
     numbers: dict[str, Any] = {"classes": counts}
     group = isinstance(teacher, TeacherGroup)
     members: Mapping[str, Any] = dict(teacher.members) if isinstance(teacher, TeacherGroup) else {"": teacher}
@@ -104,49 +106,34 @@ def _look(
         missing = getattr(member, "missing_classes", ())
         more = compare_classes(student.spec, member.spec, recipe.data.class_names, missing=missing)
         measured, found = _measure(member, student, batches, val)
-        alive, found["features"] = look_at_features("teacher", member, batches[0])
+        alive, found["features"] = look_at_features("teacher", member, first)
         more += [*measured, *alive]
         findings += [replace(entry, text=f"{name}: {entry.text}") for entry in more] if group else more
         if group:
             numbers.setdefault("teachers", {})[name] = found
         else:
             numbers |= {**found, "features": {"teacher": found["features"]}}
-    more, own = look_at_features("student", student, batches[0])
+    more, own = look_at_features("student", student, first)
     numbers.setdefault("features", {})["student"] = own
     return findings + more, numbers
 
 
 def _measure(
-    teacher: Detector, student: Detector, batches: Sequence[DetectionBatch], split: DatasetSplit
+    teacher: Detector, student: Detector, batches: ValidationBatches, split: DatasetSplit
 ) -> tuple[list[Finding], dict[str, Any]]:
     """The teacher's AP as it is and under other preprocessings; one that cannot detect is left at that."""
-    seen, boxes = sum(len(batch) for batch in batches), sum(len(entry) for batch in batches for entry in batch.boxes)
     try:
-        own = average_precision(teacher, batches, split)
+        others = average_precision(teacher, batches, split, preprocessing_changes(teacher, student))
     except DrkdError as error:
         return [Finding("ok", "teacher", f"The teacher's AP was not measured. {error}")], {"teacher": None}
-    findings = [judge_teacher(own["ap"], own["ap50"], seen, boxes=boxes)]
-    changes = preprocessing_changes(teacher, student)
-    others = {name: average_precision(teacher, batches, split, change)["ap"] for name, change in changes.items()}
+    own = others.pop("")
+    boxes = sum(len(record.boxes) for record in split.records[: batches.count])
+    findings = [judge_teacher(own["ap"], own["ap50"], batches.count, boxes=boxes)]
+    aps = {name: found["ap"] for name, found in others.items()}
     if boxes:
-        findings.append(judge_preprocessing(own["ap"], others))
-    numbers = {**own, "images": seen, "boxes": boxes, "split": split.name}
-    return findings, {"teacher": numbers, "preprocessing": others}
-
-
-def _batches(recipe: Recipe, images: int | None) -> list[DetectionBatch]:
-    """The first validation images, decoded here: starting processes for a handful takes longer."""
-    loader = recipe.data.val_dataloader()
-    dataset: Any = loader.dataset
-    count = len(dataset) if images is None else min(images, len(dataset))
-    size = max(1, min(16, count))
-    plain: DataLoader[Any] = DataLoader(
-        dataset, batch_size=size, collate_fn=loader.collate_fn, generator=torch.Generator().manual_seed(0)
-    )
-    found: Sequence[DetectionBatch] = list(islice(plain, -(-count // size)))
-    if not found:
-        raise DrkdError("drkd doctor: the validation split holds no image.")
-    return list(found)
+        findings.append(judge_preprocessing(own["ap"], aps))
+    numbers = {**own, "images": batches.count, "boxes": boxes, "split": split.name}
+    return findings, {"teacher": numbers, "preprocessing": aps}
 
 
 @torch.no_grad()

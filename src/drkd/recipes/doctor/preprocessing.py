@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -70,28 +71,49 @@ def _renormalise(mean: Tensor, std: Tensor, own_mean: Tensor, own_std: Tensor) -
 
 @torch.no_grad()
 def average_precision(
-    detector: Detector, batches: Sequence[DetectionBatch], split: DatasetSplit, change: Change | None = None
-) -> dict[str, float]:
-    """COCO's AP and AP50 of a detector on some batches; AP is of their images alone.
+    detector: Detector,
+    batches: Iterable[DetectionBatch],
+    split: DatasetSplit,
+    changes: Mapping[str, Change] = MappingProxyType({}),
+) -> dict[str, dict[str, float]]:
+    """COCO's AP and AP50 of a detector on some batches, which are gone through once; AP is of their images alone.
 
     Classes are the split's by name; detections of classes that it does not have are left out.
+
+    Args:
+        detector: In eval mode.
+        batches: On its device.
+        split: What the batches' images are of.
+        changes: Of the images, by name.
+
+    Returns:
+        "ap" and "ap50" by change, and under "" those of the images as they are.
     """
-    ids = {image_id for batch in batches for image_id in batch.image_ids}
-    evaluator = CocoEvaluator([record for record in split.records if record.image_id in ids], split.class_names)
     names = list(split.class_names)
     places = [names.index(name) if name in names else -1 for name in detector.spec.class_names]
+    ids: list[int] = []
+    detections: dict[str, list[Detections]] = {"": [], **{name: [] for name in changes}}
     for batch in batches:
-        seen = batch if change is None else replace(batch, images=change(batch.images))
-        evaluator.update(batch.image_ids, [_in_order(found, places) for found in detector.detect(seen)])
-    metrics = evaluator.compute()
-    return {"ap": metrics.ap, "ap50": metrics.ap50}
+        ids += batch.image_ids
+        for name, found in detections.items():
+            seen = replace(batch, images=changes[name](batch.images)) if name else batch
+            found += [_in_order(entry, places) for entry in detector.detect(seen)]
+    looked_at = set(ids)
+    records = [record for record in split.records if record.image_id in looked_at]
+    measured = {}
+    for name, found in detections.items():
+        evaluator = CocoEvaluator(records, split.class_names)
+        evaluator.update(ids, found)
+        metrics = evaluator.compute()
+        measured[name] = {"ap": metrics.ap, "ap50": metrics.ap50}
+    return measured
 
 
 def _in_order(found: Detections, places: Sequence[int]) -> Detections:
-    """Labels as the split numbers its classes; -1 for those it does not have, which are dropped."""
+    """In the memory of the CPU, labels as the split numbers its classes; those that it does not have are dropped."""
     labels = torch.tensor(places, dtype=torch.int64, device=found.labels.device)[found.labels]
     known = labels >= 0
-    return Detections(found.boxes[known], found.scores[known], labels[known])
+    return Detections(found.boxes[known].cpu(), found.scores[known].cpu(), labels[known].cpu())
 
 
 def judge_teacher(ap: float, ap50: float, images: int, *, boxes: int) -> Finding:
