@@ -48,7 +48,7 @@ def test_real_members():
     methods = {"relations": DRKD, "anchors": FGFI, "channels": partial(CWD, weight=0.5)}
     kd = Combination(SPEC, SPEC, methods=methods, factors={"relations": 2.0})
     assert kd.weights == {
-        "relations.pixel_relation": 2.0,
+        "relations.pixel_relation": 6.0,
         "relations.instance_relation": 0.2,
         "relations.instance": 1.0,
         "anchors.fgfi": 1.0,
