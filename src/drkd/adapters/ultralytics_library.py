@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from drkd.contracts import DrkdError
 
@@ -29,7 +30,7 @@ def ultralytics_module(name: str) -> Any:
     Where this is the first import of Ultralytics in the process, it neither asks the network whether it is online, nor
     sends usage data, nor installs packages, nor writes into the user's folders: its settings go to a private temporary
     folder, unless ``YOLO_CONFIG_DIR`` says where they belong; then they are the user's and stay as they are. What the
-    import changes besides (environment variables, ``torch.save``, how numpy prints) is put back.
+    import changes besides (environment variables, ``torch.save``, ``PIL.Image.open``, how numpy prints) is put back.
 
     Raises:
         DrkdError: If Ultralytics is not installed, or cannot be imported.
@@ -37,7 +38,10 @@ def ultralytics_module(name: str) -> Any:
     try:
         if "ultralytics" not in sys.modules:
             _import_quietly()
-        return importlib.import_module(f"ultralytics.{name}")
+        if f"ultralytics.{name}" not in sys.modules:
+            with _unchanged_process():
+                importlib.import_module(f"ultralytics.{name}")
+        return sys.modules[f"ultralytics.{name}"]
     except ImportError as error:
         raise DrkdError(_explain(error)) from error
 
@@ -58,8 +62,9 @@ def _import_quietly() -> None:
 
 @contextmanager
 def _unchanged_process() -> Iterator[None]:
-    """Put back the environment, ``torch.save``, numpy's printing and the threshold of all logging."""
+    """Put back the environment, ``torch.save``, ``PIL.Image.open``, numpy's printing and the threshold of logging."""
     environment, save, threshold = dict(os.environ), torch.save, logging.root.manager.disable
+    open_image = Image.open
     # It reports that it made a settings file; ours is nobody's business.
     logging.disable(logging.INFO)
     try:
@@ -68,6 +73,8 @@ def _unchanged_process() -> Iterator[None]:
     finally:
         logging.disable(threshold)
         torch.save = save
+        # Theirs would tell the user of a damaged file to install a library for HEIC.
+        Image.open = open_image
         for key in set(os.environ) - set(environment):
             del os.environ[key]
         os.environ.update(environment)

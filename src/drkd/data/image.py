@@ -53,6 +53,9 @@ def decode_image(path: Path, size: Size | None = None, *, turned: bool = False) 
     except Image.DecompressionBombError as error:
         raise DrkdError(f"{path}: the image is too large to be one of a data set ({error}).") from None
     except Exception as error:
+        # Where the user has imported Ultralytics, it has replaced Pillow's open, and asks for a HEIC library here.
+        if isinstance(error.__context__, UnidentifiedImageError):
+            raise DrkdError(f"{path}: this is not an image, or of a kind that cannot be read.") from None
         # Pillow's plugins raise errors of many kinds on damaged files.
         raise DrkdError(f"{path}: the image cannot be decoded ({error}). The file may be damaged.") from None
     if size is not None and pixels.shape[:2] != tuple(size):
