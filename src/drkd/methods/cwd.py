@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
+from drkd.contracts import DetectorSpec
 from drkd.losses import ChannelWiseLoss
-from drkd.methods.levels import MissingLevels, match_levels, paired_maps
-from drkd.methods.term_weights import choose_weight
+from drkd.methods.levels import MissingLevels
+from drkd.methods.levelwise import LevelwiseMethod
 
 
-class CWD(KDMethod):
+class CWD(LevelwiseMethod):
     """Compare the channels' distributions over space (CWD, arXiv:2011.13256), see `ChannelWiseLoss`.
 
     Args:
@@ -30,6 +30,9 @@ class CWD(KDMethod):
         ValueError: If an argument is out of range.
     """
 
+    term = "cwd"
+    plain_weight = 10.0
+
     def __init__(
         self,
         student: DetectorSpec,
@@ -42,18 +45,16 @@ class CWD(KDMethod):
         balanced: bool = True,
         warmup_steps: int = 0,
     ) -> None:
-        super().__init__()
-        self.weights = {"cwd": choose_weight(weight, balanced=balanced, plain=10.0)}
-        self.minimum_boxes = {}
-        self.balanced = balanced
-        self.warmup_steps = warmup_steps
-        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
+        super().__init__(
+            student,
+            teacher,
+            weight=weight,
+            levels=levels,
+            missing_levels=missing_levels,
+            balanced=balanced,
+            warmup_steps=warmup_steps,
+        )
         self.losses = nn.ModuleList(
             ChannelWiseLoss(pair.student.channels, pair.teacher.channels, temperature=temperature)
             for pair in self.pairs
         )
-
-    def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
-        """One term a level: ``cwd/<level>``."""
-        maps = paired_maps(self.pairs, student, teacher)
-        return {f"cwd/{name}": loss(*pair) for loss, (name, *pair) in zip(self.losses, maps, strict=True)}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
+from drkd.contracts import DetectorSpec
 from drkd.losses import FocalGlobalLoss
-from drkd.methods.levels import MissingLevels, match_levels, paired_maps
-from drkd.methods.term_weights import choose_weight
+from drkd.methods.levels import MissingLevels
+from drkd.methods.levelwise import LevelwiseMethod
 
 
-class FGD(KDMethod):
+class FGD(LevelwiseMethod):
     """Focal and global distillation (FGD, arXiv:2111.11837), see `FocalGlobalLoss`.
 
     The four parts are one term a level, so that their proportions stay the authors' when terms are balanced. The
@@ -37,6 +37,9 @@ class FGD(KDMethod):
         ValueError: If an argument is out of range.
     """
 
+    term = "fgd"
+    reads_boxes = True
+
     def __init__(
         self,
         student: DetectorSpec,
@@ -53,12 +56,15 @@ class FGD(KDMethod):
         balanced: bool = True,
         warmup_steps: int = 0,
     ) -> None:
-        super().__init__()
-        self.weights = {"fgd": choose_weight(weight, balanced=balanced, plain=1.0)}
-        self.minimum_boxes = {}
-        self.balanced = balanced
-        self.warmup_steps = warmup_steps
-        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
+        super().__init__(
+            student,
+            teacher,
+            weight=weight,
+            levels=levels,
+            missing_levels=missing_levels,
+            balanced=balanced,
+            warmup_steps=warmup_steps,
+        )
         self.losses = nn.ModuleList(
             FocalGlobalLoss(
                 pair.student.channels,
@@ -71,11 +77,3 @@ class FGD(KDMethod):
             )
             for pair in self.pairs
         )
-
-    def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
-        """One term a level: ``fgd/<level>``."""
-        maps = paired_maps(self.pairs, student, teacher)
-        return {
-            f"fgd/{name}": loss(*pair, batch.boxes, image_size=batch.image_size)
-            for loss, (name, *pair) in zip(self.losses, maps, strict=True)
-        }

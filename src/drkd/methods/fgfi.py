@@ -6,15 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
+from drkd.contracts import DetectorSpec
 from drkd.losses import AnchorStyle, FineGrainedLoss
-from drkd.methods.levels import MissingLevels, match_levels, paired_maps
-from drkd.methods.term_weights import choose_weight
+from drkd.methods.levels import MissingLevels
+from drkd.methods.levelwise import LevelwiseMethod
 
 
-class FGFI(KDMethod):
+class FGFI(LevelwiseMethod):
     """Fine-grained feature imitation (FGFI, arXiv:1906.03609), see `FineGrainedLoss`.
 
     The anchors are made from the levels' strides; they need not be those of the detectors.
@@ -41,6 +41,10 @@ class FGFI(KDMethod):
         ValueError: If an argument is out of range.
     """
 
+    term = "fgfi"
+    plain_weight = 0.01
+    reads_boxes = True
+
     def __init__(
         self,
         student: DetectorSpec,
@@ -59,14 +63,18 @@ class FGFI(KDMethod):
         balanced: bool = True,
         warmup_steps: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            student,
+            teacher,
+            weight=weight,
+            levels=levels,
+            missing_levels=missing_levels,
+            balanced=balanced,
+            warmup_steps=warmup_steps,
+        )
         if assignment not in ("size", "all"):
             raise ValueError(f"Expected an assignment out of size, all, got {assignment!r}")
-        self.weights = {"fgfi": choose_weight(weight, balanced=balanced, plain=0.01)}
         self.minimum_boxes = {"fgfi": 1}
-        self.balanced = balanced
-        self.warmup_steps = warmup_steps
-        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
         steps = sorted({pair.student.stride for pair in self.pairs}) if assignment == "size" else []
         self.losses = nn.ModuleList(
             FineGrainedLoss(
@@ -81,14 +89,6 @@ class FGFI(KDMethod):
             )
             for pair in self.pairs
         )
-
-    def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
-        """One term a level: ``fgfi/<level>``."""
-        maps = paired_maps(self.pairs, student, teacher)
-        return {
-            f"fgfi/{name}": loss(*pair, batch.boxes, image_size=batch.image_size)
-            for loss, (name, *pair) in zip(self.losses, maps, strict=True)
-        }
 
 
 def _box_sizes(stride: float, steps: Sequence[float], size_per_stride: float) -> tuple[float, float]:

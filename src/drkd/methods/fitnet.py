@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
+from drkd.contracts import DetectorSpec
 from drkd.losses import AdapterInit, HintLoss
-from drkd.methods.levels import MissingLevels, match_levels, paired_maps
-from drkd.methods.term_weights import choose_weight
+from drkd.methods.levels import MissingLevels
+from drkd.methods.levelwise import LevelwiseMethod
 
 
-class FitNet(KDMethod):
+class FitNet(LevelwiseMethod):
     """Regress the teacher's maps from the student's (FitNets, arXiv:1412.6550), see `HintLoss`.
 
     Args:
@@ -31,6 +31,8 @@ class FitNet(KDMethod):
         ValueError: If an argument is out of range.
     """
 
+    term = "hint"
+
     def __init__(
         self,
         student: DetectorSpec,
@@ -44,18 +46,16 @@ class FitNet(KDMethod):
         balanced: bool = True,
         warmup_steps: int = 0,
     ) -> None:
-        super().__init__()
-        self.weights = {"hint": choose_weight(weight, balanced=balanced, plain=1.0)}
-        self.minimum_boxes = {}
-        self.balanced = balanced
-        self.warmup_steps = warmup_steps
-        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
+        super().__init__(
+            student,
+            teacher,
+            weight=weight,
+            levels=levels,
+            missing_levels=missing_levels,
+            balanced=balanced,
+            warmup_steps=warmup_steps,
+        )
         self.losses = nn.ModuleList(
             HintLoss(pair.student.channels, pair.teacher.channels, always_adapt=always_adapt, adapter_init=adapter_init)
             for pair in self.pairs
         )
-
-    def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
-        """One term a level: ``hint/<level>``."""
-        maps = paired_maps(self.pairs, student, teacher)
-        return {f"hint/{name}": loss(*pair) for loss, (name, *pair) in zip(self.losses, maps, strict=True)}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
+from drkd.contracts import DetectorSpec
 from drkd.losses import MaskedGenerationLoss
-from drkd.methods.levels import MissingLevels, match_levels, paired_maps
-from drkd.methods.term_weights import choose_weight
+from drkd.methods.levels import MissingLevels
+from drkd.methods.levelwise import LevelwiseMethod
 
 
-class MGD(KDMethod):
+class MGD(LevelwiseMethod):
     """Generate the teacher's maps (MGD, arXiv:2205.01529), see `MaskedGenerationLoss`.
 
     Args:
@@ -31,6 +31,9 @@ class MGD(KDMethod):
         ValueError: If an argument is out of range.
     """
 
+    term = "mgd"
+    plain_weight = 2e-5
+
     def __init__(
         self,
         student: DetectorSpec,
@@ -43,18 +46,16 @@ class MGD(KDMethod):
         balanced: bool = True,
         warmup_steps: int = 0,
     ) -> None:
-        super().__init__()
-        self.weights = {"mgd": choose_weight(weight, balanced=balanced, plain=2e-5)}
-        self.minimum_boxes = {}
-        self.balanced = balanced
-        self.warmup_steps = warmup_steps
-        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
+        super().__init__(
+            student,
+            teacher,
+            weight=weight,
+            levels=levels,
+            missing_levels=missing_levels,
+            balanced=balanced,
+            warmup_steps=warmup_steps,
+        )
         self.losses = nn.ModuleList(
             MaskedGenerationLoss(pair.student.channels, pair.teacher.channels, masked_share=masked_share)
             for pair in self.pairs
         )
-
-    def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
-        """One term a level: ``mgd/<level>``."""
-        maps = paired_maps(self.pairs, student, teacher)
-        return {f"mgd/{name}": loss(*pair) for loss, (name, *pair) in zip(self.losses, maps, strict=True)}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
+from drkd.contracts import DetectorSpec
 from drkd.losses import GraphNorm, NonLocalLoss
-from drkd.methods.levels import MissingLevels, match_levels, paired_maps
-from drkd.methods.term_weights import choose_weight
+from drkd.methods.levels import MissingLevels
+from drkd.methods.levelwise import LevelwiseMethod
 
 
-class NLD(KDMethod):
+class NLD(LevelwiseMethod):
     """Attention-guided and non-local distillation (FKD, Zhang and Ma, ICLR 2021), see `NonLocalLoss`.
 
     The four parts are one term a level, so that their proportions stay the authors' when terms are balanced.
@@ -41,6 +41,8 @@ class NLD(KDMethod):
         ValueError: If an argument is out of range.
     """
 
+    term = "nld"
+
     def __init__(
         self,
         student: DetectorSpec,
@@ -61,14 +63,18 @@ class NLD(KDMethod):
         balanced: bool = True,
         warmup_steps: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            student,
+            teacher,
+            weight=weight,
+            finest_levels=finest_levels,
+            levels=levels,
+            missing_levels=missing_levels,
+            balanced=balanced,
+            warmup_steps=warmup_steps,
+        )
         if not pools:
             raise ValueError("Expected at least one pool of the non-local blocks, got none")
-        self.weights = {"nld": choose_weight(weight, balanced=balanced, plain=1.0)}
-        self.minimum_boxes = {}
-        self.balanced = balanced
-        self.warmup_steps = warmup_steps
-        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)[:finest_levels]
         self.losses = nn.ModuleList(
             NonLocalLoss(
                 pair.student.channels,
@@ -84,8 +90,3 @@ class NLD(KDMethod):
             )
             for index, pair in enumerate(self.pairs)
         )
-
-    def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
-        """One term a level: ``nld/<level>``."""
-        maps = paired_maps(self.pairs, student, teacher)
-        return {f"nld/{name}": loss(*pair) for loss, (name, *pair) in zip(self.losses, maps, strict=True)}

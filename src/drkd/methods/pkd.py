@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
+from drkd.contracts import DetectorSpec
 from drkd.losses import AdapterInit, PearsonLoss
-from drkd.methods.levels import MissingLevels, match_levels, paired_maps
-from drkd.methods.term_weights import choose_weight
+from drkd.methods.levels import MissingLevels
+from drkd.methods.levelwise import LevelwiseMethod
 
 
-class PKD(KDMethod):
+class PKD(LevelwiseMethod):
     """Compare standardised maps (PKD, arXiv:2207.02039), see `PearsonLoss`.
 
     Args:
@@ -31,6 +31,9 @@ class PKD(KDMethod):
         ValueError: If an argument is out of range.
     """
 
+    term = "pkd"
+    plain_weight = 10.0
+
     def __init__(
         self,
         student: DetectorSpec,
@@ -44,17 +47,16 @@ class PKD(KDMethod):
         balanced: bool = True,
         warmup_steps: int = 0,
     ) -> None:
-        super().__init__()
-        self.weights = {"pkd": choose_weight(weight, balanced=balanced, plain=10.0)}
-        self.minimum_boxes = {}
-        self.balanced = balanced
-        self.warmup_steps = warmup_steps
-        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)[:finest_levels]
+        super().__init__(
+            student,
+            teacher,
+            weight=weight,
+            finest_levels=finest_levels,
+            levels=levels,
+            missing_levels=missing_levels,
+            balanced=balanced,
+            warmup_steps=warmup_steps,
+        )
         self.losses = nn.ModuleList(
             PearsonLoss(pair.student.channels, pair.teacher.channels, adapter_init=adapter_init) for pair in self.pairs
         )
-
-    def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
-        """One term a level: ``pkd/<level>``."""
-        maps = paired_maps(self.pairs, student, teacher)
-        return {f"pkd/{name}": loss(*pair) for loss, (name, *pair) in zip(self.losses, maps, strict=True)}
