@@ -241,7 +241,7 @@ def test_pairs_of_different_kinds_are_refused(method):
         for teacher in SERVED:
             if student == teacher and method in SERVED[student]:
                 continue
-            with pytest.raises(DrkdError, match=r"expects.*(DRKD or FeatureHint|CrossKD or LogitKD)"):
+            with pytest.raises(DrkdError, match=r"expects.*(DRKD or PKD|CrossKD or LogitKD)"):
                 Distiller(detector(student, seed=0), detector(teacher, seed=1), method)
             with pytest.raises(DrkdError, match=student):
                 method(specs[student], specs[teacher])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from drkd.losses.alignment import AdapterInit, MapAdapter
-from drkd.losses.distance import tensor_distance
+from drkd.losses.distance import Distance, tensor_distance
 
 
 class HintLoss(nn.Module):
@@ -22,6 +22,7 @@ class HintLoss(nn.Module):
         teacher_channels: Channels of the teacher's map.
         always_adapt: r exists even where the widths are equal, as in the paper.
         adapter_init: Start of r, see `make_adapter`.
+        standardised: Compare the maps after `standardise`: half the mean squared difference then.
 
     Shape:
         student, teacher: see `MapAdapter`.
@@ -35,10 +36,12 @@ class HintLoss(nn.Module):
         *,
         always_adapt: bool = True,
         adapter_init: AdapterInit = "identity",
+        standardised: bool = False,
     ) -> None:
         super().__init__()
         self.align = MapAdapter(student_channels, teacher_channels, always=always_adapt, init=adapter_init)
+        self.kind: Distance = "standardised" if standardised else "mse"
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Mean squared difference."""
-        return tensor_distance(*self.align(student, teacher), kind="mse")
+        """The distance of the two maps."""
+        return tensor_distance(*self.align(student, teacher), kind=self.kind)

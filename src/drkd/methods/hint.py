@@ -1,18 +1,18 @@
-"""Plain feature imitation, the control that DRKD has to beat: FitNet's hint, or PKD's standardised one."""
+"""Plain feature imitation, the control that DRKD has to beat: FitNet's hint, or a standardised one like PKD's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
-from drkd.losses import Distance, make_adapter, resample, tensor_distance
-from drkd.losses.alignment import check_maps
-from drkd.methods.levels import MissingLevels, maps_by_name, match_levels
+from drkd.contracts import DetectorSpec
+from drkd.losses import HintLoss
+from drkd.methods.levels import MissingLevels
+from drkd.methods.levelwise import LevelwiseMethod
 
 
-class FeatureHint(KDMethod):
+class FeatureHint(LevelwiseMethod):
     """Compare the maps of each pyramid level as they are.
 
     ``standardise=True`` gives each channel zero mean and unit variance over batch and space first, as PKD does (Cao et
@@ -30,7 +30,13 @@ class FeatureHint(KDMethod):
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
+
+    Raises:
+        DrkdError: If the pyramids do not match.
+        ValueError: If the weight is not above 0.
     """
+
+    term = "hint"
 
     def __init__(
         self,
@@ -45,30 +51,16 @@ class FeatureHint(KDMethod):
         balanced: bool = True,
         warmup_steps: int = 0,
     ) -> None:
-        super().__init__()
-        if weight <= 0:
-            raise ValueError(f"Expected a weight above 0, got {weight}")
-        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
-        self.adapters = nn.ModuleList()
-        for pair in self.pairs:
-            ours, theirs = pair.student.channels, pair.teacher.channels
-            self.adapters.append(make_adapter(ours, theirs) if always_adapt or ours != theirs else nn.Identity())
-        self.standardise = standardise
-        self.weights = {"hint": weight}
-        self.minimum_boxes = {}
-        self.balanced = balanced
-        self.warmup_steps = warmup_steps
-
-    def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
-        """One term a level: ``hint/<level>``."""
-        ours, theirs = maps_by_name(student.features), maps_by_name(teacher.features)
-        terms: dict[str, Tensor] = {}
-        for pair, adapter in zip(self.pairs, self.adapters, strict=True):
-            feature, target = ours[pair.student.name], theirs[pair.teacher.name].detach()
-            check_maps(feature, target, student_channels=pair.student.channels, teacher_channels=pair.teacher.channels)
-            for parameter in adapter.parameters():
-                feature = feature.to(parameter.dtype)
-            feature = resample(adapter(feature), (target.shape[2], target.shape[3]))
-            kind: Distance = "standardised" if self.standardise else "mse"
-            terms[f"hint/{pair.name}"] = tensor_distance(feature, target, kind=kind)
-        return terms
+        super().__init__(
+            student,
+            teacher,
+            weight=weight,
+            levels=levels,
+            missing_levels=missing_levels,
+            balanced=balanced,
+            warmup_steps=warmup_steps,
+        )
+        self.losses = nn.ModuleList(
+            HintLoss(pair.student.channels, pair.teacher.channels, always_adapt=always_adapt, standardised=standardise)
+            for pair in self.pairs
+        )

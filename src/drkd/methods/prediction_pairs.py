@@ -17,7 +17,7 @@ _WORDS = {
     "points": "class sigmoids and box distances on points (FCOS, YOLO)",
     "regions": "a class softmax on proposed regions (Faster R-CNN)",
 }
-ON_FEATURES = "a method on features, such as DRKD or FeatureHint"
+ON_FEATURES = "a method on features, such as DRKD or PKD"
 
 
 def require_layouts(

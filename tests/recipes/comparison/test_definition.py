@@ -122,4 +122,4 @@ def test_the_example_of_the_documentation_is_a_comparison(comparison_file: Path,
     assert len(cells) == 2 + 2 * 4 * 3
     assert cells["wide/drkd/0"].settings["student"]["init_args"]["width"] == 0.5
     assert cells["birds/short/0"].settings["training"]["epochs"] == 6
-    assert cells["birds/hint/2"].settings["method"]["init_args"]["weight"] == 0.5
+    assert cells["birds/pkd/2"].settings["method"]["init_args"]["weight"] == 0.5
