@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,10 @@ def test_the_quick_demo_leaves_a_report(tmp_path: Path, monkeypatch: pytest.Monk
             np.testing.assert_allclose(arrays[name].sum(axis=1), 1.0, rtol=1e-4)
         np.testing.assert_allclose(arrays["relation_filter"].mean(axis=1), 1.0, rtol=1e-4)
         assert arrays["plain_student"].shape == arrays["images"].shape[:3]
+    costs = {name: json.loads((folder / name / "cost.json").read_text()) for name in ("teacher", "student", "drkd")}
+    assert {tuple(cost["image_size"]) for cost in costs.values()} == {(128, 128)}
+    assert costs["student"]["parameters"] == costs["drkd"]["parameters"] < costs["teacher"]["parameters"]
+    assert all(cost["latency_ms"] > 0 for cost in costs.values())
     assert (folder / "student" / "student.pt").is_file()
     assert (folder / "drkd" / "student.pt").is_file()
 

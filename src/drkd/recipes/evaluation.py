@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drkd.contracts import DetectionBatch, Detections, Detector, DetectorBuilder
+from drkd.contracts import DetectionBatch, Detections, Detector, DetectorBuilder, Size
 from drkd.data.dataset import DatasetSplit
 from drkd.data.formats.reading import FormatChoice
 from drkd.data.module import DetectionDataModule
@@ -65,8 +65,18 @@ def evaluate_detector(
     coco = evaluator.compute()
     measured: ModelCost | None = None
     if cost and image_size is not None:
-        measured = measure_cost(_on_images(detector.to("cpu")), image_size)
+        measured = measure_detector(detector, image_size)
     return Evaluated(coco, coco.as_json(), None if measured is None else measured.as_json())
+
+
+def measure_detector(detector: Detector, image_size: Size) -> ModelCost:
+    """Parameters, FLOPs and latency of a detector on the CPU; it stays there.
+
+    Args:
+        detector: Any detector; put into eval mode.
+        image_size: Height and width of the one image, px.
+    """
+    return measure_cost(_on_images(detector.eval().to("cpu")), image_size)
 
 
 def _class_table(theirs: tuple[str, ...], ours: tuple[str, ...]) -> Tensor | None:
