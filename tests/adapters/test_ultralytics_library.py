@@ -139,6 +139,10 @@ def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch):
 
 
 def test_opencv_without_its_system_libraries(monkeypatch):
+    # Another test of the same process may have imported it.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ultralytics"]:
+        monkeypatch.delitem(sys.modules, name)
+
     def fail(name):
         raise ImportError("libGL.so.1: cannot open shared object file: No such file or directory")
 
