@@ -382,12 +382,15 @@ class RegionPredictions:
         boxes: (R, K, 4), for each class the offsets dx, dy, dw, dh from the region, as `DensePredictions` has them.
         labels: (R,) int64, the class of the box that a region is matched with, K for the background; None where the
             regions were not matched.
+        matched_at_most: No image has more regions that are matched with a box; None is no such bound. Known without
+            reading ``labels``, so that nobody has to wait for a device to skip the background.
     """
 
     regions: tuple[Tensor, ...]
     logits: Tensor
     boxes: Tensor
     labels: Tensor | None = None
+    matched_at_most: int | None = None
 
 
 class RegionHead(Protocol):

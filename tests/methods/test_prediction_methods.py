@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drkd.adapters import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder
+from drkd.adapters.torchvision_predictions import RegionRecorder
 from drkd.contracts import (
     DensePredictions,
     DetectionBatch,
@@ -181,10 +182,43 @@ def test_nothing_waits_for_the_device(family, method, boxes):
     ours, theirs = outputs(kd, student, teacher, batch)
     if theirs.region_head is not None:
         # torchvision's own pooling asks which level each region belongs to.
-        found = theirs.region_head(ours.regions.regions)
-        theirs = replace(theirs, region_head=lambda regions: found)
+        found, seen = theirs.region_head(ours.regions.regions), len(torch.cat(ours.regions.regions))
+
+        def head(regions):
+            kept = len(torch.cat(regions))
+            assert kept <= seen
+            return replace(found, logits=found.logits[:kept], boxes=found.boxes[:kept])
+
+        theirs = replace(theirs, region_head=head)
     with NoHostSync():
         sum(kd(ours, theirs, batch).values()).backward()
+
+
+@pytest.mark.parametrize("boxes", [BOXES, NONE])
+def test_the_teachers_head_sees_few_regions_without_an_object(boxes):
+    student, teacher = pair("faster_rcnn")
+    kd, batch = LogitKD(student.spec, teacher.spec), batch_of(boxes)
+    ours, theirs = outputs(kd, student, teacher, batch)
+    heads, sampler = student.model.roi_heads, student.model.roi_heads.fg_bg_sampler
+    most = int(sampler.batch_size_per_image * sampler.positive_fraction)
+    assert ours.regions.matched_at_most == most
+    counts = [len(entry) for entry in ours.regions.regions]
+    assert max(counts) > most, "the case is of no use with so few regions"
+    seen = []
+
+    def head(regions):
+        seen.extend(len(entry) for entry in regions)
+        return theirs.region_head(regions)
+
+    got = kd(ours, replace(theirs, region_head=head), batch)
+    assert seen == [min(count, most) for count in counts]
+    # The same terms as of all regions, since those that are left out are background.
+    whole = replace(ours, regions=replace(ours.regions, matched_at_most=None))
+    for name, term in kd(whole, theirs, batch).items():
+        torch.testing.assert_close(got[name], term)
+        assert (term > 0) == (boxes is BOXES)
+    heads.fg_bg_sampler = torch.nn.Identity()
+    assert RegionRecorder(heads).matched_at_most is None
 
 
 @PAIRS

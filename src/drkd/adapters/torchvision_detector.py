@@ -328,7 +328,14 @@ class TorchvisionDetector(Detector):
         labels = torch.where(labels < 0, self.spec.num_classes, labels)
         if recorder.outputs is None:
             raise ValueError("expected box heads that call their box_predictor, as torchvision's RoIHeads do")
-        return region_predictions(recorder, self._order, recorder.regions, recorder.outputs, labels=labels)
+        return region_predictions(
+            recorder,
+            self._order,
+            recorder.regions,
+            recorder.outputs,
+            labels=labels,
+            matched_at_most=recorder.matched_at_most,
+        )
 
     def _see_regions(
         self, images: ImageList, features: OrderedDict[str, Tensor], regions: Sequence[Tensor]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegressionHead
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
@@ -233,6 +234,14 @@ class RegionRecorder:
         self.regions, _, self.labels, _ = chosen
         return chosen
 
+    @property
+    def matched_at_most(self) -> int | None:
+        """Regions of an image that the sampler lets be matched with a box; None where it is not torchvision's."""
+        sampler = self._heads.fg_bg_sampler
+        if not isinstance(sampler, BalancedPositiveNegativeSampler):
+            return None
+        return int(sampler.batch_size_per_image * sampler.positive_fraction)
+
     def box_predictor(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits and box codes of the chosen regions."""
         self.outputs = self._heads.box_predictor(features)
@@ -246,12 +255,14 @@ def region_predictions(
     outputs: tuple[Tensor, Tensor],
     *,
     labels: Tensor | None = None,
+    matched_at_most: int | None = None,
 ) -> RegionPredictions:
     """Turn what ``box_predictor`` returns into drkd's terms; labels are drkd's, the background K."""
     logits, codes = outputs
     boxes = order.boxes(codes.unflatten(1, (codes.shape[1] // 4, 4)))
     boxes = unit_offsets(boxes, heads.box_coder.weights)
-    return RegionPredictions(tuple(entry.detach() for entry in regions), order.logits(logits), boxes, labels)
+    places = tuple(entry.detach() for entry in regions)
+    return RegionPredictions(places, order.logits(logits), boxes, labels, matched_at_most)
 
 
 def unit_offsets(codes: Tensor, weights: Sequence[float]) -> Tensor:

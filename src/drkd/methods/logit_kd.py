@@ -6,7 +6,7 @@ from torch import Tensor
 
 from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, Want
 from drkd.losses import class_divergence, offset_distance
-from drkd.methods.prediction_pairs import TeacherClasses, require_layouts, require_same_grid
+from drkd.methods.prediction_pairs import TeacherClasses, matched_regions, require_layouts, require_same_grid
 from drkd.methods.term_weights import choose_weight
 
 
@@ -89,17 +89,18 @@ class LogitKD(KDMethod):
         return {"classification": classes, "box": offset_distance(ours.boxes, theirs.boxes, positive)}
 
     def _regions(self, student: DetectorOutput, teacher: DetectorOutput) -> dict[str, Tensor]:
-        ours, head = student.regions, teacher.region_head
-        if ours is None or ours.labels is None or head is None:
+        if student.regions is None or student.regions.labels is None or teacher.region_head is None:
             raise ValueError("Expected a student with matched regions and a teacher with a region_head")
-        theirs = head(ours.regions)
-        positive = self.classes.known(ours.labels).float()
-        own_place = ours.labels.clamp_max(ours.boxes.shape[1] - 1)
+        # The teacher's head is dear, and most regions are background: only the others go through it.
+        ours, labels = matched_regions(student.regions, background=self.classes.background)
+        theirs = teacher.region_head(ours.regions)
+        positive = self.classes.known(labels).float()
+        own_place = labels.clamp_max(ours.boxes.shape[1] - 1)
         boxes = [
             entry.gather(1, place.view(-1, 1, 1).expand(-1, 1, 4)).squeeze(1)
             for entry, place in (
                 (ours.boxes, own_place),
-                (self.classes.boxes(theirs.boxes), self.classes.place(ours.labels)),
+                (self.classes.boxes(theirs.boxes), self.classes.place(labels)),
             )
         ]
         target = self.classes.logits(theirs.logits, background=True)

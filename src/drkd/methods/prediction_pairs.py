@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from drkd.contracts import DetectorSpec, NotApplicableError, PredictionKind, PredictionLayout
+from drkd.contracts import DetectorSpec, NotApplicableError, PredictionKind, PredictionLayout, RegionPredictions
 
 _NAMED = 5
 _WORDS = {
@@ -78,6 +78,34 @@ def require_same_grid(student: DetectorSpec, teacher: DetectorSpec, *, method: s
             )
 
 
+def matched_regions(found: RegionPredictions, *, background: int) -> tuple[RegionPredictions, Tensor]:
+    """The regions that are matched with a box, filled up with others to a number that no device is asked for.
+
+    Args:
+        found: Of a student, with labels: R regions in all.
+        background: The label of a region without a box.
+
+    Returns:
+        ``matched_at_most`` regions of each image, or all where there are fewer or no bound is known, and their labels
+        (R',) int64.
+
+    Raises:
+        ValueError: If the regions were not matched.
+    """
+    if found.labels is None:
+        raise ValueError("Expected regions with labels, got none")
+    counts, most = [len(entry) for entry in found.regions], found.matched_at_most
+    if most is None or max(counts, default=0) <= most:
+        return found, found.labels
+    matched = (found.labels != background).to(torch.uint8)
+    kept = [own.topk(min(most, len(own))).indices for own in matched.split(counts)]
+    starts = [sum(counts[:index]) for index in range(len(counts))]
+    every = torch.cat([own + start for own, start in zip(kept, starts, strict=True)])
+    labels = found.labels[every]
+    regions = tuple(entry[own] for entry, own in zip(found.regions, kept, strict=True))
+    return RegionPredictions(regions, found.logits[every], found.boxes[every], labels, most), labels
+
+
 class TeacherClasses(nn.Module):
     """The predictions of both for the classes that they share, in the student's order.
 
@@ -119,6 +147,7 @@ class TeacherClasses(nn.Module):
         places = [teacher.class_names.index(name) for name in shared]
         self.as_it_is = places == list(range(teacher.num_classes))
         self.complete = self.count == student.num_classes
+        self.background = student.num_classes
         kept = [student.class_names.index(name) for name in shared]
         known = [name in shared for name in student.class_names]
         self.register_buffer("_order", torch.tensor([*places, teacher.num_classes]), persistent=False)
