@@ -15,6 +15,8 @@ import torch
 
 from drkd.adapters import DetrBuilder, PretrainedDetrBuilder, SavedDetectorBuilder, load_detector, save_student
 from drkd.adapters.transformers import TransformersDetector, wrap_transformers
+from drkd.adapters.transformers_library import build_model
+from drkd.adapters.transformers_start import draw_start
 from drkd.adapters.weights import shipped_checkpoint
 from drkd.contracts import DetectionBatch, DrkdError, Want
 
@@ -283,3 +285,39 @@ def test_a_files_configuration_runs_no_code_and_looks_nothing_up(
     torch.save(content, tmp_path / "bad.pt")
     with pytest.raises(DrkdError, match=r"bad\.pt: expected a detector with a multi-scale encoder"):
         load_detector(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("kind", ["rt_detr", "rt_detr_v2"])
+def test_a_new_detector_starts_with_features_of_ordinary_size(kind: str) -> None:
+    """The library leaves them a thousandth of that, and such a detector hardly learns."""
+
+    def size_of(detector: Any) -> float:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            maps = detector.train().model(torch.rand(2, 3, 64, 64)).encoder_last_hidden_state
+        return float(maps[0].std())
+
+    started = small(kind, backbone=TIMM)
+    assert size_of(started.model) > 0.3
+    entries = started.model.config.to_dict()
+    del entries["model_type"]
+    torch.manual_seed(0)
+    left = build_model(kind, entries, source="config")
+    assert size_of(left) < 0.01
+    assert draw_start(left) > 50 and size_of(left) > 0.3
+
+
+@pytest.mark.parametrize("kind", ["d_fine", "deimv2", "deformable_detr"])
+def test_layers_that_the_library_left_small_are_drawn_again(kind: str) -> None:
+    torch.manual_seed(0)
+    left = build_model(kind, {"num_labels": 3}, source="config")
+    before = {name: value.clone() for name, value in left.state_dict().items()}
+    assert draw_start(left) > 50
+    after = left.state_dict()
+    query = next(name for name in after if name.endswith("decoder.layers.0.self_attn.q_proj.weight"))
+    assert after[query].std() > 2 * before[query].std()
+    meant = next(name for name in after if name.endswith("decoder.layers.0.encoder_attn.sampling_offsets.bias"))
+    backbone = [name for name in after if ".backbone." in name or ".conv_encoder." in name]
+    kept = [meant, *(name for name in after if name.endswith(".bias")), *backbone]
+    assert len(kept) > 20
+    assert all(torch.equal(before[name], after[name]) for name in kept)

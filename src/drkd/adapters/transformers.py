@@ -11,6 +11,7 @@ from drkd.adapters.transformers_backbone import BackboneChoice, backbone_of, cho
 from drkd.adapters.transformers_detector import TransformersDetector, wrap_transformers
 from drkd.adapters.transformers_labels import find_labels
 from drkd.adapters.transformers_library import FAMILIES, build_model, check_entries, check_family, import_transformers
+from drkd.adapters.transformers_start import draw_start
 from drkd.adapters.weights import load_state
 from drkd.contracts import DetectorBuilder, DrkdError
 
@@ -24,6 +25,7 @@ _NAMED = 5
 class DetrBuilder(DetectorBuilder):
     """RT-DETR, RT-DETRv2, D-FINE, DEIMv2 or Deformable DETR from a configuration; needs no network.
 
+    What has no weights to start from starts as in the authors' code, not as the library leaves it (`draw_start`).
     Without weights for the backbone nothing in it is frozen: where the library can (all but Deformable DETR), its batch
     norms stay ordinary ones.
 
@@ -77,6 +79,7 @@ class DetrBuilder(DetectorBuilder):
         choice = None if self.backbone is None else choose_backbone(self.backbone)
         entries = {**self._entries(choice), **_classes(class_names)}
         model = build_model(self.model_type, entries, source="config")
+        draw_start(model)
         if self.backbone_weights is not None and self.backbone is not None:
             load_backbone(model, self.backbone, self.backbone_weights)
         else:
