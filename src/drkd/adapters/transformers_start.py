@@ -16,8 +16,8 @@ _SILENT = 0.1
 def draw_start(model: Any) -> int:
     """Draw again what the library left too small to learn from, in place.
 
-    transformers fills most layers of these detectors, of RT-DETR and RT-DETRv2 the scales of the batch norms too, with a
-    normal distribution of standard deviation ``config.initializer_range`` (0.01). Whoever loads weights never notices; a
+    transformers fills most layers of these detectors, and RT-DETR's scales of batch norms too, with a
+    normal distribution of standard deviation ``config.initializer_range`` (0.01). Who loads weights never notices; a
     detector that starts from them has features a thousandth of their ordinary size, and learns slowly. The authors' own
     code leaves PyTorch's defaults there, with Xavier's for the linear layers of the transformers; so do we. What the
     library sets on purpose (zeros, priors, sampling grids), and every bias, stays.
