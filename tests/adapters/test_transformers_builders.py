@@ -15,6 +15,7 @@ import torch
 
 from drkd.adapters import DetrBuilder, PretrainedDetrBuilder, SavedDetectorBuilder, load_detector, save_student
 from drkd.adapters.transformers import TransformersDetector, wrap_transformers
+from drkd.adapters.transformers_backbone import backbone_of
 from drkd.adapters.transformers_library import build_model
 from drkd.adapters.transformers_start import draw_start
 from drkd.adapters.weights import shipped_checkpoint
@@ -321,3 +322,25 @@ def test_layers_that_the_library_left_small_are_drawn_again(kind: str) -> None:
     kept = [meant, *(name for name in after if name.endswith(".bias")), *backbone]
     assert len(kept) > 20
     assert all(torch.equal(before[name], after[name]) for name in kept)
+
+
+def test_batch_norms_that_hold_activations_are_not_frozen_away(tmp_path: Path) -> None:
+    """Transformers puts a bare frozen norm in their place: the network would be all but linear."""
+    import timm
+
+    name = "timm/mobilenetv3_small_050"
+    torch.manual_seed(0)
+    network: Any = timm.create_model("mobilenetv3_small_050", features_only=True).eval()
+    torch.save(network.state_dict(), tmp_path / "body.pt")
+    detector = small(backbone=name, backbone_weights=str(tmp_path / "body.pt")).eval()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        found = backbone_of(detector.model).model(images).feature_maps
+        expected = network(images)[-3:]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert small(backbone=TIMM, backbone_weights=None).model.config.freeze_backbone_batch_norms is False
+    with pytest.raises(DrkdError, match=r"mobilenetv3_small_050 hold the activations.*Leave out config.freeze"):
+        small(backbone=name, config={"freeze_backbone_batch_norms": True})
+    with pytest.raises(DrkdError, match="Deformable DETR always freezes"):
+        small("deformable_detr", backbone=name)

@@ -10,10 +10,12 @@ from lightning import Callback, Trainer
 from torch.utils.data import DataLoader
 from toys import ToyDetector, ToyMethod, toy_batch
 
+from drkd.adapters import RetinaNetBuilder
 from drkd.contracts import DetectionBatch, DrkdError
 from drkd.engine import Distiller
 from drkd.engine.callbacks import FiniteLossGuard, StudentAverage
-from drkd.engine.module import DistillationModule, Optimization
+from drkd.engine.module import DistillationModule, Optimization, _parameter_groups, scale_rates
+from drkd.methods import FitNet
 
 
 def module(*, learning_rate: float = 0.05, channels: int = 4, **options: object) -> DistillationModule:
@@ -53,7 +55,39 @@ def test_cosine_ends_at_zero() -> None:
     assert [settings.factor(s, 110) for s in (0, 10, 60, 110)] == pytest.approx([0, 1, 0.5, 0], abs=1e-9)
 
 
-@pytest.mark.parametrize("wrong", [{"learning_rate": 0}, {"milestones": (0.9, 0.5)}, {"milestones": (1.5,)}])
+def test_the_backbone_may_have_a_rate_of_its_own() -> None:
+    """In groups by owner; every trainable parameter in one of them, once."""
+    detector, teacher = (RetinaNetBuilder(width=0.25, fpn_channels=16, extra="none").build(["cat"]) for _ in range(2))
+    distiller = Distiller(detector, teacher, FitNet)
+    settings = Optimization(
+        optimizer="adamw", learning_rate=0.1, backbone_learning_rate=0.01, method_learning_rate=0.5, reference_batch=2
+    )
+    groups = _parameter_groups(distiller, scale_rates(settings, 4))
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(rates)
+    for name, parameter in detector.model.named_parameters():
+        expected = 0.02 if name.startswith("backbone.body.") else 0.2
+        assert rates[id(parameter)] == pytest.approx(expected), name
+    # Without a rate of its own the backbone is in the student's groups, as ever: checkpoints fit.
+    assert len(_parameter_groups(distiller, Optimization())) == len(groups) - 2
+
+
+def test_a_rate_for_a_backbone_that_is_not_there_is_refused() -> None:
+    settings = Optimization(backbone_learning_rate=0.01)
+    with pytest.raises(DrkdError, match=r"backbone_learning_rate: expected parameters.*backbone\.body\., got none"):
+        _parameter_groups(Distiller(ToyDetector(4), ToyDetector(6), ToyMethod), settings)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"learning_rate": 0},
+        {"milestones": (0.9, 0.5)},
+        {"milestones": (1.5,)},
+        {"backbone_learning_rate": -1.0},
+        {"method_learning_rate": -1.0},
+    ],
+)
 def test_wrong_schedules_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(DrkdError, match=r"training\.optimization"):
         Optimization(**wrong)  # type: ignore[arg-type]

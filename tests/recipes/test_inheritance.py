@@ -102,7 +102,7 @@ def test_a_model_of_your_own_without_a_backbone_by_name_is_refused() -> None:
 
     model = Layers(nn.Conv2d(3, 8, 3, stride=8, padding=1), nn.Conv2d(8, 4, 1))
     student = wrap_model(model, ["1"], features=lambda model, batch: model(batch.images), image_size=(64, 64))
-    with pytest.raises(DrkdError, match=r"inherit: .*backbone of this Layers.*got 0\.weight, 0\.bias, 1\.weight"):
+    with pytest.raises(DrkdError, match=r"cannot tell the backbone of this Layers.*got 0\.weight, 0\.bias, 1\.weight"):
         inherit_neck_and_head(student, student)
 
 

@@ -112,7 +112,7 @@ class HookedDetector(Detector):
             if any(name.startswith(beginning) for name in names):
                 return (beginning,)
         raise DrkdError(
-            f"inherit: drkd cannot tell the backbone of this {self.spec.family} from the rest. Expected parameters "
+            f"drkd cannot tell the backbone of this {self.spec.family} from the rest. Expected parameters "
             f"whose names begin with backbone or body, got {', '.join(names[:3])}, ... Name the module so, or copy "
             "what the student should start from in the function that builds it."
         )

@@ -19,6 +19,10 @@ __all__ = ["DetrBuilder", "PretrainedDetrBuilder", "TransformersDetector", "wrap
 
 _CLASS_LAYERS = ("class_embed", "enc_score_head", "denoising_class_embed")
 _NAMED = 5
+_UNFROZEN = {
+    False: "Leave out config.freeze_backbone_batch_norms.",
+    True: "Deformable DETR always freezes: choose a backbone such as timm/resnet50, or another model_type.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +31,8 @@ class DetrBuilder(DetectorBuilder):
 
     What has no weights to start from starts as in the authors' code, not as the library leaves it (`draw_start`).
     Without weights for the backbone nothing in it is frozen: where the library can (all but Deformable DETR), its batch
-    norms stay ordinary ones.
+    norms stay ordinary ones. So do those of a timm backbone that hold the activations (EfficientNet, MobileNet, other
+    mobile networks): the library would freeze them by removing both.
 
     Args:
         model_type: transformers' name of the family.
@@ -104,9 +109,15 @@ class DetrBuilder(DetectorBuilder):
         if FAMILIES[self.model_type].flat:
             # The library leaves it off; without it a detector trained from here stays far behind.
             entries["auxiliary_loss"] = True
-        elif self.backbone_weights is None:
+        elif self.backbone_weights is None or (choice is not None and not choice.freezable):
             entries["freeze_backbone_batch_norms"] = False
         if choice is not None:
+            frozen = FAMILIES[self.model_type].flat or self.config.get("freeze_backbone_batch_norms")
+            if frozen and not choice.freezable:
+                raise DrkdError(
+                    f"backbone: the batch norms of {self.backbone} hold the activations, and transformers would freeze "
+                    f"them by removing both. {_UNFROZEN[FAMILIES[self.model_type].flat]}"
+                )
             entries["backbone_config"] = dict(choice.config)
             if not FAMILIES[self.model_type].flat:
                 entries["encoder_in_channels"] = list(choice.channels)

@@ -31,12 +31,15 @@ class BackboneChoice:
         channels: Of the three maps of strides 8, 16 and 32 px that it returns.
         mean: What it was trained with, per channel, where that is known.
         std: The same for the standard deviation.
+        freezable: Whether its batch norms are PyTorch's own. transformers freezes them by putting other layers in their
+            place, which would lose what others do besides, such as timm's ``BatchNormAct2d`` its activation.
     """
 
     config: dict[str, Any]
     channels: tuple[int, ...]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    freezable: bool = True
 
 
 def choose_backbone(name: str) -> BackboneChoice:
@@ -69,7 +72,10 @@ def choose_backbone(name: str) -> BackboneChoice:
     channels = tuple(network.feature_info.channels()[place] for place in places)
     plan = {"model_type": "timm_backbone", "backbone": timm_name, "features_only": True, "out_indices": places}
     trained = network.pretrained_cfg
-    return BackboneChoice(plan, channels, tuple(trained["mean"]), tuple(trained["std"]))
+    norms = {type(layer) for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)}
+    return BackboneChoice(
+        plan, channels, tuple(trained["mean"]), tuple(trained["std"]), freezable=norms <= {nn.BatchNorm2d}
+    )
 
 
 def load_backbone(model: Any, name: str, weights: str) -> None:

@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from drkd.contracts import DetectionBatch, Detections, DrkdError
+from drkd.contracts import DetectionBatch, Detections, Detector, DrkdError
 from drkd.engine.distiller import Distiller
 
 
@@ -36,6 +36,8 @@ class Optimization:
     Args:
         optimizer: Any name that timm's optimizer factory knows: sgd, adamw, ...
         learning_rate: Peak learning rate of the student.
+        backbone_learning_rate: Peak learning rate of the student's backbone, its neck excluded; None = the student's.
+            DETRs take a tenth of the rest's.
         method_learning_rate: Peak learning rate of the method's connectors; None = the student's.
         weight_decay: Not applied to biases and norm layers unless ``decay_all``.
         decay_all: Apply the weight decay to every parameter, as MMDetection's schedules do.
@@ -52,6 +54,7 @@ class Optimization:
 
     optimizer: str = "sgd"
     learning_rate: float = 0.01
+    backbone_learning_rate: float | None = None
     method_learning_rate: float | None = None
     weight_decay: float = 1e-4
     decay_all: bool = False
@@ -73,11 +76,10 @@ class Optimization:
                 "training.optimization: expected learning_rate > 0 and weight_decay >= 0, "
                 f"got {self.learning_rate} and {self.weight_decay}"
             )
-        if self.method_learning_rate is not None and self.method_learning_rate < 0:
-            raise DrkdError(
-                "training.optimization.method_learning_rate: expected a number of at least 0 or null, "
-                f"got {self.method_learning_rate}"
-            )
+        for name in ("backbone_learning_rate", "method_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and rate < 0:
+                raise DrkdError(f"training.optimization.{name}: expected a number of at least 0 or null, got {rate}")
         if list(self.milestones) != sorted(self.milestones) or not all(0 < m < 1 for m in self.milestones):
             raise DrkdError(
                 "training.optimization.milestones: expected ascending shares of the run, each in (0, 1), "
@@ -259,10 +261,11 @@ def scale_rates(settings: Optimization, images: int) -> Optimization:
     if settings.reference_batch is None:
         return settings
     factor = images / settings.reference_batch
-    method = settings.method_learning_rate
+    backbone, method = settings.backbone_learning_rate, settings.method_learning_rate
     return replace(
         settings,
         learning_rate=settings.learning_rate * factor,
+        backbone_learning_rate=None if backbone is None else backbone * factor,
         method_learning_rate=None if method is None else method * factor,
     )
 
@@ -272,17 +275,38 @@ def _with_images(batch: DetectionBatch, images: Tensor) -> DetectionBatch:
 
 
 def _parameter_groups(distiller: Distiller, settings: Optimization) -> list[dict[str, Any]]:
-    """Groups by owner (student, method) and by whether weight decay applies."""
+    """Groups by owner (student, its backbone where that has a rate of its own, method) and by weight decay."""
+    body, rest = _split_body(distiller.student, apart=settings.backbone_learning_rate is not None)
+    method = [] if distiller.method is None else list(distiller.method.parameters())
+    owners = (
+        (rest, settings.learning_rate),
+        (body, settings.backbone_learning_rate),
+        (method, settings.method_learning_rate),
+    )
     groups = []
-    method_rate = settings.method_learning_rate
-    if method_rate is None:
-        method_rate = settings.learning_rate
-    for module, rate in ((distiller.student, settings.learning_rate), (distiller.method, method_rate)):
-        if module is None:
-            continue
-        trainable = [p for p in module.parameters() if p.requires_grad]
+    for parameters, rate in owners:
+        trainable = [p for p in parameters if p.requires_grad]
         decayed = [p for p in trainable if p.ndim > 1 or settings.decay_all]
         kept = [p for p in trainable if not (p.ndim > 1 or settings.decay_all)]
-        groups.append({"params": decayed, "lr": rate, "weight_decay": settings.weight_decay})
-        groups.append({"params": kept, "lr": rate, "weight_decay": 0.0})
+        own_rate = settings.learning_rate if rate is None else rate
+        groups.append({"params": decayed, "lr": own_rate, "weight_decay": settings.weight_decay})
+        groups.append({"params": kept, "lr": own_rate, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
+
+
+def _split_body(student: Detector, *, apart: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters of the backbone and all others; none and all where they need not be told apart.
+
+    Raises:
+        DrkdError: If no parameter is the backbone's.
+    """
+    if not apart:
+        return [], list(student.parameters())
+    body = [p for name, p in student.model.named_parameters() if name.startswith(student.body_names)]
+    if not body:
+        raise DrkdError(
+            "training.optimization.backbone_learning_rate: expected parameters of the student whose names begin with "
+            f"{' or '.join(student.body_names)}, got none."
+        )
+    ours = {id(p) for p in body}
+    return body, [p for p in student.parameters() if id(p) not in ours]
