@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from drkd.contracts import DetectorSpec, DrkdError, FeatureLevel
+from drkd.contracts import BoxTargets, DetectionBatch, DetectorOutput, DetectorSpec, DrkdError, FeatureLevel, FeatureMap
+from drkd.methods import CWD, DRKD, FGD, FGFI, MGD, PKD, FitNet
 from drkd.methods.levels import match_levels, spec_of_maps
 
 
@@ -44,3 +45,45 @@ def test_spec_of_maps_reads_channels_and_strides():
     assert spec.levels == (FeatureLevel("a", 3, 8.0), FeatureLevel("b", 5, 16.0))
     with pytest.raises(ValueError, match="'a'"):
         spec_of_maps({"a": torch.zeros(3, 8, 16)}, image_size=(64, 128))
+
+
+def test_pairs_by_name_whatever_their_strides():
+    pairs = match_levels(pyramid(8, 16, 32), pyramid(4, 8, 16), names={"l1": "l0", "l0": "l0"})
+    assert [(pair.student.name, pair.teacher.name) for pair in pairs] == [("l0", "l0"), ("l1", "l0")]
+    with pytest.raises(DrkdError, match=r"teacher's feature levels l7.*has l0, l1"):
+        match_levels(pyramid(8, 16), pyramid(8, 16), names={"l0": "l7"})
+    with pytest.raises(DrkdError, match=r"levels l9, but the student has only l0, l1"):
+        match_levels(pyramid(8, 16), pyramid(8, 16), names={"l9": "l0"})
+    with pytest.raises(DrkdError, match="an empty map"):
+        match_levels(pyramid(8, 16), pyramid(8, 16), names={})
+
+
+@pytest.mark.parametrize("method", [CWD, DRKD, FGD, FGFI, MGD, PKD, FitNet])
+def test_methods_take_pairs_of_levels_of_unlike_strides(method):
+    torch.manual_seed(0)
+    ours, theirs = pyramid(8, 16), pyramid(4, 8, 16)
+    kd = method(ours, theirs, levels={"l0": "l0", "l1": "l0"})
+    student = {f"l{i}": torch.randn(2, 8, 8 // 2**i, 8 // 2**i, requires_grad=True) for i in range(2)}
+    teacher = {f"l{i}": torch.randn(2, 8, 16 // 2**i, 16 // 2**i) for i in range(3)}
+    boxes = [torch.tensor([[4.0, 4, 40, 50], [10, 8, 60, 30]]), torch.zeros(0, 4)]
+    terms = kd(output_of(student), output_of(teacher), batch_of(boxes))
+    torch.stack(list(terms.values())).sum().backward()
+    heard = [name for name, feature in student.items() if feature.grad.abs().sum() > 0]
+    # Coarse cells hold none of these boxes' anchors.
+    assert heard == (["l0"] if method is FGFI else ["l0", "l1"])
+
+
+def output_of(maps):
+    strides = {name: 64 / tensor.shape[-1] for name, tensor in maps.items()}
+    return DetectorOutput(
+        features=tuple(FeatureMap(name, tensor, strides[name], strides[name]) for name, tensor in maps.items())
+    )
+
+
+def batch_of(boxes):
+    targets = tuple(
+        BoxTargets(own, torch.zeros(len(own), dtype=torch.int64), torch.zeros(len(own), dtype=torch.bool))
+        for own in boxes
+    )
+    size = ((64, 64),) * len(boxes)
+    return DetectionBatch(torch.zeros(len(boxes), 3, 64, 64), size, size, targets, tuple(range(len(boxes))))

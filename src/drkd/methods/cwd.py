@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from drkd.contracts import DetectorSpec
 from drkd.losses import ChannelWiseLoss
-from drkd.methods.levels import MissingLevels
+from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
 
 
@@ -20,7 +18,7 @@ class CWD(LevelwiseMethod):
         teacher: The teacher's levels; matched to the student's by stride.
         weight: Of the term ``cwd``. None is 1 with ``balanced``, else mmrazor's 10 (another port has 5 for RetinaNet).
         temperature: tau, units of the feature.
-        levels: Student levels to use; None is all.
+        levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
@@ -40,7 +38,7 @@ class CWD(LevelwiseMethod):
         *,
         weight: float | None = None,
         temperature: float = 1.0,
-        levels: Sequence[str] | None = None,
+        levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,

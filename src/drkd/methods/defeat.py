@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, DrkdError, KDMethod, Want
 from drkd.losses import adapt, choose_levels, class_divergence, decoupled_distance, foreground_mask, resample
 from drkd.losses.alignment import check_maps
-from drkd.methods.levels import MissingLevels, maps_by_name, match_levels
+from drkd.methods.levels import Levels, MissingLevels, maps_by_name, match_levels
 from drkd.methods.prediction_pairs import TeacherClasses
 from drkd.methods.term_weights import choose_weight
 
@@ -35,7 +33,7 @@ class DeFeat(KDMethod):
         background_weight: Within that term; same (VOC: 12).
         region_weight: Of the term ``regions``; None is 1 where both detectors are two-stage, else 0. 0 leaves it out.
         temperature: Of the region classes, > 0.
-        levels: Student levels to use; None is all.
+        levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether weights are gradient ratios, see `KDMethod`.
         warmup_steps: See `KDMethod`.
@@ -55,7 +53,7 @@ class DeFeat(KDMethod):
         background_weight: float = 16.0,
         region_weight: float | None = None,
         temperature: float = 1.0,
-        levels: Sequence[str] | None = None,
+        levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,

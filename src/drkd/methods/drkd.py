@@ -29,7 +29,7 @@ from drkd.losses import (
     standardise,
 )
 from drkd.losses.instances import count_boxes
-from drkd.methods.levels import LevelPair, MissingLevels, maps_by_name, match_levels, spec_of_maps
+from drkd.methods.levels import LevelPair, Levels, MissingLevels, maps_by_name, match_levels, spec_of_maps
 from drkd.methods.logit_kd import LogitKD
 
 PIXEL, RELATION, INSTANCE, RESPONSE = "pixel_relation", "instance_relation", "instance", "response"
@@ -86,7 +86,7 @@ class DRKD(KDMethod):
             and no such term where they do not, or where there are only feature maps (`for_features`).
         balanced: Whether weights are ratios of gradient norms, see `KDMethod`; otherwise plain multipliers.
         warmup_steps: Steps over which all weights rise from 0.
-        levels: Student levels to use; None is all that find a partner.
+        levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all that find a partner.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         pixel_levels: How many of them, finest first, have pixel relations; None is all.
         instance_levels: How many of them, finest first, have the two instance terms (released: 2); None is all.
@@ -130,7 +130,7 @@ class DRKD(KDMethod):
         response_weight: float | None = None,
         balanced: bool = True,
         warmup_steps: int = 0,
-        levels: Sequence[str] | None = None,
+        levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         pixel_levels: int | None = None,
         instance_levels: int | None = 2,

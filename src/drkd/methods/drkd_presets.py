@@ -17,7 +17,7 @@ from drkd.losses import (
     TeacherSide,
 )
 from drkd.methods.drkd import DRKD
-from drkd.methods.levels import MissingLevels
+from drkd.methods.levels import Levels, MissingLevels
 
 
 class PaperDRKD(DRKD):
@@ -42,7 +42,7 @@ class PaperDRKD(DRKD):
         response_weight: float | None = 0.0,
         balanced: bool = True,
         warmup_steps: int = 0,
-        levels: Sequence[str] | None = None,
+        levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         pixel_levels: int | None = None,
         instance_levels: int | None = 2,
@@ -129,7 +129,7 @@ class ReleasedDRKD(DRKD):
         response_weight: float | None = 0.0,
         balanced: bool = False,
         warmup_steps: int = 0,
-        levels: Sequence[str] | None = None,
+        levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         pixel_levels: int | None = None,
         instance_levels: int | None = 2,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from drkd.contracts import DetectorSpec
 from drkd.losses import FocalGlobalLoss
-from drkd.methods.levels import MissingLevels
+from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
 
 
@@ -27,7 +25,7 @@ class FGD(LevelwiseMethod):
         attention_weight: gamma, within the term; same (Faster R-CNN: 5e-5).
         relation_weight: lambda, within the term; same (Faster R-CNN: 5e-7).
         temperature: Of the attentions, units of the feature.
-        levels: Student levels to use; None is all.
+        levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
@@ -51,7 +49,7 @@ class FGD(LevelwiseMethod):
         attention_weight: float = 5e-4,
         relation_weight: float = 5e-6,
         temperature: float = 0.5,
-        levels: Sequence[str] | None = None,
+        levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,

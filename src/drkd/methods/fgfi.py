@@ -10,7 +10,7 @@ from torch import nn
 
 from drkd.contracts import DetectorSpec
 from drkd.losses import AnchorStyle, FineGrainedLoss
-from drkd.methods.levels import MissingLevels
+from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
 
 
@@ -31,7 +31,7 @@ class FGFI(LevelwiseMethod):
         threshold: Share of a box's largest IoU that a position's anchor must surpass.
         anchor_style: See `level_anchors`.
         activation: ReLU after the 3x3 convolution on the student's side, as the authors have it on one backbone map.
-        levels: Student levels to use; None is all.
+        levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
@@ -58,7 +58,7 @@ class FGFI(LevelwiseMethod):
         threshold: float = 0.5,
         anchor_style: AnchorStyle = "centred",
         activation: bool = False,
-        levels: Sequence[str] | None = None,
+        levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,

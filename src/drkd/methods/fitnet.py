@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from drkd.contracts import DetectorSpec
 from drkd.losses import AdapterInit, HintLoss
-from drkd.methods.levels import MissingLevels
+from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
 
 
@@ -21,7 +19,7 @@ class FitNet(LevelwiseMethod):
         weight: Of the term ``hint``; None is 1.
         always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal, as FitNets do.
         adapter_init: Its start, see `make_adapter`.
-        levels: Student levels to use; None is all.
+        levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
@@ -41,7 +39,7 @@ class FitNet(LevelwiseMethod):
         weight: float | None = None,
         always_adapt: bool = True,
         adapter_init: AdapterInit = "identity",
-        levels: Sequence[str] | None = None,
+        levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,

@@ -14,6 +14,9 @@ from drkd.contracts import DetectorOutput, DetectorSpec, DrkdError, FeatureLevel
 MissingLevels = Literal["skip", "nearest"]
 """What becomes of a student level whose stride the teacher lacks; see `match_levels`."""
 
+Levels = Sequence[str] | Mapping[str, str]
+"""Names of student levels, or for each of them the name of the teacher's level that it learns from."""
+
 
 @dataclass(frozen=True)
 class LevelPair:
@@ -32,7 +35,7 @@ def match_levels(
     student: DetectorSpec,
     teacher: DetectorSpec,
     *,
-    names: Sequence[str] | None = None,
+    names: Levels | None = None,
     missing: MissingLevels = "skip",
     tolerance: float = 0.5,
 ) -> tuple[LevelPair, ...]:
@@ -42,10 +45,14 @@ def match_levels(
     order. A student level without a teacher level within the tolerance is left out, or learns from the nearest one,
     resampled, with ``missing="nearest"``. Teacher levels that no student level is near to teach nothing.
 
+    Strides say where a map's cells lie, not which objects a detector looks for there: with a two-stage teacher and a
+    one-stage student a level of the same stride holds larger objects. Names as pairs say which level teaches which,
+    whatever their strides.
+
     Args:
         student: The student's pyramid.
         teacher: The teacher's pyramid.
-        names: Student levels to use; None is all.
+        names: Student levels to use, or pairs of a student's and a teacher's level; None is all.
         missing: "skip" or "nearest", see above.
         tolerance: Largest difference of two strides, octaves. Maps of unequal strides are resampled by the losses.
 
@@ -61,6 +68,8 @@ def match_levels(
         )
     if missing not in ("skip", "nearest"):
         raise DrkdError(f"missing_levels: expected skip or nearest, got {missing!r}.")
+    if isinstance(names, Mapping):
+        return _named_pairs(student, teacher, names)
     limit = tolerance if missing == "skip" else math.inf
     taken: set[int] = set()
     pairs: list[LevelPair] = []
@@ -80,6 +89,18 @@ def match_levels(
             "a student whose pyramids overlap, or set missing_levels: nearest on the method."
         )
     return tuple(pairs)
+
+
+def _named_pairs(student: DetectorSpec, teacher: DetectorSpec, names: Mapping[str, str]) -> tuple[LevelPair, ...]:
+    theirs = {level.name: level for level in teacher.levels}
+    unknown = sorted(set(names.values()) - set(theirs))
+    if unknown or not names:
+        raise DrkdError(
+            f"The method was asked for the teacher's feature levels {', '.join(unknown) or 'by an empty map'}, and the "
+            f"teacher has {', '.join(theirs)}. Change `levels` of the method."
+        )
+    ours = sorted((level for level in student.levels if level.name in names), key=lambda level: level.stride)
+    return tuple(LevelPair(level, theirs[names[level.name]]) for level in ours)
 
 
 def maps_by_name(features: Sequence[FeatureMap]) -> dict[str, Tensor]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
-from drkd.methods.levels import MissingLevels, match_levels, paired_maps
+from drkd.methods.levels import Levels, MissingLevels, match_levels, paired_maps
 from drkd.methods.term_weights import choose_weight
 
 
@@ -23,7 +22,7 @@ class LevelwiseMethod(KDMethod):
         teacher: The teacher's levels; matched to the student's by stride.
         weight: What the user gave; None is 1 with ``balanced``, else ``plain_weight``.
         finest_levels: How many of the pairs are used, finest first; None is all.
-        levels: Student levels to use; None is all.
+        levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: See `match_levels`.
         balanced: See `KDMethod`.
         warmup_steps: See `KDMethod`.
@@ -51,7 +50,7 @@ class LevelwiseMethod(KDMethod):
         teacher: DetectorSpec,
         *,
         weight: float | None,
-        levels: Sequence[str] | None,
+        levels: Levels | None,
         missing_levels: MissingLevels,
         balanced: bool,
         warmup_steps: int,

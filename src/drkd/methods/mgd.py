@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from drkd.contracts import DetectorSpec
 from drkd.losses import MaskedGenerationLoss
-from drkd.methods.levels import MissingLevels
+from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
 
 
@@ -21,7 +19,7 @@ class MGD(LevelwiseMethod):
         weight: Of the term ``mgd``. None is 1 with ``balanced``, else the authors' 2e-5 for RetinaNet (Faster R-CNN:
             5e-7).
         masked_share: Share of positions that are dropped; the authors' for RetinaNet (Faster R-CNN: 0.45).
-        levels: Student levels to use; None is all.
+        levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
@@ -41,7 +39,7 @@ class MGD(LevelwiseMethod):
         *,
         weight: float | None = None,
         masked_share: float = 0.65,
-        levels: Sequence[str] | None = None,
+        levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,

@@ -8,7 +8,7 @@ from torch import nn
 
 from drkd.contracts import DetectorSpec
 from drkd.losses import GraphNorm, NonLocalLoss
-from drkd.methods.levels import MissingLevels
+from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
 
 
@@ -31,7 +31,7 @@ class NLD(LevelwiseMethod):
         relation_weight: Within the term, of the non-local relations.
         temperature: Of the attention, units of the feature.
         finest_levels: How many levels, finest first, are distilled (authors: 4); None is all.
-        levels: Student levels to choose from; None is all.
+        levels: Student levels to choose from, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
@@ -58,7 +58,7 @@ class NLD(LevelwiseMethod):
         relation_weight: float = 7e-5,
         temperature: float = 0.5,
         finest_levels: int | None = 4,
-        levels: Sequence[str] | None = None,
+        levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from drkd.contracts import DetectorSpec
 from drkd.losses import AdapterInit, PearsonLoss
-from drkd.methods.levels import MissingLevels
+from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
 
 
@@ -21,7 +19,7 @@ class PKD(LevelwiseMethod):
         weight: Of the term ``pkd``. None is 1 with ``balanced``, else the authors' 10 for RetinaNet (Faster R-CNN: 6).
         finest_levels: How many levels, finest first, are distilled (authors: 4); None is all.
         adapter_init: Start of the 1x1 convolution that is there where the channels differ, see `make_adapter`.
-        levels: Student levels to choose from; None is all.
+        levels: Student levels to choose from, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
@@ -42,7 +40,7 @@ class PKD(LevelwiseMethod):
         weight: float | None = None,
         finest_levels: int | None = 4,
         adapter_init: AdapterInit = "identity",
-        levels: Sequence[str] | None = None,
+        levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,
