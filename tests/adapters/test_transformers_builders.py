@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -305,7 +306,7 @@ def test_a_new_detector_starts_with_features_of_ordinary_size(kind: str) -> None
     torch.manual_seed(0)
     left = build_model(kind, entries, source="config")
     assert size_of(left) < 0.01
-    assert draw_start(left) > 50 and size_of(left) > 0.3
+    assert draw_start(left, backbone=True) > 50 and size_of(left) > 0.3
 
 
 @pytest.mark.parametrize("kind", ["d_fine", "deimv2", "deformable_detr"])
@@ -313,15 +314,40 @@ def test_layers_that_the_library_left_small_are_drawn_again(kind: str) -> None:
     torch.manual_seed(0)
     left = build_model(kind, {"num_labels": 3}, source="config")
     before = {name: value.clone() for name, value in left.state_dict().items()}
-    assert draw_start(left) > 50
+    assert draw_start(left, backbone=True) > 50
     after = left.state_dict()
     query = next(name for name in after if name.endswith("decoder.layers.0.self_attn.q_proj.weight"))
     assert after[query].std() > 2 * before[query].std()
     meant = next(name for name in after if name.endswith("decoder.layers.0.encoder_attn.sampling_offsets.bias"))
-    backbone = [name for name in after if ".backbone." in name or ".conv_encoder." in name]
-    kept = [meant, *(name for name in after if name.endswith(".bias")), *backbone]
-    assert len(kept) > 20
-    assert all(torch.equal(before[name], after[name]) for name in kept)
+    assert torch.equal(before[meant], after[meant])
+    body = [name for name in after if re.match(r"model\.(backbone|conv_encoder)\.model\.", name)]
+    assert len(body) > 20
+    opened = [name for name in body if not torch.equal(before[name], after[name])]
+    # Deformable DETR freezes norms that timm left at zero: nothing would ever come through those branches.
+    assert bool(opened) == (kind == "deformable_detr")
+    assert all(name.endswith(".weight") and before[name].abs().max() == 0 and after[name].min() == 1 for name in opened)
+    torch.manual_seed(0)
+    weighted = build_model(kind, {"num_labels": 3}, source="config")
+    draw_start(weighted, backbone=False)
+    assert all(torch.equal(before[name], weighted.state_dict()[name]) for name in body)
+
+
+@pytest.mark.parametrize("kind", ["rt_detr", "d_fine", "deimv2"])
+def test_the_first_boxes_of_a_new_detector_are_its_anchors(kind: str) -> None:
+    detector: Any = small(kind, backbone=TIMM).model
+    with torch.no_grad():
+        found = detector.train().model(torch.rand(2, 3, 64, 64))
+    # Of one level all anchors have one size: 0.05 of the image, doubled with every level.
+    sizes = found.enc_topk_bboxes[..., 2:]
+    levels = torch.tensor([0.05, 0.1, 0.2])
+    assert (sizes.unsqueeze(-1) - levels).abs().amin(dim=-1).max() < 1e-4
+
+
+def test_a_new_deformable_detr_has_its_authors_queries_and_priors() -> None:
+    model: Any = small("deformable_detr", backbone="resnet18").model
+    assert 0.8 < float(model.model.query_position_embeddings.weight.std()) < 1.2
+    assert all(torch.allclose(layer.bias.sigmoid(), torch.tensor(0.01)) for layer in model.class_embed)
+    assert model.bbox_embed[0].layers[-1].bias.tolist() == [0.0, 0.0, -2.0, -2.0]
 
 
 def test_batch_norms_that_hold_activations_are_not_frozen_away(tmp_path: Path) -> None:
@@ -340,7 +366,10 @@ def test_batch_norms_that_hold_activations_are_not_frozen_away(tmp_path: Path) -
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert small(backbone=TIMM, backbone_weights=None).model.config.freeze_backbone_batch_norms is False
-    with pytest.raises(DrkdError, match=r"mobilenetv3_small_050 hold the activations.*Leave out config.freeze"):
+    with pytest.raises(DrkdError, match=r"mobilenetv3_small_050 hold the activations.*Set config\.freeze"):
         small(backbone=name, config={"freeze_backbone_batch_norms": True})
     with pytest.raises(DrkdError, match="Deformable DETR always freezes"):
         small("deformable_detr", backbone=name)
+    raw = {"model_type": "timm_backbone", "backbone": "mobilenetv3_small_050", "out_indices": [2, 3, 4]}
+    with pytest.raises(DrkdError, match=r"norms of config\.backbone_config hold"):
+        DetrBuilder(model_type="deformable_detr", config={"backbone_config": raw}).build(CLASSES)

@@ -113,8 +113,8 @@ class HookedDetector(Detector):
                 return (beginning,)
         raise DrkdError(
             f"drkd cannot tell the backbone of this {self.spec.family} from the rest. Expected parameters "
-            f"whose names begin with backbone or body, got {', '.join(names[:3])}, ... Name the module so, or copy "
-            "what the student should start from in the function that builds it."
+            f"whose names begin with backbone or body, got {', '.join(names[:3])}, ... `inherit` and "
+            "`training.optimization.backbone_learning_rate` need that. Name the module so, or leave them out."
         )
 
     def forward(self, batch: DetectionBatch, *, want: frozenset[Want]) -> DetectorOutput:

@@ -11,6 +11,7 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegressionHead
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
+from torchvision.models.detection.roi_heads import RoIHeads
 
 from drkd.adapters.labels import TWO_STAGE
 from drkd.contracts import DensePredictions, HeadFeatures, PredictionLayout, RegionPredictions
@@ -236,9 +237,10 @@ class RegionRecorder:
 
     @property
     def matched_at_most(self) -> int | None:
-        """Regions of an image that the sampler lets be matched with a box; None where it is not torchvision's."""
+        """Regions of an image that the sampler lets be matched with a box; None where it is not torchvision's own."""
         sampler = self._heads.fg_bg_sampler
-        if not isinstance(sampler, BalancedPositiveNegativeSampler):
+        own = type(self._heads).select_training_samples is RoIHeads.select_training_samples
+        if not own or type(sampler) is not BalancedPositiveNegativeSampler:
             return None
         return int(sampler.batch_size_per_image * sampler.positive_fraction)
 

@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from drkd.adapters.transformers_backbone import BackboneChoice, backbone_of, choose_backbone, load_backbone
+from drkd.adapters.transformers_backbone import (
+    BackboneChoice,
+    backbone_of,
+    choose_backbone,
+    is_freezable,
+    load_backbone,
+)
 from drkd.adapters.transformers_detector import TransformersDetector, wrap_transformers
 from drkd.adapters.transformers_labels import find_labels
 from drkd.adapters.transformers_library import FAMILIES, build_model, check_entries, check_family, import_transformers
@@ -20,7 +26,7 @@ __all__ = ["DetrBuilder", "PretrainedDetrBuilder", "TransformersDetector", "wrap
 _CLASS_LAYERS = ("class_embed", "enc_score_head", "denoising_class_embed")
 _NAMED = 5
 _UNFROZEN = {
-    False: "Leave out config.freeze_backbone_batch_norms.",
+    False: "Set config.freeze_backbone_batch_norms to false.",
     True: "Deformable DETR always freezes: choose a backbone such as timm/resnet50, or another model_type.",
 }
 
@@ -31,8 +37,8 @@ class DetrBuilder(DetectorBuilder):
 
     What has no weights to start from starts as in the authors' code, not as the library leaves it (`draw_start`).
     Without weights for the backbone nothing in it is frozen: where the library can (all but Deformable DETR), its batch
-    norms stay ordinary ones. So do those of a timm backbone that hold the activations (EfficientNet, MobileNet, other
-    mobile networks): the library would freeze them by removing both.
+    norms stay ordinary ones. So do those of a timm backbone that hold the activations (EfficientNet, MobileNet, RegNet
+    and others): the library would freeze them by removing both.
 
     Args:
         model_type: transformers' name of the family.
@@ -84,7 +90,7 @@ class DetrBuilder(DetectorBuilder):
         choice = None if self.backbone is None else choose_backbone(self.backbone)
         entries = {**self._entries(choice), **_classes(class_names)}
         model = build_model(self.model_type, entries, source="config")
-        draw_start(model)
+        draw_start(model, backbone=self.backbone_weights is None)
         if self.backbone_weights is not None and self.backbone is not None:
             load_backbone(model, self.backbone, self.backbone_weights)
         else:
@@ -112,16 +118,18 @@ class DetrBuilder(DetectorBuilder):
         elif self.backbone_weights is None or (choice is not None and not choice.freezable):
             entries["freeze_backbone_batch_norms"] = False
         if choice is not None:
-            frozen = FAMILIES[self.model_type].flat or self.config.get("freeze_backbone_batch_norms")
-            if frozen and not choice.freezable:
-                raise DrkdError(
-                    f"backbone: the batch norms of {self.backbone} hold the activations, and transformers would freeze "
-                    f"them by removing both. {_UNFROZEN[FAMILIES[self.model_type].flat]}"
-                )
             entries["backbone_config"] = dict(choice.config)
             if not FAMILIES[self.model_type].flat:
                 entries["encoder_in_channels"] = list(choice.channels)
-        return {**entries, **self.config}
+        entries |= self.config
+        flat = FAMILIES[self.model_type].flat
+        frozen = flat or entries.get("freeze_backbone_batch_norms", True)
+        if frozen and not is_freezable(entries.get("backbone_config")):
+            raise DrkdError(
+                f"backbone: the batch norms of {self.backbone or 'config.backbone_config'} hold the activations, and "
+                f"transformers would freeze them by removing both. {_UNFROZEN[flat]}"
+            )
+        return entries
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,7 @@ class BackboneChoice:
         channels: Of the three maps of strides 8, 16 and 32 px that it returns.
         mean: What it was trained with, per channel, where that is known.
         std: The same for the standard deviation.
-        freezable: Whether its batch norms are PyTorch's own. transformers freezes them by putting other layers in their
-            place, which would lose what others do besides, such as timm's ``BatchNormAct2d`` its activation.
+        freezable: See `is_freezable`.
     """
 
     config: dict[str, Any]
@@ -72,10 +71,31 @@ def choose_backbone(name: str) -> BackboneChoice:
     channels = tuple(network.feature_info.channels()[place] for place in places)
     plan = {"model_type": "timm_backbone", "backbone": timm_name, "features_only": True, "out_indices": places}
     trained = network.pretrained_cfg
-    norms = {type(layer) for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)}
     return BackboneChoice(
-        plan, channels, tuple(trained["mean"]), tuple(trained["std"]), freezable=norms <= {nn.BatchNorm2d}
+        plan, channels, tuple(trained["mean"]), tuple(trained["std"]), freezable=_has_plain_norms(network)
     )
+
+
+def is_freezable(backbone_config: Any) -> bool:
+    """Whether the batch norms of a configuration's backbone are PyTorch's own.
+
+    transformers freezes them by putting other layers in their place, which loses what others do besides, such as timm's
+    ``BatchNormAct2d`` its activation: the network would be all but linear.
+
+    Args:
+        backbone_config: An entry ``backbone_config``: values by name, or an object of transformers.
+    """
+    import timm
+
+    found = backbone_config if isinstance(backbone_config, dict) else getattr(backbone_config, "__dict__", {})
+    name = str(found.get("backbone"))
+    if found.get("model_type", "timm_backbone") != "timm_backbone" or not timm.is_model(name):
+        return True
+    return _has_plain_norms(timm.create_model(name, features_only=True, pretrained=False))
+
+
+def _has_plain_norms(network: nn.Module) -> bool:
+    return {type(layer) for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)} <= {nn.BatchNorm2d}
 
 
 def load_backbone(model: Any, name: str, weights: str) -> None:
@@ -95,8 +115,8 @@ def load_backbone(model: Any, name: str, weights: str) -> None:
             f"backbone_weights: {name} is transformers' own network, whose names no classifier's file has. Use "
             "timm/<name>, or PretrainedDetrBuilder, which loads a whole detector."
         )
-    conv_encoder: Any = backbone_of(model)
-    body: nn.Module = getattr(conv_encoder.model, "_backbone", conv_encoder.model)
+    outer = body_of(model)
+    body: Any = getattr(outer, "_backbone", outer)
     wanted = body.state_dict()
     state = _published(name) if weights == "imagenet" else _read(weights, name)
     chosen = {key: state[found] for key in wanted if (found := _find(key, state)) is not None}
@@ -109,6 +129,13 @@ def backbone_of(model: Any) -> nn.Module:
     parts = model.model
     backbone: nn.Module = parts.backbone if hasattr(parts, "backbone") else parts.conv_encoder
     return backbone
+
+
+def body_of(model: Any) -> nn.Module:
+    """The network alone inside the backbone of a transformers detector; DEIMv2 keeps projections beside it."""
+    parts = backbone_of(model)
+    body: nn.Module = next((getattr(parts, name) for name in ("model", "backbone") if hasattr(parts, name)), parts)
+    return body
 
 
 def _read(weights: str, name: str) -> dict[str, Tensor]:

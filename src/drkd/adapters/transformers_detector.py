@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drkd.adapters.transformers_backbone import body_of
 from drkd.adapters.transformers_encoder import EncoderTap, probe_maps
 from drkd.adapters.transformers_labels import find_labels, model_labels
 from drkd.adapters.transformers_library import FAMILIES, family_of, import_transformers
@@ -109,8 +110,9 @@ class TransformersDetector(Detector):
 
     @property
     def body_names(self) -> tuple[str, ...]:
-        """Beginnings of the names in the model's state dict that belong to the backbone; DEIMv2 has its own for it."""
-        return ("model.backbone." if hasattr(_untyped(self.model).model, "backbone") else "model.conv_encoder.",)
+        """Beginnings of the names in the model's state dict that belong to the backbone's network."""
+        body = body_of(self.model)
+        return tuple(f"{name}." for name, module in self.model.named_modules() if module is body)
 
     @property
     def image_mean(self) -> list[float]:

@@ -47,7 +47,7 @@ class Optimization:
         gamma: Factor at each milestone.
         warmup_steps: Steps of linear warm-up.
         warmup_factor: Share of the learning rate at step 0.
-        reference_batch: Images an optimizer step that the learning rates are meant for; both are multiplied by the
+        reference_batch: Images an optimizer step that the learning rates are meant for; all are multiplied by the
             images that a step really takes, over all processes and accumulated batches, over this number (Goyal et
             al., arXiv:1706.02677), and the result is printed. None = the rates as they are.
     """
