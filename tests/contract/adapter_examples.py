@@ -143,6 +143,7 @@ EXAMPLES: dict[str, Example] = {
             },
         },
         needs="transformers",
+        learning_rate=3e-3,
     ),
     "drkd.adapters.transformers.PretrainedDetrBuilder": Example(_published, needs="transformers"),
     "drkd.adapters.ultralytics.UltralyticsBuilder": Example(
