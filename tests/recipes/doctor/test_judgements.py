@@ -6,12 +6,15 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from drkd.contracts import DetectorSpec, FeatureLevel, FeatureMap, ImageRecord
 from drkd.data.split import DatasetSplit
+from drkd.methods import CWD, DRKD, PKD, Combination
 from drkd.recipes.doctor.classes import compare_classes, count_boxes
 from drkd.recipes.doctor.features import judge_features
 from drkd.recipes.doctor.finding import Diagnosis, Finding
+from drkd.recipes.doctor.levels import judge_levels
 from drkd.recipes.doctor.preprocessing import judge_preprocessing, judge_teacher
 from drkd.recipes.doctor.steps import StepNumbers, judge_cost, judge_gradients, shares
 
@@ -150,3 +153,35 @@ def test_the_verdict_gives_the_worst_reasons_only() -> None:
     )
     assert json.loads(json.dumps(diagnosis.as_json()))["verdict"] == "stop"
     assert Diagnosis(findings[:1], {}).verdict.startswith("ok")
+
+
+def _pyramid(family: str, *strides: int) -> DetectorSpec:
+    return DetectorSpec(tuple(FeatureLevel(f"p{s.bit_length() - 1}", 8, float(s)) for s in strides), ("cat",), family)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "levels", "severity", "words"),
+    [
+        (("retinanet", 8, 16), ("faster_rcnn", 4, 8, 16), None, "careful", "`levels: {p3: p2, p4: p3}`"),
+        (("retinanet", 8, 16), ("faster_rcnn", 4, 8, 16), {"p3": "p2", "p4": "p3"}, "ok", "p3 from p2, p4 from p3"),
+        (("retinanet", 4, 8), ("faster_rcnn", 4, 8, 16), None, "ok", "p2 from p2"),
+        (("faster_rcnn", 8, 16), ("faster_rcnn", 4, 8, 16), None, "ok", "p3 from p3"),
+        (("retinanet", 8, 16), ("rt_detr", 4, 8, 16), None, "ok", "p3 from p3"),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_two_stage_teachers_small_objects_are_not_forgotten(
+    student: tuple[str, int], teacher: tuple[str, int], levels: object, severity: str, words: str, wrapped: bool
+) -> None:
+    ours, theirs = _pyramid(*student), _pyramid(*teacher)
+    method: nn.Module = (DRKD if severity == "ok" else PKD)(ours, theirs, levels=levels)  # type: ignore[operator]
+    if wrapped:
+        method = Combination(
+            ours, theirs, methods={"one": lambda *specs: method, "two": lambda *specs: CWD(*specs, levels=levels)}
+        )
+    findings = judge_levels(ours, theirs, method)
+    assert [finding.severity for finding in findings] == [severity] and words in findings[0].text
+
+
+def test_a_method_without_levels_has_none_to_judge() -> None:
+    assert judge_levels(_pyramid("retinanet", 8), _pyramid("faster_rcnn", 4, 8), nn.Identity()) == []

@@ -13,11 +13,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from drkd.contracts import DetectionBatch, Detector, DrkdError
 from drkd.data.split import DatasetSplit
 from drkd.engine.distiller import Distiller
-from drkd.engine.teachers import TeacherGroup
+from drkd.engine.teachers import PerTeacher, TeacherGroup
 from drkd.recipes.doctor.batches import ValidationBatches
 from drkd.recipes.doctor.classes import compare_classes, count_boxes
 from drkd.recipes.doctor.features import look_at_features
 from drkd.recipes.doctor.finding import Diagnosis, Finding
+from drkd.recipes.doctor.levels import judge_levels
 from drkd.recipes.doctor.preprocessing import (
     average_precision,
     judge_preprocessing,
@@ -107,7 +108,8 @@ def _look(
         more = compare_classes(student.spec, member.spec, recipe.data.class_names, missing=missing)
         measured, found = _measure(member, student, batches, val)
         alive, found["features"] = look_at_features("teacher", member, first)
-        more += [*measured, *alive]
+        method = distiller.method.members[name] if isinstance(distiller.method, PerTeacher) else distiller.method
+        more += [*measured, *alive, *judge_levels(student.spec, member.spec, method)]
         findings += [replace(entry, text=f"{name}: {entry.text}") for entry in more] if group else more
         if group:
             numbers.setdefault("teachers", {})[name] = found
