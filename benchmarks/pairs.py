@@ -3,6 +3,8 @@
     python benchmarks/pairs.py            # writes docs/pairs.md
     python benchmarks/pairs.py --check    # says whether it is up to date
 
+The detectors of other libraries need pip install 'drkd[transformers,ultralytics]'.
+
 A cell is a method's terms on two images of 64 x 96 px: each must be finite and send a gradient to the student's
 features.
 """
@@ -20,12 +22,14 @@ import torch
 
 import drkd.methods
 from drkd.adapters import (
+    DetrBuilder,
     FasterRCNNBuilder,
     FCOSBuilder,
     MaskRCNNBuilder,
     RetinaNetBuilder,
     SSD300Builder,
     SSDLiteBuilder,
+    UltralyticsBuilder,
 )
 from drkd.contracts import DetectionBatch, Detector, DetectorBuilder, DetectorOutput, DrkdError, KDMethod, Want
 from drkd.engine.distiller import Distiller
@@ -46,6 +50,15 @@ WANTS: tuple[Want, ...] = (
 )
 _TINY = {"backbone": "resnet18", "width": 0.125, "fpn_channels": 32}
 _FEW = {"rpn_post_nms_train": 50, "rpn_post_nms_test": 50, "roi_batch_size": 32, "representation_size": 16}
+_SMALL = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "encoder_ffn_dim": 32,
+    "decoder_layers": 2,
+    "decoder_ffn_dim": 32,
+    "num_queries": 20,
+}
+_HYBRID = {**_SMALL, "encoder_hidden_dim": 32, "decoder_in_channels": [32, 32, 32], "num_denoising": 5}
 BUILDERS: dict[str, DetectorBuilder] = {
     "retinanet": RetinaNetBuilder(**_TINY, extra="none"),
     "fcos": FCOSBuilder(**_TINY, extra="none", num_convs=2),
@@ -53,6 +66,9 @@ BUILDERS: dict[str, DetectorBuilder] = {
     "mask_rcnn": MaskRCNNBuilder(**_TINY, **_FEW, mask_layers=(8,), mask_channels=8),
     "ssd300": SSD300Builder(width=0.0625, image_std=(0.25, 0.25, 0.25)),
     "ssdlite": SSDLiteBuilder(width=0.25, size=96),
+    "rt_detr": DetrBuilder(backbone="timm/resnet10t", config=_HYBRID),
+    "deformable_detr": DetrBuilder(model_type="deformable_detr", backbone="timm/resnet10t", config=_SMALL),
+    "yolo": UltralyticsBuilder(model="yolo11n.yaml"),
 }
 
 

@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 CHEAP = ("retinanet", "faster_rcnn", "ssdlite")
 
@@ -47,6 +49,17 @@ def test_the_page_is_up_to_date():
             assert page[method, student, teacher] == reason, (method, student, teacher)
     works = {key for key, reason in page.items() if not reason}
     assert all(("DRKD", student, teacher) in works for student in pairs.BUILDERS for teacher in pairs.BUILDERS)
+
+
+def test_the_page_is_up_to_date_with_other_libraries():
+    pytest.importorskip("transformers")
+    pytest.importorskip("ultralytics")
+    pairs = _load()
+    page = _read(pairs.PAGE.read_text(encoding="utf-8").split(pairs.MARK)[1])
+    names = ("rt_detr", "yolo")
+    for method, cells in pairs.run(names, names, ("DRKD", "LogitKD", "CrossKD", "LD")).items():
+        for (student, teacher), reason in cells.items():
+            assert page[method, student, teacher] == reason, (method, student, teacher)
 
 
 def test_a_step_leaves_the_teacher_alone():
