@@ -53,6 +53,13 @@ def test_null_is_the_lone_student_and_shipped_recipes_keep_their_names(compariso
     assert comparison.methods == {"student": Arm()}
 
 
+@pytest.mark.parametrize("how", ["train", None])
+def test_the_lone_student_may_have_overrides(comparison_file: Path, how: str | None) -> None:
+    arms = {"student": "train", "short": {"class_path": how, "overrides": {"training": {"epochs": 1}}}}
+    comparison = load_comparison(_changed(comparison_file, methods=arms))
+    assert comparison.methods["short"] == Arm(overrides={"training": {"epochs": 1}})
+
+
 def test_a_comparison_may_have_a_base(comparison_file: Path, tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     more = tmp_path / "deep" / "more.yaml"

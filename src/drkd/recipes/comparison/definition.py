@@ -285,6 +285,8 @@ def _spell_arm(entry: Any, path: Path, place: str) -> dict[str, Any]:
     if entry in _ALONE:
         return {}
     entry = {"class_path": entry} if isinstance(entry, str) else entry
+    if isinstance(entry, Mapping) and entry.get("class_path") in _ALONE:
+        entry = {key: value for key, value in entry.items() if key != "class_path"}
     return _check_entry(entry, _ARM_KEYS, path, place, short="train or the import path of a method")
 
 
