@@ -89,6 +89,22 @@ def test_zoom_out_keeps_boxes_on_their_objects() -> None:
         assert image[0, top + 1 : bottom - 1, left + 1 : right - 1].mean() > 0.95
 
 
+def test_random_crop_keeps_boxes_on_their_objects_and_empties_those_outside() -> None:
+    transforms = train_transforms(min_size=40, max_size=60, horizontal_flip=0.0, random_crop=1.0)
+
+    grown, emptied = 0, 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        image, boxes = _apply(transforms, [[4.0, 4.0, 16.0, 14.0], [40.0, 20.0, 56.0, 36.0]])
+        for left, top, right, bottom in boxes.round().int().tolist():
+            if right <= left or bottom <= top:
+                emptied += 1
+                continue
+            assert image[0, top + 1 : bottom - 1, left + 1 : right - 1].mean() > 0.95
+            grown += right - left > 16
+    assert grown and emptied
+
+
 def test_photometric_jitter_leaves_boxes_and_range_alone() -> None:
     image, boxes = _apply(
         train_transforms(min_size=40, max_size=60, horizontal_flip=0.0, photometric=True), [[1, 2, 3, 4.0]]
@@ -99,7 +115,7 @@ def test_photometric_jitter_leaves_boxes_and_range_alone() -> None:
 
 
 def test_images_without_boxes_pass() -> None:
-    transforms = train_transforms(min_size=40, max_size=60, photometric=True, zoom_out=1.0)
+    transforms = train_transforms(min_size=40, max_size=60, photometric=True, zoom_out=1.0, random_crop=1.0)
     target = {
         "boxes": tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(40, 60)),
         "labels": torch.zeros(0, dtype=torch.int64),

@@ -77,6 +77,7 @@ class DetectionDataModule(LightningDataModule):
         horizontal_flip: Probability of mirroring a training image; 0 for digits and letters.
         photometric: Jitter the colours of training images.
         zoom_out: Probability of shrinking a training image onto a larger canvas.
+        random_crop: Probability of cutting a part out of a training image, so that objects grow.
         size_divisor: Batches are padded to multiples of it, px.
         pad_to: Pad every batch at least to this height and width, px.
         workers: Processes that decode images; 0 decodes in the training process.
@@ -111,6 +112,7 @@ class DetectionDataModule(LightningDataModule):
         horizontal_flip: float = 0.5,
         photometric: bool = False,
         zoom_out: float = 0.0,
+        random_crop: float = 0.0,
         size_divisor: int = 32,
         pad_to: Size | None = None,
         workers: int = 2,
@@ -139,6 +141,7 @@ class DetectionDataModule(LightningDataModule):
             horizontal_flip=horizontal_flip,
             photometric=photometric,
             zoom_out=zoom_out,
+            random_crop=random_crop,
         )
         self._eval_transforms = eval_transforms(min_size=min_size, max_size=max_size)
         self._collate = partial(collate, size_divisor=size_divisor, pad_to=pad_to)

@@ -53,6 +53,7 @@ def train_transforms(
     horizontal_flip: float = 0.5,
     photometric: bool = False,
     zoom_out: float = 0.0,
+    random_crop: float = 0.0,
 ) -> v2.Compose:
     """Transforms for training images.
 
@@ -62,6 +63,8 @@ def train_transforms(
         horizontal_flip: Probability of mirroring. Zero for digits and letters: mirrored, they are others or none.
         photometric: Jitter brightness, contrast, saturation and hue.
         zoom_out: Probability of putting the image on a grey canvas up to twice as wide, so that objects shrink.
+        random_crop: Probability of cutting a part out of the image, at least half as wide and as high, so that objects
+            grow; an object whose centre is cut off is no target any more (SSD's crop, Liu et al., arXiv:1512.02325).
     """
     steps: list[torch.nn.Module] = []
     if photometric:
@@ -69,6 +72,9 @@ def train_transforms(
     if zoom_out > 0:
         fill: dict[Any, int] = {tv_tensors.Image: 114, "others": 0}
         steps.append(v2.RandomZoomOut(fill=fill, side_range=(1.0, 2.0), p=zoom_out))
+    if random_crop > 0:
+        # Boxes outside become empty, which the data set drops.
+        steps.append(v2.RandomApply([v2.RandomIoUCrop(min_scale=0.5)], p=random_crop))
     if horizontal_flip > 0:
         steps.append(v2.RandomHorizontalFlip(horizontal_flip))
     steps.append(ResizeKeepRatio(_several(min_size), max_size))
