@@ -178,7 +178,14 @@ class NoHostSync(TorchDispatchMode):
 @pytest.mark.parametrize("boxes", [BOXES, NONE])
 def test_nothing_waits_for_the_device(family, method, boxes):
     student, teacher = pair(family)
-    kd, batch = method(student.spec, teacher.spec), batch_of(boxes)
+    kds, batch = [method(student.spec, teacher.spec)], batch_of(boxes)
+    if method is LogitKD:
+        kds.append(LogitKD(student.spec, teacher.spec, share=0.5))
+    for kd in kds:
+        _without_waiting(kd, student, teacher, batch)
+
+
+def _without_waiting(kd, student, teacher, batch):
     ours, theirs = outputs(kd, student, teacher, batch)
     if theirs.region_head is not None:
         # torchvision's own pooling asks which level each region belongs to.
@@ -219,6 +226,53 @@ def test_the_teachers_head_sees_few_regions_without_an_object(boxes):
         assert (term > 0) == (boxes is BOXES)
     heads.fg_bg_sampler = torch.nn.Identity()
     assert RegionRecorder(heads).matched_at_most is None
+
+
+@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize(
+    ("boxes", "asked"), [(BOXES, 0), ([[], BOXES[1]], 1), (NONE, 0)], ids=["both", "second", "none"]
+)
+def test_a_share_of_the_images_goes_through_the_teachers_head(family, boxes, asked):
+    student, teacher = pair(family)
+    kd, every, batch = (
+        LogitKD(student.spec, teacher.spec, share=0.5),
+        LogitKD(student.spec, teacher.spec),
+        batch_of(boxes),
+    )
+    ours, theirs = outputs(kd, student, teacher, batch)
+    seen = []
+    if family == "faster_rcnn":
+        # What the others have would be background to a method that looks at all.
+        counts = [len(entry) for entry in ours.regions.regions]
+        labels = [*ours.regions.labels.split(counts)]
+        labels[1 - asked] = torch.full_like(labels[1 - asked], len(CLASSES))
+        alone = replace(ours, regions=replace(ours.regions, labels=torch.cat(labels)))
+
+        def region_head(regions):
+            seen.extend(len(entry) > 0 for entry in regions)
+            return theirs.region_head(regions)
+
+        watched = replace(theirs, region_head=region_head)
+    else:
+        assignment = ours.assignment.clone()
+        assignment[1 - asked] = -1
+        alone = replace(ours, assignment=assignment)
+
+        def head_tail(classification, regression, *, after):
+            assert after == 0 and all(len(entry) == 1 for entry in (*classification, *regression))
+            seen.extend(torch.equal(classification[0][0], theirs.features[0].tensor[row]) for row in range(2))
+            return theirs.head_tail(classification, regression, after=after)
+
+        watched = replace(theirs, head_tail=head_tail)
+    got = kd(ours, watched, batch)
+    assert seen == [asked == 0, asked == 1]
+    want = outputs(every, student, teacher, batch)[1]
+    for name, term in every(alone, want, batch).items():
+        torch.testing.assert_close(got[name], term, rtol=1e-4, atol=1e-6)
+        assert (term > 0) == (boxes is not NONE)
+    sum(got.values()).backward()
+    with pytest.raises(ValueError, match="share above 0"):
+        LogitKD(student.spec, teacher.spec, share=0.0)
 
 
 @PAIRS
@@ -544,10 +598,11 @@ def test_a_combination_asks_each_side_for_what_its_members_need_of_it(family, me
 
 
 @pytest.mark.parametrize("family", SERVED)
-def test_drkd_hears_the_response_where_predictions_are_alike(family):
+@pytest.mark.parametrize("share", [None, 1.0])
+def test_drkd_hears_the_response_where_predictions_are_alike(family, share):
     student, teacher = pair(family)
-    kd = DRKD(student.spec, teacher.spec)
-    alone = LogitKD(student.spec, teacher.spec)
+    kd = DRKD(student.spec, teacher.spec, **({} if share is None else {"response_share": share}))
+    alone = LogitKD(student.spec, teacher.spec, share=share or 0.25)
     assert (kd.needs, kd.teacher_needs) == (alone.needs, alone.teacher_needs | {"features"})
     batch = batch_of()
     torch.manual_seed(5)  # two-stage students sample

@@ -84,6 +84,7 @@ class DRKD(KDMethod):
         instance_weight: Of ``instance``.
         response_weight: Of the two response terms. None is 1 where student and teacher predict alike (see `LogitKD`),
             and no such term where they do not, or where there are only feature maps (`for_features`).
+        response_share: Of a batch's images that the teacher's head is asked about for the response, see `LogitKD`.
         balanced: Whether weights are ratios of gradient norms, see `KDMethod`; otherwise plain multipliers.
         warmup_steps: Steps over which all weights rise from 0.
         levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all that find a partner.
@@ -128,6 +129,7 @@ class DRKD(KDMethod):
         relation_weight: float = 0.1,
         instance_weight: float = 0.5,
         response_weight: float | None = None,
+        response_share: float = 0.25,
         balanced: bool = True,
         warmup_steps: int = 0,
         levels: Levels | None = None,
@@ -166,7 +168,9 @@ class DRKD(KDMethod):
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         minimum = {RELATION: 2 if instance_target == "matrix" else 1, INSTANCE: 1}
         self.minimum_boxes = {name: count for name, count in minimum.items() if name in self.weights}
-        self.response = _make_response(student, teacher, weight=response_weight, balanced=balanced)
+        self.response = _make_response(
+            student, teacher, weight=response_weight, share=response_share, balanced=balanced
+        )
         if self.response is not None:
             self.needs, self.teacher_needs = self.response.needs | _FEATURES, self.response.teacher_needs | _FEATURES
             self.weights |= {f"{RESPONSE}_{name}": weight for name, weight in self.response.weights.items()}
@@ -373,13 +377,13 @@ class DRKD(KDMethod):
 
 
 def _make_response(
-    student: DetectorSpec, teacher: DetectorSpec, *, weight: float | None, balanced: bool
+    student: DetectorSpec, teacher: DetectorSpec, *, weight: float | None, share: float, balanced: bool
 ) -> LogitKD | None:
     if weight == 0:
         return None
     loudness = 1.0 if weight is None else weight
     try:
-        return LogitKD(student, teacher, class_weight=loudness, box_weight=loudness, balanced=balanced)
+        return LogitKD(student, teacher, class_weight=loudness, box_weight=loudness, share=share, balanced=balanced)
     except NotApplicableError:
         if weight is None:
             return None

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, Want
+from drkd.contracts import DensePredictions, DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, Want
 from drkd.losses import class_divergence, offset_distance
-from drkd.methods.prediction_pairs import TeacherClasses, matched_regions, require_layouts, require_same_grid
+from drkd.methods.prediction_pairs import (
+    TeacherClasses,
+    matched_regions,
+    regions_of,
+    require_layouts,
+    require_same_grid,
+)
 from drkd.methods.term_weights import choose_weight
 
 
@@ -19,6 +28,9 @@ class LogitKD(KDMethod):
     head classifies on its own features, a KL divergence of the softmax with the background and the difference of the
     offsets for the region's class. Both terms are means over positives; without any they are exactly zero.
 
+    The teacher's head is dear: with a ``share`` below 1 it looks at that part of a batch's images only, the first ones
+    that have boxes. A loader that shuffles gives every image its turn.
+
     Args:
         student: The student.
         teacher: The teacher, of the same kind and anchors, with some of the student's classes, in any order.
@@ -27,6 +39,8 @@ class LogitKD(KDMethod):
         temperature: Of the classes, > 0.
         balanced: Whether weights are gradient ratios, see `KDMethod`.
         warmup_steps: See `KDMethod`.
+        share: Of a batch's images that the teacher's head is asked about, in (0, 1]; at least one. One-stage teachers
+            whose head drkd does not run on its own (SSD, YOLO) are asked about all.
 
     Raises:
         DrkdError: If the predictions of the two cannot be compared.
@@ -46,11 +60,14 @@ class LogitKD(KDMethod):
         temperature: float = 2.0,
         balanced: bool = True,
         warmup_steps: int = 0,
+        share: float = 1.0,
     ) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"Expected a temperature above 0, got {temperature}")
-        layout, _ = require_layouts(
+        if not 0 < share <= 1:
+            raise ValueError(f"Expected a share above 0 and of at most 1, got {share}")
+        layout, theirs = require_layouts(
             student, teacher, method="LogitKD", kinds=("anchors", "points", "regions", "default_boxes")
         )
         self.softmax = layout.kind == "default_boxes"
@@ -60,6 +77,8 @@ class LogitKD(KDMethod):
             self.teacher_needs = frozenset[Want]({"region_head"})
         else:
             require_same_grid(student, teacher, method="LogitKD")
+            if share < 1 and theirs.head_depth > 0:
+                self.teacher_needs = frozenset[Want]({"features", "head_tail"})
         self.classes = TeacherClasses(student, teacher, method="LogitKD")
         self.temperature = temperature
         self.weights = {
@@ -69,30 +88,53 @@ class LogitKD(KDMethod):
         self.minimum_boxes = {"classification": 1, "box": 1}
         self.balanced = balanced
         self.warmup_steps = warmup_steps
+        self.share = share
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The terms ``classification`` and ``box``."""
-        return self._regions(student, teacher) if self.two_stage else self._dense(student, teacher, batch)
+        rows = self._asked_about(batch)
+        return self._regions(student, teacher, rows) if self.two_stage else self._dense(student, teacher, batch, rows)
 
-    def _dense(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
-        ours, theirs, assignment = student.predictions, teacher.predictions, student.assignment
-        if ours is None or theirs is None or assignment is None:
-            raise ValueError("Expected a student with predictions and assignment, and a teacher with predictions")
-        positive = self.classes.positives(assignment, [target.labels for target in batch.targets]).float()
+    def _asked_about(self, batch: DetectionBatch) -> Sequence[int]:
+        """Images whose predictions are compared."""
+        count = len(batch.targets)
+        if self.share == 1:
+            return range(count)
+        # Boxes are counted on the host; an image without any has nothing to compare.
+        places = [row for row, target in enumerate(batch.targets) if len(target.labels)] or [*range(count)]
+        return places[: max(1, round(self.share * count))]
+
+    def _dense(
+        self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch, rows: Sequence[int]
+    ) -> dict[str, Tensor]:
+        ours, assignment = student.predictions, student.assignment
+        if ours is None or assignment is None:
+            raise ValueError("Expected a student with predictions and assignment")
+        if "head_tail" in self.teacher_needs:
+            if teacher.head_tail is None:
+                raise ValueError("Expected a teacher with a head_tail")
+            maps = [_pick(level.tensor, rows) for level in teacher.features]
+            theirs: DensePredictions | None = teacher.head_tail(maps, maps, after=0)
+        else:
+            theirs, rows = teacher.predictions, range(len(batch.targets))
+        if theirs is None:
+            raise ValueError("Expected a teacher with predictions")
+        labels = [batch.targets[row].labels for row in rows]
+        positive = self.classes.positives(_pick(assignment, rows), labels).float()
         classes = class_divergence(
-            self.classes.student_logits(ours.logits, background=self.softmax),
+            self.classes.student_logits(_pick(ours.logits, rows), background=self.softmax),
             self.classes.logits(theirs.logits, background=self.softmax),
             positive,
             temperature=self.temperature,
             activation="softmax" if self.softmax else "sigmoid",
         )
-        return {"classification": classes, "box": offset_distance(ours.boxes, theirs.boxes, positive)}
+        return {"classification": classes, "box": offset_distance(_pick(ours.boxes, rows), theirs.boxes, positive)}
 
-    def _regions(self, student: DetectorOutput, teacher: DetectorOutput) -> dict[str, Tensor]:
+    def _regions(self, student: DetectorOutput, teacher: DetectorOutput, rows: Sequence[int]) -> dict[str, Tensor]:
         if student.regions is None or student.regions.labels is None or teacher.region_head is None:
             raise ValueError("Expected a student with matched regions and a teacher with a region_head")
-        # The teacher's head is dear, and most regions are background: only the others go through it.
-        ours, labels = matched_regions(student.regions, background=self.classes.background)
+        # Most regions are background: only the others go through the teacher's head.
+        ours, labels = matched_regions(regions_of(student.regions, rows), background=self.classes.background)
         theirs = teacher.region_head(ours.regions)
         positive = self.classes.known(labels).float()
         own_place = labels.clamp_max(ours.boxes.shape[1] - 1)
@@ -107,3 +149,10 @@ class LogitKD(KDMethod):
         logits = self.classes.student_logits(ours.logits, background=True)
         classes = class_divergence(logits, target, positive, temperature=self.temperature, activation="softmax")
         return {"classification": classes, "box": offset_distance(boxes[0], boxes[1], positive)}
+
+
+def _pick(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """Rows of a batch, by views: an index tensor would have to reach the device first."""
+    if len(rows) == len(values):
+        return values
+    return torch.cat([values[row : row + 1] for row in rows])

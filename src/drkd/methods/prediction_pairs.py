@@ -78,6 +78,29 @@ def require_same_grid(student: DetectorSpec, teacher: DetectorSpec, *, method: s
             )
 
 
+def regions_of(found: RegionPredictions, rows: Sequence[int]) -> RegionPredictions:
+    """The regions of these images; the other images are left with none.
+
+    Args:
+        found: Of a student, with labels.
+        rows: Places of the images, in order.
+    """
+    if len(rows) == len(found.regions):
+        return found
+    counts, chosen = [len(entry) for entry in found.regions], {*rows}
+
+    def pick(values: Tensor) -> Tensor:
+        return torch.cat([part for row, part in enumerate(values.split(counts)) if row in chosen])
+
+    return RegionPredictions(
+        tuple(entry if row in chosen else entry[:0] for row, entry in enumerate(found.regions)),
+        pick(found.logits),
+        pick(found.boxes),
+        None if found.labels is None else pick(found.labels),
+        found.matched_at_most,
+    )
+
+
 def matched_regions(found: RegionPredictions, *, background: int) -> tuple[RegionPredictions, Tensor]:
     """The regions that are matched with a box, filled up with others to a number that no device is asked for.
 
