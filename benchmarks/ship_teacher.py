@@ -1,10 +1,10 @@
 """Turn a trained teacher into the file that ships: weights in half precision, scored on `val` as it will be loaded.
 
     drkd train --config digits/teacher_retinanet
-    python benchmarks/ship_teacher.py runs/teachers/retinanet --name digits_retinanet --detector retinanet
+    python benchmarks/ship_teacher.py runs/teachers/retinanet --name digits_retinanet
 
 Writes `src/drkd/assets/NAME.pt`, beside it `NAME.json` (command, seed, commit, machine and the scores on `tune` during
-training and on `val`), and the teacher's cell of the run matrix.
+training and on `val`). What is overwritten counts as the run that this one went on from, if it says so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--name", required=True)
-    parser.add_argument("--detector", required=True)
     options = parser.parse_args()
     saved = torch.load(options.run / "student.pt", map_location="cpu", weights_only=True)
     saved["state_dict"] = {
@@ -48,14 +47,12 @@ def main() -> None:
         parser.error(f"{options.run} is {run['status']}")
     known = ("command", "seed", "steps", "commit", "versions", "machine", "started", "finished", "sessions")
     facts = {name: run.get(name) for name in known}
+    facts["command"] = ["drkd", *run["command"][1:]]
+    before = file.with_suffix(".json")
+    if any(word == f"--student.weights=drkd:{options.name}" for word in run["command"]):
+        facts["before"] = json.loads(before.read_text())
     log = {**facts, "tune": _validations(options.run / "metrics.csv"), "val": scored.metrics}
     file.with_suffix(".json").write_text(json.dumps(log, indent=1) + "\n")
-    scores = {name: value for name, value in scored.metrics.items() if isinstance(value, float)}
-    cell = {"detector": options.detector, "method": "teacher", "metrics": scores, **facts}
-    cell["thresholds_px"] = scored.metrics["thresholds_px"]
-    out = ROOT / "benchmarks" / "results" / "digits" / f"{options.detector}-teacher.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(cell, indent=1) + "\n")
     print(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
     print(scored.coco.table())
 
