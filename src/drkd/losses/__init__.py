@@ -23,6 +23,7 @@ from drkd.losses.instances import InstanceLayout, pool_instances
 from drkd.losses.localization import bin_divergence, valuable_region
 from drkd.losses.masked_generation import MaskedGenerationLoss
 from drkd.losses.non_local import NonLocalBlock, NonLocalLoss
+from drkd.losses.object_weights import object_weights
 from drkd.losses.pearson import PearsonLoss
 from drkd.losses.pixel_relation import PixelRelationLoss
 from drkd.losses.relation_filter import FilterMode, LearnedFilter, RandomFilter
@@ -73,6 +74,7 @@ __all__ = [
     "instance_distance",
     "level_anchors",
     "make_adapter",
+    "object_weights",
     "offset_distance",
     "overlap_distance",
     "pool_instances",

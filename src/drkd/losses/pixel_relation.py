@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from drkd.contracts import Size
 from drkd.losses.alignment import AdapterInit, check_maps, make_adapter, resample
-from drkd.losses.distance import Distance, TeacherSide, standardise, tensor_distance
+from drkd.losses.distance import (
+    Distance,
+    TeacherSide,
+    at_least_float32,
+    full_precision,
+    standardise,
+    tensor_distance,
+)
 from drkd.losses.graph_reasoning import GraphNorm, GraphReasoningUnit
+from drkd.losses.instances import InstanceLayout
+from drkd.losses.object_weights import object_weights
 
 
 class PixelRelationLoss(nn.Module):
@@ -30,6 +42,7 @@ class PixelRelationLoss(nn.Module):
         teacher_side: See `TeacherSide`.
         normalise_features: `standardise` both maps first.
         adapter_init: See `make_adapter`.
+        object_share: Part of the term that lies on the objects, each alike, see `object_weights`; ``mse`` only.
 
     Shape:
         student: (B, Cs, h, w); resampled bilinearly to the teacher's size where it differs.
@@ -37,7 +50,7 @@ class PixelRelationLoss(nn.Module):
         output: 0-d, at least float32.
 
     Raises:
-        ValueError: If batch or channels are not as declared.
+        ValueError: If batch or channels are not as declared, or objects are to count in another distance.
     """
 
     def __init__(
@@ -55,8 +68,11 @@ class PixelRelationLoss(nn.Module):
         teacher_side: TeacherSide = "shared",
         normalise_features: bool = True,
         adapter_init: AdapterInit = "identity",
+        object_share: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= object_share <= 1 or (object_share > 0 and distance != "mse"):
+            raise ValueError(f"Expected an object share in [0, 1], 0 unless the distance is mse, got {object_share}")
         if teacher_side not in ("joint", "shared", "frozen"):
             raise ValueError(f"Expected a teacher side out of joint, shared, frozen, got {teacher_side!r}")
 
@@ -81,10 +97,38 @@ class PixelRelationLoss(nn.Module):
         self.distance: Distance = distance
         self.teacher_side: TeacherSide = teacher_side
         self.normalise_features = normalise_features
+        self.object_share = object_share
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Distance between the related maps."""
-        return tensor_distance(*self.maps(student, teacher), kind=self.distance)
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        boxes: Sequence[Tensor] = (),
+        *,
+        image_size: Size | None = None,
+        layout: InstanceLayout | None = None,
+    ) -> Tensor:
+        """Distance between the related maps.
+
+        Args:
+            student: See the class.
+            teacher: See the class.
+            boxes: One (N, 4) tensor an image, xyxy px; read with an ``object_share`` only.
+            image_size: Height and width of the image tensor, px; the same.
+            layout: Of the boxes, where the caller has it already.
+        """
+        ours, theirs = self.maps(student, teacher)
+        if self.object_share == 0 or not sum(len(own) for own in boxes):
+            return tensor_distance(ours, theirs, kind=self.distance)
+        if image_size is None or len(boxes) != len(ours):
+            raise ValueError(f"Expected boxes of {len(ours)} images and their size, got {len(boxes)} and {image_size}")
+        map_size = (ours.shape[-2], ours.shape[-1])
+        weights = object_weights(
+            boxes, map_size=map_size, image_size=image_size, share=self.object_share, layout=layout
+        )
+        with full_precision(ours):
+            error = (at_least_float32(ours) - at_least_float32(theirs)).square().mean(dim=1)
+            return (weights * error).sum()
 
     def maps(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """The student's and the teacher's maps after graph reasoning, both (B, Ct, H, W)."""

@@ -103,6 +103,7 @@ class DRKD(KDMethod):
         graph_gain: Initial weight of that norm: how loud the relations are beside the map itself (released: 1).
         activation_before_update: ReLU in the graph as released; False is the paper's linear update.
         pixel_distance: See `tensor_distance` (paper, released: frobenius).
+        pixel_object_share: Part of ``pixel_relation`` that lies on the objects, each alike, see `object_weights`.
         roi_size: Cells a side of a pooled instance (released: 3).
         roi_aligned: Exact RoIAlign; False is the released, unshifted one.
         roi_sampling_ratio: Samples a cell and axis; -1 adapts to the box (released).
@@ -147,6 +148,7 @@ class DRKD(KDMethod):
         graph_gain: float = 0.3,
         activation_before_update: bool = True,
         pixel_distance: Distance = "mse",
+        pixel_object_share: float = 0.0,
         roi_size: int = 3,
         roi_aligned: bool = True,
         roi_sampling_ratio: int = 2,
@@ -208,6 +210,7 @@ class DRKD(KDMethod):
                 gain=graph_gain,
                 activation_before_update=activation_before_update,
                 distance=pixel_distance,
+                object_share=pixel_object_share,
                 teacher_side=teacher_side,
                 normalise_features=False,
                 adapter_init=own,
@@ -286,11 +289,14 @@ class DRKD(KDMethod):
         """
         ours, theirs = self._prepare(student_features, teacher_features)
         terms: dict[str, Tensor] = {}
+        device = next(iter(ours.values())).device
+        boxes = [own.to(device, non_blocking=True) for own in boxes]
+        layout = InstanceLayout.build(count_boxes(boxes), device)
         for pair, loss in zip(self.pixel_pairs, self.pixel_losses, strict=True):
-            terms[f"{PIXEL}/{pair.name}"] = loss(ours[pair.student.name], theirs[pair.teacher.name])
+            maps = ours[pair.student.name], theirs[pair.teacher.name]
+            terms[f"{PIXEL}/{pair.name}"] = loss(*maps, boxes, image_size=image_size, layout=layout)
         if not self.instance_pairs:
             return terms
-        layout = InstanceLayout.build(count_boxes(boxes), ours[self.instance_pairs[0].student.name].device)
         pooled = [self._pool(pair, ours, theirs, boxes, image_size, layout) for pair in self.instance_pairs]
         if RELATION in self.weights:
             for pair, loss, instances in zip(self.instance_pairs, self.relation_losses, pooled, strict=True):

@@ -1,0 +1,59 @@
+"""Weights by hand: every object counts alike, the rest is spread, nothing is lost outside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from drkd.losses import PixelRelationLoss, object_weights
+
+NONE = torch.zeros(0, 4)
+
+
+def test_two_boxes_by_hand():
+    # 4 x 4 px cells of an 8 x 16 px image: a box in one cell, and one over the four cells of the right half.
+    boxes = [torch.tensor([[1.0, 1.0, 3.0, 2.0], [8.0, 0.0, 16.0, 8.0]]), NONE]
+    weights = object_weights(boxes, map_size=(2, 4), image_size=(8, 16), share=0.5)
+    spread = 0.5 / 16
+    expected = torch.full((2, 2, 4), spread)
+    expected[0, 0, 0] += 0.25
+    expected[0, :, 2:] += 0.25 / 4
+    torch.testing.assert_close(weights, expected)
+    assert weights.sum().item() == pytest.approx(1)
+
+
+def test_a_box_counts_by_the_share_that_it_covers_and_one_outside_not_at_all():
+    boxes = [torch.tensor([[3.0, 0.0, 7.0, 4.0]])]
+    weights = object_weights(boxes, map_size=(1, 2), image_size=(4, 8), share=1.0)
+    torch.testing.assert_close(weights, torch.tensor([[[0.25, 0.75]]]))
+    away = [torch.tensor([[20.0, 0.0, 24.0, 4.0]])]
+    assert object_weights(away, map_size=(1, 2), image_size=(4, 8), share=1.0).sum() == 0
+
+
+def test_without_boxes_or_share_all_cells_count_alike():
+    box = torch.tensor([[0.0, 0.0, 4.0, 4.0]])
+    for boxes, share in (([NONE, NONE], 0.7), ([box, NONE], 0.0)):
+        weights = object_weights(boxes, map_size=(2, 3), image_size=(8, 12), share=share)
+        torch.testing.assert_close(weights, torch.full((2, 2, 3), 1 / 12))
+    with pytest.raises(ValueError, match=r"share in \[0, 1\], got 1.5"):
+        object_weights([box], map_size=(2, 3), image_size=(8, 12), share=1.5)
+
+
+def test_the_pixel_term_with_weights():
+    torch.manual_seed(0)
+    plain, weighed = (PixelRelationLoss(4, 4, nodes=2, states=4, object_share=share) for share in (0.0, 0.6))
+    weighed.load_state_dict(plain.state_dict())
+    student, teacher = torch.randn(2, 4, 2, 4, requires_grad=True), torch.randn(2, 4, 2, 4)
+    boxes = [torch.tensor([[1.0, 1.0, 3.0, 2.0]]), NONE]
+    ours, theirs = plain.maps(student, teacher)
+    error = (ours - theirs).square().mean(1)
+    got = weighed(student, teacher, boxes, image_size=(8, 16))
+    torch.testing.assert_close(got, 0.4 * error.mean() + 0.6 * error[0, 0, 0])
+    got.backward()
+    assert student.grad is not None and student.grad.isfinite().all()
+    torch.testing.assert_close(weighed(student, teacher, [NONE, NONE], image_size=(8, 16)), plain(student, teacher))
+    with pytest.raises(ValueError, match="boxes of 2 images and their size, got 1 and None"):
+        weighed(student, teacher, boxes[:1])
+    for wrong in ({"object_share": 1.5}, {"object_share": 0.5, "distance": "frobenius"}):
+        with pytest.raises(ValueError, match="object share in"):
+            PixelRelationLoss(4, 4, **wrong)
