@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from drkd.contracts import Size
 from drkd.losses.distance import at_least_float32, full_precision
 from drkd.losses.instances import InstanceLayout, count_boxes
 
@@ -15,8 +14,8 @@ from drkd.losses.instances import InstanceLayout, count_boxes
 def object_weights(
     boxes: Sequence[Tensor],
     *,
-    map_size: Size,
-    image_size: Size,
+    map_size: tuple[int, int],
+    image_size: tuple[int, int],
     share: float,
     layout: InstanceLayout | None = None,
 ) -> Tensor:

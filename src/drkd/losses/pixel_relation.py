@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from drkd.contracts import Size
 from drkd.losses.alignment import AdapterInit, check_maps, make_adapter, resample
 from drkd.losses.distance import (
     Distance,
@@ -105,7 +104,7 @@ class PixelRelationLoss(nn.Module):
         teacher: Tensor,
         boxes: Sequence[Tensor] = (),
         *,
-        image_size: Size | None = None,
+        image_size: tuple[int, int] | None = None,
         layout: InstanceLayout | None = None,
     ) -> Tensor:
         """Distance between the related maps.
