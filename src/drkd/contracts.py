@@ -6,6 +6,7 @@ This module imports torch only, and nothing of drkd.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,9 @@ Want = Literal[
 
 PredictionKind = Literal["anchors", "default_boxes", "points", "regions"]
 """How a detector predicts; see `PredictionLayout`."""
+
+Decay = Literal["none", "cosine"]
+"""How a method grows quieter over a run; see `KDMethod.schedule`."""
 
 
 class DrkdError(ValueError):
@@ -523,6 +527,8 @@ class KDMethod(nn.Module, ABC):
             student's features to the task loss's (so 1 means as loud as the task); otherwise a plain multiplier.
         balanced: Whether ``weights`` are gradient ratios.
         warmup_steps: The weights of all terms rise linearly from 0 over this many steps.
+        decay: "cosine": they fall to 0 along half a cosine over the whole run, so that the task has the last word;
+            where nobody gives the run's length, and with "none", they stay.
     """
 
     needs: frozenset[Want] = frozenset({"features"})
@@ -531,6 +537,24 @@ class KDMethod(nn.Module, ABC):
     weights: Mapping[str, float]
     balanced: bool
     warmup_steps: int
+    decay: Decay = "none"
+
+    def schedule(self, step: int, total_steps: int | None = None) -> float:
+        """Factor on all weights at an optimizer step, in [0, 1]: the warm-up times the decay.
+
+        Args:
+            step: 0-based.
+            total_steps: Of the whole run; None, where it is not known, leaves the decay out.
+
+        Raises:
+            ValueError: If ``decay`` is none of `Decay`.
+        """
+        if self.decay not in ("none", "cosine"):
+            raise ValueError(f"Expected a decay out of none, cosine, got {self.decay!r}")
+        factor = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
+        if self.decay == "cosine" and total_steps:
+            factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
+        return factor
 
     @abstractmethod
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:

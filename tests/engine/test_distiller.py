@@ -167,3 +167,34 @@ def test_steps_are_optimizer_steps_under_accumulation() -> None:
     distiller.method.warmup_steps = 2
     shares = [float(distiller(toy_batch())["kd/near"].detach()) / whole for _ in range(5)]
     assert shares == pytest.approx([0.5, 0.5, 1.0, 1.0, 1.0], rel=1e-3)
+
+
+def test_weights_decay_over_a_run_of_known_length() -> None:
+    """Half a cosine times the warm-up, in optimizer steps; without the length, or without a decay, they stay."""
+    student, teacher = ToyDetector(seed=1), ToyDetector(6, seed=2)
+
+    def shares(steps: int | None, **options: object) -> list[float]:
+        kd = ToyMethod(student.spec, teacher.spec, **options)  # type: ignore[arg-type]
+        distiller = Distiller(student, teacher, kd, accumulate=2, total_steps=steps, monitor_interval=1)
+        found = [float(distiller(toy_batch())["kd/near"].detach()) for _ in range(8)]
+        assert float(distiller.monitor.ratios["near"]) > 0
+        return [value / found[0] for value in found]
+
+    falling = [1.0, 1.0, 0.853553, 0.853553, 0.5, 0.5, 0.146447, 0.146447]
+    assert shares(4, decay="cosine") == pytest.approx(falling, rel=1e-3)
+    assert shares(None, decay="cosine") == shares(4) == pytest.approx([1.0] * 8, rel=1e-3)
+    warmed = ToyMethod(student.spec, teacher.spec, decay="cosine", warmup_steps=2)
+    assert [warmed.schedule(step, 4) for step in range(6)] == pytest.approx(
+        [0.5, 0.853553, 0.5, 0.146447, 0, 0], rel=1e-4
+    )
+    with pytest.raises(ValueError, match=r"none, cosine, got 'exponential'"):
+        ToyMethod(student.spec, teacher.spec, decay="exponential").schedule(0)
+
+
+def test_a_weight_that_decayed_to_nothing_is_not_silent() -> None:
+    """Past the end of the run, as by a run prolonged by hand, the guard says nothing."""
+    student, teacher = ToyDetector(seed=1), ToyDetector(6, seed=2)
+    kd = ToyMethod(student.spec, teacher.spec, decay="cosine")
+    distiller = Distiller(student, teacher, kd, total_steps=1, monitor_interval=1, dead_after=1)
+    found = [float(distiller(toy_batch())["kd/near"].detach()) for _ in range(3)]
+    assert found[0] > 0 and found[1:] == [0.0, 0.0]

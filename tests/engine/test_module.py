@@ -55,6 +55,21 @@ def test_cosine_ends_at_zero() -> None:
     assert [settings.factor(s, 110) for s in (0, 10, 60, 110)] == pytest.approx([0, 1, 0.5, 0], abs=1e-9)
 
 
+def test_the_trainer_tells_the_length_of_the_run(tmp_path: Path) -> None:
+    """A method that decays needs it: half way through the epochs its weights are at half."""
+    learner, seen = module(), []
+    learner.distiller.accumulate = 3
+    learner.distiller.method.decay = "cosine"
+
+    class Weights(Callback):
+        def on_train_batch_end(self, *arguments: object) -> None:
+            seen.append(float(learner.distiller.monitor.weights["near/p3"]))
+
+    trainer(tmp_path, Weights(), accumulate_grad_batches=3).fit(learner, loader())
+    assert learner.distiller.total_steps == 4
+    assert seen == pytest.approx([1.0] * 3 + [0.853553] * 3 + [0.5] * 3 + [0.146447] * 3, rel=1e-4)
+
+
 def test_the_backbone_may_have_a_rate_of_its_own() -> None:
     """In groups by owner; every trainable parameter in one of them, once."""
     detector, teacher = (RetinaNetBuilder(width=0.25, fpn_channels=16, extra="none").build(["cat"]) for _ in range(2))

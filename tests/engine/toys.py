@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from drkd.contracts import (
     BoxTargets,
+    Decay,
     DetectionBatch,
     Detections,
     Detector,
@@ -55,6 +56,7 @@ class ToyMethod(KDMethod):
         weights: dict[str, float] | None = None,
         balanced: bool = False,
         warmup_steps: int = 0,
+        decay: Decay = "none",
         size: float = 1.0,
         dead: bool = False,
         minimum_boxes: int = 0,
@@ -65,6 +67,7 @@ class ToyMethod(KDMethod):
         self.minimum_boxes = {"near": minimum_boxes}
         self.balanced = balanced
         self.warmup_steps = warmup_steps
+        self.decay = decay
         self.size = size
         self.dead = dead
 

@@ -79,6 +79,14 @@ def test_warmup_must_agree_or_be_given():
     assert Combination(SPEC, SPEC, methods={"b": methods["b"]}).warmup_steps == 5
 
 
+def test_decay_must_agree_or_be_given():
+    methods = {"a": PKD, "b": partial(PKD, decay="cosine")}
+    with pytest.raises(DrkdError, match="agree on `decay`, got a: none, b: cosine"):
+        Combination(SPEC, SPEC, methods=methods)
+    assert Combination(SPEC, SPEC, methods=methods, decay="none").decay == "none"
+    assert Combination(SPEC, SPEC, methods={"b": methods["b"]}).schedule(1, 2) == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -89,6 +89,8 @@ class Distiller(nn.Module):
         monitor_interval: Every how many steps norms are measured afterwards, for the log and the guard.
         dead_after: Consecutive silent measurements of a term that raise `DeadDistillationError`.
         accumulate: Forward passes per optimizer step; warm-up, calibration and monitoring count optimizer steps.
+        total_steps: Optimizer steps of the whole run, for a method whose weights decay, see `KDMethod`; None: they
+            stay. drkd's own trainer sets it.
         unlabelled: How images that ``DetectionBatch.labelled`` says have no labels are used. Without pseudo-labels they
             go through the detectors apart from the others, so batch norms and terms that relate images see two
             smaller batches; each term is then the mean over all images.
@@ -111,6 +113,7 @@ class Distiller(nn.Module):
         monitor_interval: int = 50,
         dead_after: int = 3,
         accumulate: int = 1,
+        total_steps: int | None = None,
         unlabelled: UnlabelledImages | None = None,
     ) -> None:
         super().__init__()
@@ -141,6 +144,7 @@ class Distiller(nn.Module):
         self.monitor_interval = monitor_interval
         self.dead_after = dead_after
         self.accumulate = accumulate
+        self.total_steps = total_steps
         self.unlabelled = unlabelled or UnlabelledImages()
         self._passes = 0
 
@@ -204,9 +208,9 @@ class Distiller(nn.Module):
         """Optimizer steps so far."""
         return self._passes // self.accumulate
 
-    def _warmup(self) -> float:
-        steps = self.method.warmup_steps if self.method is not None else 0
-        return min(1.0, (self._step + 1) / steps) if steps > 0 else 1.0
+    def _schedule(self) -> float:
+        assert self.method is not None  # only called with a method
+        return self.method.schedule(self._step, self.total_steps)
 
     def _weight(self, name: str, like: Tensor) -> Tensor | float:
         assert self.method is not None  # only called with a method
@@ -214,11 +218,11 @@ class Distiller(nn.Module):
         return weight * self.balance.scale(name, like) if self.method.balanced else weight
 
     def _weigh(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        warmup = self._warmup()
+        schedule = self._schedule()
         weighted: dict[str, Tensor] = {}
         bare: dict[str, Tensor] = {}
         for name, value in terms.items():
-            weight = self._weight(name, value) * warmup
+            weight = self._weight(name, value) * schedule
             self.monitor.weights[name] = torch.as_tensor(weight)
             key = f"kd/{term_family(name)}"
             weighted[key] = weighted[key] + weight * value if key in weighted else weight * value
@@ -263,13 +267,13 @@ class Distiller(nn.Module):
         counts: bool,
     ) -> None:
         assert self.method is not None  # only called with a method
-        warmup = self._warmup()
+        schedule = self._schedule()
         squared: dict[str, Tensor] = {}
         reached: dict[str, Tensor] = {}
         for name, value in norms.items():
             family = term_family(name)
             known = value.nan_to_num(posinf=float("inf")).sum()
-            weighted = known * (self._weight(name, terms[name]) * warmup) ** 2
+            weighted = known * (self._weight(name, terms[name]) * schedule) ** 2
             squared[family] = squared[family] + weighted if family in squared else weighted
             reached[family] = reached[family] | ~value.isnan() if family in reached else ~value.isnan()
         if counts:
@@ -287,7 +291,7 @@ class Distiller(nn.Module):
         for family, value in squared.items():
             could = (
                 self.method.weights.get(family, 1.0) > 0
-                and self._warmup() > 0
+                and self._schedule() > 0
                 and most_boxes >= self.method.minimum_boxes.get(family, 0)
             )
             if not could:

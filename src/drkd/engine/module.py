@@ -218,6 +218,7 @@ class DistillationModule(LightningModule):
             filter_bias_and_bn=False,
         )
         total = int(self.trainer.estimated_stepping_batches)
+        self.distiller.total_steps = total
         schedule = LambdaLR(optimizer, lambda step: settings.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -67,7 +67,8 @@ class PerTeacher(KDMethod):
         weights: By the same names, > 0; 1 where absent.
 
     Raises:
-        DrkdError: If a name or a weight cannot be used, or the methods differ in ``balanced`` or ``warmup_steps``.
+        DrkdError: If a name or a weight cannot be used, or the methods differ in ``balanced``, ``warmup_steps`` or
+            ``decay``.
     """
 
     def __init__(self, methods: Mapping[str, KDMethod], weights: Mapping[str, float]) -> None:
@@ -85,7 +86,7 @@ class PerTeacher(KDMethod):
             f"{name}.{term}": count for name, member in methods.items() for term, count in member.minimum_boxes.items()
         }
         first = next(iter(methods.values()))
-        self.balanced, self.warmup_steps = first.balanced, first.warmup_steps
+        self.balanced, self.warmup_steps, self.decay = first.balanced, first.warmup_steps, first.decay
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The terms of all."""
@@ -137,7 +138,7 @@ def _check(members: Mapping[str, nn.Module], weights: Mapping[str, float]) -> No
     negative = {name: weight for name, weight in weights.items() if not weight > 0}
     if negative:
         raise DrkdError(f"teachers: weights must be above 0, got {negative}. Leave a teacher out that teaches nothing.")
-    for field in ("balanced", "warmup_steps"):
+    for field in ("balanced", "warmup_steps", "decay"):
         found = {name: getattr(member, field) for name, member in members.items() if isinstance(member, KDMethod)}
         if len(set(found.values())) > 1:
             raise DrkdError(f"teachers: their methods must agree on `{field}`, got {found}.")

@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, DrkdError, KDMethod
+from drkd.contracts import Decay, DetectionBatch, DetectorOutput, DetectorSpec, DrkdError, KDMethod
 
 
 class Combination(KDMethod):
@@ -31,10 +31,11 @@ class Combination(KDMethod):
         methods: By a name of your choice, without dots and slashes: a method, or what builds one from the two specs.
         factors: By the same names, a factor >= 0 on all weights of a member; 1 where absent.
         warmup_steps: See `KDMethod`. None is the members' own, which must agree.
+        decay: The same.
 
     Raises:
         DrkdError: If there is no member, a name or a factor cannot be used, or members disagree on ``balanced`` (a
-            weight is a gradient ratio or a multiplier, not both) or on ``warmup_steps``.
+            weight is a gradient ratio or a multiplier, not both), on ``warmup_steps`` or on ``decay``.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Combination(KDMethod):
         methods: dict[str, Callable[[DetectorSpec, DetectorSpec], KDMethod]],
         factors: dict[str, float] | None = None,
         warmup_steps: int | None = None,
+        decay: Decay | None = None,
     ) -> None:
         super().__init__()
         factors = factors or {}
@@ -67,8 +69,11 @@ class Combination(KDMethod):
         _check_agreement("balanced", {name: member.balanced for name, member in built.items()})
         if warmup_steps is None:
             _check_agreement("warmup_steps", {name: member.warmup_steps for name, member in built.items()})
+        if decay is None:
+            _check_agreement("decay", {name: member.decay for name, member in built.items()})
         self.balanced = first.balanced
         self.warmup_steps = first.warmup_steps if warmup_steps is None else warmup_steps
+        self.decay = first.decay if decay is None else decay
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The members' terms, renamed."""

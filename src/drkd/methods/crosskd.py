@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, DrkdError, KDMethod, NotApplicableError, Want
+from drkd.contracts import (
+    Decay,
+    DetectionBatch,
+    DetectorOutput,
+    DetectorSpec,
+    DrkdError,
+    KDMethod,
+    NotApplicableError,
+    Want,
+)
 from drkd.losses import align_scale, decode_distances, decode_offsets, overlap_distance, quality_focal_distance
 from drkd.losses.distance import at_least_float32, full_precision
 from drkd.methods.prediction_pairs import ON_FEATURES, TeacherClasses, require_layouts, require_same_grid
@@ -36,6 +45,7 @@ class CrossKD(KDMethod):
         align: Give the student's maps the scale of the teacher's first, see `align_scale`; as the authors' code does.
         balanced: Whether weights are gradient ratios, see `KDMethod`.
         warmup_steps: See `KDMethod`.
+        decay: See `KDMethod`.
 
     Raises:
         DrkdError: If the two heads do not fit together.
@@ -57,6 +67,7 @@ class CrossKD(KDMethod):
         align: bool = True,
         balanced: bool = True,
         warmup_steps: int = 0,
+        decay: Decay = "none",
     ) -> None:
         super().__init__()
         ours, theirs = require_layouts(student, teacher, method="CrossKD", kinds=("anchors", "points"))
@@ -90,6 +101,7 @@ class CrossKD(KDMethod):
         self.minimum_boxes = {}
         self.balanced = balanced
         self.warmup_steps = warmup_steps
+        self.decay: Decay = decay
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The terms ``classification`` and ``box``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from drkd.contracts import DetectorSpec
+from drkd.contracts import Decay, DetectorSpec
 from drkd.losses import ChannelWiseLoss
 from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
@@ -22,6 +22,7 @@ class CWD(LevelwiseMethod):
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
+        decay: See `KDMethod`.
 
     Raises:
         DrkdError: If the pyramids do not match.
@@ -42,6 +43,7 @@ class CWD(LevelwiseMethod):
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,
+        decay: Decay = "none",
     ) -> None:
         super().__init__(
             student,
@@ -51,6 +53,7 @@ class CWD(LevelwiseMethod):
             missing_levels=missing_levels,
             balanced=balanced,
             warmup_steps=warmup_steps,
+            decay=decay,
         )
         self.losses = nn.ModuleList(
             ChannelWiseLoss(pair.student.channels, pair.teacher.channels, temperature=temperature)

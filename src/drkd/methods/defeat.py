@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, DrkdError, KDMethod, Want
+from drkd.contracts import Decay, DetectionBatch, DetectorOutput, DetectorSpec, DrkdError, KDMethod, Want
 from drkd.losses import adapt, choose_levels, class_divergence, decoupled_distance, foreground_mask, resample
 from drkd.losses.alignment import check_maps
 from drkd.methods.levels import Levels, MissingLevels, maps_by_name, match_levels
@@ -37,6 +37,7 @@ class DeFeat(KDMethod):
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether weights are gradient ratios, see `KDMethod`.
         warmup_steps: See `KDMethod`.
+        decay: See `KDMethod`.
 
     Raises:
         DrkdError: If pyramids or classes do not match, or regions are asked of detectors that have none.
@@ -57,6 +58,7 @@ class DeFeat(KDMethod):
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,
+        decay: Decay = "none",
     ) -> None:
         super().__init__()
         if min(foreground_weight, background_weight) < 0 or foreground_weight + background_weight <= 0:
@@ -84,6 +86,7 @@ class DeFeat(KDMethod):
             self.teacher_needs = frozenset[Want]({"features", "region_head"})
         self.balanced = balanced
         self.warmup_steps = warmup_steps
+        self.decay: Decay = decay
 
     @staticmethod
     def _wants_regions(student: DetectorSpec, teacher: DetectorSpec, region_weight: float | None) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, NotApplicableError, Want
+from drkd.contracts import Decay, DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, NotApplicableError, Want
 from drkd.losses import (
     AdapterInit,
     Distance,
@@ -87,6 +87,7 @@ class DRKD(KDMethod):
         response_share: Of a batch's images that the teacher's head is asked about for the response, see `LogitKD`.
         balanced: Whether weights are ratios of gradient norms, see `KDMethod`; otherwise plain multipliers.
         warmup_steps: Steps over which all weights rise from 0.
+        decay: How they fall towards the end of the run, see `KDMethod`.
         levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all that find a partner.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         pixel_levels: How many of them, finest first, have pixel relations; None is all.
@@ -133,6 +134,7 @@ class DRKD(KDMethod):
         response_share: float = 0.25,
         balanced: bool = True,
         warmup_steps: int = 0,
+        decay: Decay = "none",
         levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         pixel_levels: int | None = None,
@@ -179,6 +181,7 @@ class DRKD(KDMethod):
             self.minimum_boxes |= {f"{RESPONSE}_{name}": 1 for name in self.response.weights}
         self.balanced = balanced
         self.warmup_steps = warmup_steps
+        self.decay: Decay = decay
         self.normalise_features = normalise_features
         self.roi_size = roi_size
         self.roi_aligned = roi_aligned

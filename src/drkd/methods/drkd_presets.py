@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from drkd.contracts import DetectorSpec
+from drkd.contracts import Decay, DetectorSpec
 from drkd.losses import (
     AdapterInit,
     Distance,
@@ -43,6 +43,7 @@ class PaperDRKD(DRKD):
         response_share: float = 0.25,
         balanced: bool = True,
         warmup_steps: int = 0,
+        decay: Decay = "none",
         levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         pixel_levels: int | None = None,
@@ -81,6 +82,7 @@ class PaperDRKD(DRKD):
             response_share=response_share,
             balanced=balanced,
             warmup_steps=warmup_steps,
+            decay=decay,
             levels=levels,
             missing_levels=missing_levels,
             pixel_levels=pixel_levels,
@@ -134,6 +136,7 @@ class ReleasedDRKD(DRKD):
         response_share: float = 0.25,
         balanced: bool = False,
         warmup_steps: int = 0,
+        decay: Decay = "none",
         levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         pixel_levels: int | None = None,
@@ -172,6 +175,7 @@ class ReleasedDRKD(DRKD):
             response_share=response_share,
             balanced=balanced,
             warmup_steps=warmup_steps,
+            decay=decay,
             levels=levels,
             missing_levels=missing_levels,
             pixel_levels=pixel_levels,

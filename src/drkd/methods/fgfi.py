@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from drkd.contracts import DetectorSpec
+from drkd.contracts import Decay, DetectorSpec
 from drkd.losses import AnchorStyle, FineGrainedLoss
 from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
@@ -35,6 +35,7 @@ class FGFI(LevelwiseMethod):
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
+        decay: See `KDMethod`.
 
     Raises:
         DrkdError: If the pyramids do not match.
@@ -62,6 +63,7 @@ class FGFI(LevelwiseMethod):
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,
+        decay: Decay = "none",
     ) -> None:
         super().__init__(
             student,
@@ -71,6 +73,7 @@ class FGFI(LevelwiseMethod):
             missing_levels=missing_levels,
             balanced=balanced,
             warmup_steps=warmup_steps,
+            decay=decay,
         )
         if assignment not in ("size", "all"):
             raise ValueError(f"Expected an assignment out of size, all, got {assignment!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from drkd.contracts import DetectorSpec
+from drkd.contracts import Decay, DetectorSpec
 from drkd.losses import AdapterInit, HintLoss
 from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
@@ -23,6 +23,7 @@ class FitNet(LevelwiseMethod):
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
+        decay: See `KDMethod`.
 
     Raises:
         DrkdError: If the pyramids do not match.
@@ -43,6 +44,7 @@ class FitNet(LevelwiseMethod):
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,
+        decay: Decay = "none",
     ) -> None:
         super().__init__(
             student,
@@ -52,6 +54,7 @@ class FitNet(LevelwiseMethod):
             missing_levels=missing_levels,
             balanced=balanced,
             warmup_steps=warmup_steps,
+            decay=decay,
         )
         self.losses = nn.ModuleList(
             HintLoss(pair.student.channels, pair.teacher.channels, always_adapt=always_adapt, adapter_init=adapter_init)

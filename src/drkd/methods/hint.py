@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from drkd.contracts import DetectorSpec
+from drkd.contracts import Decay, DetectorSpec
 from drkd.losses import HintLoss
 from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
@@ -28,6 +28,7 @@ class FeatureHint(LevelwiseMethod):
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
+        decay: See `KDMethod`.
 
     Raises:
         DrkdError: If the pyramids do not match.
@@ -48,6 +49,7 @@ class FeatureHint(LevelwiseMethod):
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,
+        decay: Decay = "none",
     ) -> None:
         super().__init__(
             student,
@@ -57,6 +59,7 @@ class FeatureHint(LevelwiseMethod):
             missing_levels=missing_levels,
             balanced=balanced,
             warmup_steps=warmup_steps,
+            decay=decay,
         )
         self.losses = nn.ModuleList(
             HintLoss(pair.student.channels, pair.teacher.channels, always_adapt=always_adapt, standardised=standardise)

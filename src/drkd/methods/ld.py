@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, NotApplicableError, Want
+from drkd.contracts import Decay, DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, NotApplicableError, Want
 from drkd.losses import bin_divergence, valuable_region
 from drkd.losses.distance import at_least_float32, full_precision
 from drkd.methods.prediction_pairs import ON_FEATURES, TeacherClasses, require_layouts, require_same_grid
@@ -38,6 +38,7 @@ class LD(KDMethod):
         valuable_share: The valuable region starts at this share of it.
         balanced: Whether weights are gradient ratios, see `KDMethod`.
         warmup_steps: See `KDMethod`.
+        decay: See `KDMethod`.
 
     Raises:
         DrkdError: If a detector has no bins, or the two do not fit together.
@@ -61,6 +62,7 @@ class LD(KDMethod):
         valuable_share: float = 0.25,
         balanced: bool = True,
         warmup_steps: int = 0,
+        decay: Decay = "none",
     ) -> None:
         super().__init__()
         if min(temperature, class_temperature) <= 0:
@@ -89,6 +91,7 @@ class LD(KDMethod):
         self.minimum_boxes = dict.fromkeys(self.weights, 1)
         self.balanced = balanced
         self.warmup_steps = warmup_steps
+        self.decay: Decay = decay
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The terms ``localization``, ``valuable_region`` and ``classification``."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
+from drkd.contracts import Decay, DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
 from drkd.methods.levels import Levels, MissingLevels, match_levels, paired_maps
 from drkd.methods.term_weights import choose_weight
 
@@ -26,6 +26,7 @@ class LevelwiseMethod(KDMethod):
         missing_levels: See `match_levels`.
         balanced: See `KDMethod`.
         warmup_steps: See `KDMethod`.
+        decay: See `KDMethod`.
 
     Attributes:
         term: Name of the term.
@@ -54,6 +55,7 @@ class LevelwiseMethod(KDMethod):
         missing_levels: MissingLevels,
         balanced: bool,
         warmup_steps: int,
+        decay: Decay,
         finest_levels: int | None = None,
     ) -> None:
         super().__init__()
@@ -61,6 +63,7 @@ class LevelwiseMethod(KDMethod):
         self.minimum_boxes = {}
         self.balanced = balanced
         self.warmup_steps = warmup_steps
+        self.decay: Decay = decay
         self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)[:finest_levels]
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from drkd.contracts import DensePredictions, DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, Want
+from drkd.contracts import Decay, DensePredictions, DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, Want
 from drkd.losses import class_divergence, offset_distance
 from drkd.methods.prediction_pairs import (
     TeacherClasses,
@@ -39,6 +39,7 @@ class LogitKD(KDMethod):
         temperature: Of the classes, > 0.
         balanced: Whether weights are gradient ratios, see `KDMethod`.
         warmup_steps: See `KDMethod`.
+        decay: See `KDMethod`.
         share: Of a batch's images that the teacher's head is asked about, in (0, 1]; at least one. One-stage teachers
             whose head drkd does not run on its own (SSD, YOLO) are asked about all.
 
@@ -60,6 +61,7 @@ class LogitKD(KDMethod):
         temperature: float = 2.0,
         balanced: bool = True,
         warmup_steps: int = 0,
+        decay: Decay = "none",
         share: float = 1.0,
     ) -> None:
         super().__init__()
@@ -88,6 +90,7 @@ class LogitKD(KDMethod):
         self.minimum_boxes = {"classification": 1, "box": 1}
         self.balanced = balanced
         self.warmup_steps = warmup_steps
+        self.decay: Decay = decay
         self.share = share
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from drkd.contracts import DetectorSpec
+from drkd.contracts import Decay, DetectorSpec
 from drkd.losses import GraphNorm, NonLocalLoss
 from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
@@ -35,6 +35,7 @@ class NLD(LevelwiseMethod):
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
         warmup_steps: See `KDMethod`.
+        decay: See `KDMethod`.
 
     Raises:
         DrkdError: If the pyramids do not match.
@@ -62,6 +63,7 @@ class NLD(LevelwiseMethod):
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
         warmup_steps: int = 0,
+        decay: Decay = "none",
     ) -> None:
         super().__init__(
             student,
@@ -72,6 +74,7 @@ class NLD(LevelwiseMethod):
             missing_levels=missing_levels,
             balanced=balanced,
             warmup_steps=warmup_steps,
+            decay=decay,
         )
         if not pools:
             raise ValueError("Expected at least one pool of the non-local blocks, got none")

@@ -89,9 +89,9 @@ def take_steps(recipe: Recipe, distiller: Distiller, *, steps: int, device: torc
             compute.append(time.perf_counter() - loaded)
             wait.append(loaded - started)
         elif method is not None:
-            warmup = min(1.0, (step + 1) / method.warmup_steps) if method.warmup_steps > 0 else 1.0
+            schedule = method.schedule(step)
             for name, value in distiller.monitor.ratios.items():
-                found.setdefault(name, []).append(float(value) / warmup)
+                found.setdefault(name, []).append(float(value) / schedule)
             _note_possible(numbers.possible, method, batch)
     heard = {name: [v for v in values if 0 < v < math.inf] for name, values in found.items()}
     numbers.ratios = {name: statistics.fmean(values) if values else 0.0 for name, values in heard.items()}
