@@ -171,3 +171,10 @@ def test_a_file_wins_over_a_shipped_recipe_of_its_name(tmp_path: Path, monkeypat
     (tmp_path / "coco").mkdir()
     shutil.copy(builtin_recipe("coco/base"), tmp_path / "coco" / "base")
     assert find_recipe("coco/base") == Path("coco/base")
+
+
+def test_wrong_overrides_alone_name_no_file() -> None:
+    with pytest.raises(DrkdError, match=r"^The recipe cannot be used: .*color"):
+        load_recipe([], ["--color=red"])
+    with pytest.raises(DrkdError, match=r"^The recipe .*base\.yaml cannot be used: .*color"):
+        load_recipe([find_recipe("digits/base")], ["--color=red"])
