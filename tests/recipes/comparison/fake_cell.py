@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -42,6 +43,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "cell":
         write_run(Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]))
     else:
+        # A shell that starts the tests in the background has them ignore interrupts, and what they start with them.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         from drkd.cli import main
         from drkd.recipes.comparison import run
 
