@@ -238,6 +238,6 @@ def load_recipe(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> R
     except DrkdError:
         raise
     except Exception as error:
-        named = " ".join(["The recipe", *([", ".join(map(str, files))] if files else [])])
-        raise DrkdError(f"{named} cannot be used: {readable(error, parser)}") from error
+        named = f" {', '.join(map(str, files))}" if files else ""
+        raise DrkdError(f"The recipe{named} cannot be used: {readable(error, parser)}") from error
     return instantiate(parser, config)
