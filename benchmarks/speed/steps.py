@@ -35,6 +35,8 @@ METHODS: dict[str, Callable[..., KDMethod]] = {
     "CrossKD": CrossKD,
     "LogitKD": LogitKD,
 }
+# DRKD asks the teacher's head at every second pass of a batch of 2 (`response_share`), so steps are timed two by two.
+STEPS_A_ROUND = 2
 CLASSES = tuple(f"class {index}" for index in range(80))
 
 
@@ -177,25 +179,34 @@ def measure_steps(
     """Time all steps in turns, in another order each round; then the peak memory of each.
 
     Returns:
-        By step: seconds (median), ratio (median over rounds of its time over the floor's in that round), the 10th and
-        90th percentile of the ratio, peak bytes and their ratio.
+        By step: seconds (median over rounds of the mean of a round's `STEPS_A_ROUND` steps), ratio (median over rounds
+        of that over the floor's in that round), the 10th and 90th percentile of the ratio, and the peak bytes of the
+        most demanding step of a round.
     """
     device = steps["floor"].device
     for step in steps.values():
         for _ in range(warm):
             step()
+
+    def take_round(step: Step) -> None:
+        for _ in range(STEPS_A_ROUND):
+            step()
+
     times: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     shuffle = random.Random(seed)
     for _ in range(repeats):
         shuffle.shuffle(order)
         for name in order:
-            times[name].append(time_once(steps[name], device, clock))
+            times[name].append(time_once(partial(take_round, steps[name]), device, clock) / STEPS_A_ROUND)
     peaks = {}
     for name, step in steps.items():
-        # Gradients belong to the step that makes them.
-        step.optimizer.zero_grad(set_to_none=True)
-        peaks[name] = peak_bytes(step, device) + step.held_bytes()
+        highest = []
+        for _ in range(STEPS_A_ROUND):
+            # Gradients belong to the step that makes them.
+            step.optimizer.zero_grad(set_to_none=True)
+            highest.append(peak_bytes(step, device))
+        peaks[name] = max(highest) + step.held_bytes()
     found: dict[str, dict[str, Any]] = {}
     for name, own in times.items():
         ratios = sorted(ours / floor for ours, floor in zip(own, times["floor"], strict=True))

@@ -556,6 +556,16 @@ class KDMethod(nn.Module, ABC):
             factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
         return factor
 
+    def begin_pass(self, number: int, *, measured: bool) -> None:
+        """Hear, before `forward`, which pass it is: for a method that leaves a dear term out of some passes.
+
+        `Distiller` tells every method and every method within it; a loop without it need not.
+
+        Args:
+            number: Of the forward pass in training, 0-based, the same in every process.
+            measured: Gradient norms are measured at this pass: a term that is left out now would be taken for dead.
+        """
+
     @abstractmethod
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """Return the terms by name, unweighted: 0-d tensors of at least float32.

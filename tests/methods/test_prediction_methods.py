@@ -275,6 +275,38 @@ def test_a_share_of_the_images_goes_through_the_teachers_head(family, boxes, ask
         LogitKD(student.spec, teacher.spec, share=0.0)
 
 
+@pytest.mark.parametrize("family", SERVED)
+def test_a_share_of_less_than_an_image_leaves_passes_out(family):
+    student, teacher = pair(family)
+    batch = batch_of()
+    alone = LogitKD(student.spec, teacher.spec, share=0.25)
+    torch.manual_seed(5)  # two-stage students sample
+    ours, theirs = outputs(alone, student, teacher, batch)
+    expected = alone(ours, theirs, batch)
+    for number, factor in enumerate([0, 2, 0, 2, 0]):
+        alone.begin_pass(number, measured=False)
+        for name, term in alone(ours, theirs, batch).items():
+            torch.testing.assert_close(term, factor * expected[name])
+    alone.begin_pass(4, measured=True)
+    assert all(torch.equal(term, expected[name]) for name, term in alone(ours, theirs, batch).items())
+
+
+def test_the_distiller_tells_drkds_response_which_passes_to_leave_out():
+    student, teacher = pair("retinanet")
+    distiller = Distiller(
+        student, teacher, partial(DRKD, response_share=0.25), calibration_steps=6, monitor_interval=7, dead_after=1
+    ).train()
+    asked = []
+    for _ in range(12):
+        losses = distiller(batch_of())
+        sum(losses.values()).backward()
+        asked.append(float(losses["kd/response_classification"].detach()) > 0)
+    # Measured at 0 and 5 (calibration) and at 7 (monitoring); every second one besides.
+    assert [number for number, found in enumerate(asked) if found] == [0, 1, 3, 5, 7, 9, 11]
+    with torch.no_grad():
+        assert float(distiller(batch_of())["kd/response_classification"]) > 0, "nothing is left out of a validation"
+
+
 @PAIRS
 @pytest.mark.parametrize("balanced", [True, False])
 def test_the_distiller_runs_three_steps(family, method, balanced):

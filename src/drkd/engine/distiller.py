@@ -176,6 +176,11 @@ class Distiller(nn.Module):
                 )
             output = self.student(batch, want=frozenset[Want]({"losses"}))
             return {f"task/{name}": value for name, value in output.losses.items()}
+        training = self.training and torch.is_grad_enabled()
+        measuring = training and self._measures
+        for module in self.method.modules():
+            if isinstance(module, KDMethod):
+                module.begin_pass(self._passes, measured=measuring or not training)
         parts = split_batch(batch, student=self.student, teacher=self.teacher, settings=self.unlabelled)
         seen = [self._see(part, losses=part is parts[0]) for part in parts]
         features = [feature for part in seen for feature in part.features]
@@ -184,7 +189,7 @@ class Distiller(nn.Module):
         # out: every parameter must take part in every step of every process, and names must stay the same.
         counts = parts[0].counts
         task = {f"task/{name}": value if counts else 0.0 * value for name, value in seen[0].losses.items()}
-        if self.training and torch.is_grad_enabled():
+        if measuring:
             boxes = [box for part in parts for box in part.batch.boxes]
             total = sum(task.values(), torch.zeros((), device=batch.images.device))
             self._measure(total, terms, features, boxes=boxes, counts=counts)
@@ -207,6 +212,18 @@ class Distiller(nn.Module):
     def _step(self) -> int:
         """Optimizer steps so far."""
         return self._passes // self.accumulate
+
+    @property
+    def _calibrates(self) -> bool:
+        """Whether the weights are set by what is measured at this step."""
+        assert self.method is not None  # only called with a method
+        return self.method.balanced and self.balance.wants_measurement(self._step)
+
+    @property
+    def _measures(self) -> bool:
+        """Whether gradient norms are measured at this pass."""
+        first_pass = self._passes % self.accumulate == 0
+        return first_pass and (self._calibrates or self._step % self.monitor_interval == 0)
 
     def _schedule(self) -> float:
         assert self.method is not None  # only called with a method
@@ -241,10 +258,6 @@ class Distiller(nn.Module):
         counts: bool,
     ) -> None:
         assert self.method is not None  # only called with a method
-        calibrating = self.method.balanced and self.balance.wants_measurement(self._step)
-        first_pass = self._passes % self.accumulate == 0
-        if not first_pass or not (calibrating or self._step % self.monitor_interval == 0):
-            return
         if not task.requires_grad or not any(feature.requires_grad for feature in features):
             raise DeadDistillationError(
                 "The student's features carry no gradient, so nothing can be distilled into them: its backbone and "
@@ -254,7 +267,7 @@ class Distiller(nn.Module):
         norms = gradient_norms({"": task, **terms}, [features[index] for index in reached])
         task_norms = norms.pop("")
         if self.method.balanced:
-            self.balance.update(task_norms, norms, frozen=not calibrating)
+            self.balance.update(task_norms, norms, frozen=not self._calibrates)
         self._note_ratios(task_norms, norms, terms, boxes=boxes, counts=counts)
 
     def _note_ratios(

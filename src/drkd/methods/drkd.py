@@ -84,7 +84,8 @@ class DRKD(KDMethod):
         instance_weight: Of ``instance``.
         response_weight: Of the two response terms. None is 1 where student and teacher predict alike (see `LogitKD`),
             and no such term where they do not, or where there are only feature maps (`for_features`).
-        response_share: Of a batch's images that the teacher's head is asked about for the response, see `LogitKD`.
+        response_share: Of a batch's images that the teacher's head is asked about for the response; less than one image
+            leaves it out of some steps, see `LogitKD`.
         balanced: Whether weights are ratios of gradient norms, see `KDMethod`; otherwise plain multipliers.
         warmup_steps: Steps over which all weights rise from 0.
         decay: How they fall towards the end of the run, see `KDMethod`.

@@ -29,7 +29,9 @@ class LogitKD(KDMethod):
     offsets for the region's class. Both terms are means over positives; without any they are exactly zero.
 
     The teacher's head is dear: with a ``share`` below 1 it looks at that part of a batch's images only, the first ones
-    that have boxes. A loader that shuffles gives every image its turn.
+    that have boxes. A loader that shuffles gives every image its turn. Where the share is less than one image of a
+    batch, `Distiller` leaves whole passes out: the head looks at one image at every 1 / (share x batch) passes and at
+    those where gradients are measured; in between both terms are zero, and those that count are as much larger.
 
     Args:
         student: The student.
@@ -40,8 +42,8 @@ class LogitKD(KDMethod):
         balanced: Whether weights are gradient ratios, see `KDMethod`.
         warmup_steps: See `KDMethod`.
         decay: See `KDMethod`.
-        share: Of a batch's images that the teacher's head is asked about, in (0, 1]; at least one. One-stage teachers
-            whose head drkd does not run on its own (SSD, YOLO) are asked about all.
+        share: Of a batch's images that the teacher's head is asked about, in (0, 1]. One-stage teachers whose head drkd
+            does not run on its own (SSD, YOLO) are asked about all.
 
     Raises:
         DrkdError: If the predictions of the two cannot be compared.
@@ -92,11 +94,29 @@ class LogitKD(KDMethod):
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
         self.share = share
+        self._turn: int | None = None
+
+    def begin_pass(self, number: int, *, measured: bool) -> None:
+        """See `KDMethod`; without it every pass counts."""
+        self._turn = None if measured else number
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The terms ``classification`` and ``box``."""
+        factor = self._factor(len(batch.targets))
+        if factor == 0:
+            zero = torch.zeros((), device=batch.images.device)
+            return {"classification": zero, "box": zero}
         rows = self._asked_about(batch)
-        return self._regions(student, teacher, rows) if self.two_stage else self._dense(student, teacher, batch, rows)
+        terms = self._regions(student, teacher, rows) if self.two_stage else self._dense(student, teacher, batch, rows)
+        return terms if factor == 1 else {name: factor * term for name, term in terms.items()}
+
+    def _factor(self, count: int) -> float:
+        """By how much the terms of this pass count; 0 leaves it out."""
+        images = self.share * count
+        if images >= 1 or self._turn is None or not (self.two_stage or "head_tail" in self.teacher_needs):
+            return 1.0
+        # Whether, over the passes, a whole image has come together.
+        return 1 / images if int((self._turn + 1) * images) > int(self._turn * images) else 0.0
 
     def _asked_about(self, batch: DetectionBatch) -> Sequence[int]:
         """Images whose predictions are compared."""
