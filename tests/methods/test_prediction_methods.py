@@ -294,7 +294,7 @@ def test_a_share_of_less_than_an_image_leaves_passes_out(family):
 def test_the_distiller_tells_drkds_response_which_passes_to_leave_out():
     student, teacher = pair("retinanet")
     distiller = Distiller(
-        student, teacher, partial(DRKD, response_share=0.25), calibration_steps=6, monitor_interval=7, dead_after=1
+        student, teacher, partial(DRKD, response_weight=1.0), calibration_steps=6, monitor_interval=7, dead_after=1
     ).train()
     asked = []
     for _ in range(12):
@@ -633,7 +633,8 @@ def test_a_combination_asks_each_side_for_what_its_members_need_of_it(family, me
 @pytest.mark.parametrize("share", [None, 1.0])
 def test_drkd_hears_the_response_where_predictions_are_alike(family, share):
     student, teacher = pair(family)
-    kd = DRKD(student.spec, teacher.spec, **({} if share is None else {"response_share": share}))
+    shares = {} if share is None else {"response_share": share}
+    kd = DRKD(student.spec, teacher.spec, response_weight=None, **shares)
     alone = LogitKD(student.spec, teacher.spec, share=share or 0.25)
     assert (kd.needs, kd.teacher_needs) == (alone.needs, alone.teacher_needs | {"features"})
     batch = batch_of()
@@ -648,10 +649,17 @@ def test_drkd_hears_the_response_where_predictions_are_alike(family, share):
 
 def test_drkd_goes_without_the_response_where_predictions_differ():
     student, teacher = detector("retinanet", seed=0), detector("faster_rcnn", seed=1)
-    kd = DRKD(student.spec, teacher.spec)
+    kd = DRKD(student.spec, teacher.spec, response_weight=None)
     assert not any(name.startswith("response") for name in kd.weights)
     assert kd.needs == {"features"}
     with pytest.raises(DrkdError, match="LogitKD compares predictions"):
         DRKD(student.spec, teacher.spec, response_weight=1.0)
-    off = DRKD(student.spec, detector("retinanet", seed=1).spec, response_weight=0.0)
-    assert set(off.weights) == {"pixel_relation", "instance_relation", "instance"}
+
+
+@pytest.mark.parametrize(("family", "pixel_weight"), [("retinanet", 3.0), ("fcos", 3.0), ("faster_rcnn", 1.0)])
+def test_drkds_default_is_the_relations_alone_and_quieter_for_two_stages(family, pixel_weight):
+    student, teacher = pair(family)
+    kd = DRKD(student.spec, teacher.spec)
+    assert kd.weights == {"pixel_relation": pixel_weight, "instance_relation": 0.1, "instance": 0.5}
+    assert kd.needs == {"features"} and kd.teacher_needs is None
+    assert DRKD(student.spec, teacher.spec, pixel_weight=2.0).weights["pixel_relation"] == 2

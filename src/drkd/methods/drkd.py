@@ -68,9 +68,9 @@ class DRKD(KDMethod):
     """DRKD (Ni, Yang, Wen, Zhang; IJCAI 2023; arXiv:2302.05637), every choice an argument; these defaults are ours.
 
     Terms, one a level each: ``pixel_relation`` (`PixelRelationLoss`), ``instance_relation`` (`InstanceRelationLoss`),
-    ``instance`` (`InstanceFeatureLoss`); and, not in the paper, what the teacher predicts for the instances:
-    ``response_classification`` and ``response_box`` (`LogitKD`). A term of weight 0 is neither built nor computed.
-    `PaperDRKD` and `ReleasedDRKD` have the paper's and the released code's choices as defaults.
+    ``instance`` (`InstanceFeatureLoss`); and, not in the paper and off by default, what the teacher predicts for the
+    instances: ``response_classification`` and ``response_box`` (`LogitKD`). A term of weight 0 is neither built nor
+    computed. `PaperDRKD` and `ReleasedDRKD` have the paper's and the released code's choices as defaults.
 
     Departures of these defaults from the paper, all for one reason (features of unlike size and norms of unlike scale
     left the distillation silently off): maps are standardised first, distances are means, weights are ratios of
@@ -79,7 +79,8 @@ class DRKD(KDMethod):
     Args:
         student: The student's levels.
         teacher: The teacher's levels; matched to the student's by stride.
-        pixel_weight: Of ``pixel_relation``.
+        pixel_weight: Of ``pixel_relation``. None is 1 for a student of two stages (whose ``spec.predictions`` are
+            ``regions``), 3 for any other.
         relation_weight: Of ``instance_relation``.
         instance_weight: Of ``instance``.
         response_weight: Of the two response terms. None is 1 where student and teacher predict alike (see `LogitKD`),
@@ -128,10 +129,10 @@ class DRKD(KDMethod):
         student: DetectorSpec,
         teacher: DetectorSpec,
         *,
-        pixel_weight: float = 3.0,
+        pixel_weight: float | None = None,
         relation_weight: float = 0.1,
         instance_weight: float = 0.5,
-        response_weight: float | None = None,
+        response_weight: float | None = 0.0,
         response_share: float = 0.25,
         balanced: bool = True,
         warmup_steps: int = 0,
@@ -165,6 +166,9 @@ class DRKD(KDMethod):
         instance_distance: InstanceDistance = "mse",
     ) -> None:
         super().__init__()
+        if pixel_weight is None:
+            two_stage = student.predictions is not None and student.predictions.kind == "regions"
+            pixel_weight = 1.0 if two_stage else 3.0
         weights = {PIXEL: pixel_weight, RELATION: relation_weight, INSTANCE: instance_weight}
         if min(*weights.values(), response_weight or 0) < 0 or max(weights.values()) == 0:
             raise ValueError(
