@@ -47,13 +47,15 @@ def test_the_pixel_term_with_weights():
     boxes = [torch.tensor([[1.0, 1.0, 3.0, 2.0]]), NONE]
     ours, theirs = plain.maps(student, teacher)
     error = (ours - theirs).square().mean(1)
-    got = weighed(student, teacher, boxes, image_size=(8, 16))
+    assert plain.weigh(teacher, boxes, image_size=(8, 16)) is None
+    got = weighed(student, teacher, weighed.weigh(teacher, boxes, image_size=(8, 16)))
     torch.testing.assert_close(got, 0.4 * error.mean() + 0.6 * error[0, 0, 0])
     got.backward()
     assert student.grad is not None and student.grad.isfinite().all()
-    torch.testing.assert_close(weighed(student, teacher, [NONE, NONE], image_size=(8, 16)), plain(student, teacher))
-    with pytest.raises(ValueError, match="boxes of 2 images and their size, got 1 and None"):
-        weighed(student, teacher, boxes[:1])
+    nothing = weighed.weigh(teacher, [NONE, NONE], image_size=(8, 16))
+    torch.testing.assert_close(weighed(student, teacher, nothing), plain(student, teacher))
+    with pytest.raises(ValueError, match="boxes of 2 images, got 1"):
+        weighed.weigh(teacher, boxes[:1], image_size=(8, 16))
     for wrong in ({"object_share": 1.5}, {"object_share": 0.5, "distance": "frobenius"}):
         with pytest.raises(ValueError, match="object share in"):
             PixelRelationLoss(4, 4, **wrong)

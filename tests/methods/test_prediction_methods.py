@@ -663,3 +663,6 @@ def test_drkds_default_is_the_relations_alone_and_quieter_for_two_stages(family,
     assert kd.weights == {"pixel_relation": pixel_weight, "instance_relation": 0.1, "instance": 0.5}
     assert kd.needs == {"features"} and kd.teacher_needs is None
     assert DRKD(student.spec, teacher.spec, pixel_weight=2.0).weights["pixel_relation"] == 2
+    shares = {distance: DRKD(student.spec, teacher.spec, pixel_distance=distance) for distance in ("mse", "relative")}
+    found = {distance: own.pixel_losses[0].object_share for distance, own in shares.items()}
+    assert found == {"mse": 0.5, "relative": 0.0}

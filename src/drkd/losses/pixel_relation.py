@@ -98,36 +98,44 @@ class PixelRelationLoss(nn.Module):
         self.normalise_features = normalise_features
         self.object_share = object_share
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        boxes: Sequence[Tensor] = (),
-        *,
-        image_size: tuple[int, int] | None = None,
-        layout: InstanceLayout | None = None,
-    ) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
         """Distance between the related maps.
 
         Args:
             student: See the class.
             teacher: See the class.
-            boxes: One (N, 4) tensor an image, xyxy px; read with an ``object_share`` only.
-            image_size: Height and width of the image tensor, px; the same.
-            layout: Of the boxes, where the caller has it already.
+            weights: (B, H, W) at the teacher's size, how much each cell counts, summing to one: the `weigh` of the
+                boxes. Apart from here, so that a compiled loss does not depend on the number of boxes. None: all alike.
         """
         ours, theirs = self.maps(student, teacher)
-        if self.object_share == 0 or not sum(len(own) for own in boxes):
+        if weights is None:
             return tensor_distance(ours, theirs, kind=self.distance)
-        if image_size is None or len(boxes) != len(ours):
-            raise ValueError(f"Expected boxes of {len(ours)} images and their size, got {len(boxes)} and {image_size}")
-        map_size = (ours.shape[-2], ours.shape[-1])
-        weights = object_weights(
-            boxes, map_size=map_size, image_size=image_size, share=self.object_share, layout=layout
-        )
         with full_precision(ours):
             error = (at_least_float32(ours) - at_least_float32(theirs)).square().mean(dim=1)
             return (weights * error).sum()
+
+    def weigh(
+        self,
+        teacher: Tensor,
+        boxes: Sequence[Tensor],
+        *,
+        image_size: tuple[int, int],
+        layout: InstanceLayout | None = None,
+    ) -> Tensor | None:
+        """The weights of the cells where objects have a share of the term; None where they have none.
+
+        Args:
+            teacher: The teacher's map.
+            boxes: One (N, 4) tensor an image, xyxy px.
+            image_size: Height and width of the image tensor, px.
+            layout: Of the boxes, where the caller has it already.
+        """
+        if self.object_share == 0:
+            return None
+        if len(boxes) != len(teacher):
+            raise ValueError(f"Expected boxes of {len(teacher)} images, got {len(boxes)}")
+        map_size = (teacher.shape[-2], teacher.shape[-1])
+        return object_weights(boxes, map_size=map_size, image_size=image_size, share=self.object_share, layout=layout)
 
     def maps(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """The student's and the teacher's maps after graph reasoning, both (B, Ct, H, W)."""

@@ -106,7 +106,8 @@ class DRKD(KDMethod):
         graph_gain: Initial weight of that norm: how loud the relations are beside the map itself (released: 1).
         activation_before_update: ReLU in the graph as released; False is the paper's linear update.
         pixel_distance: See `tensor_distance` (paper, released: frobenius).
-        pixel_object_share: Part of ``pixel_relation`` that lies on the objects, each alike, see `object_weights`.
+        pixel_object_share: Part of ``pixel_relation`` that lies on the objects, each alike, see `object_weights`. None
+            is 0.5 with the distance ``mse``, 0 with others, which cannot be weighed.
         roi_size: Cells a side of a pooled instance (released: 3).
         roi_aligned: Exact RoIAlign; False is the released, unshifted one.
         roi_sampling_ratio: Samples a cell and axis; -1 adapts to the box (released).
@@ -152,7 +153,7 @@ class DRKD(KDMethod):
         graph_gain: float = 0.3,
         activation_before_update: bool = True,
         pixel_distance: Distance = "mse",
-        pixel_object_share: float = 0.0,
+        pixel_object_share: float | None = None,
         roi_size: int = 3,
         roi_aligned: bool = True,
         roi_sampling_ratio: int = 2,
@@ -169,6 +170,8 @@ class DRKD(KDMethod):
         if pixel_weight is None:
             two_stage = student.predictions is not None and student.predictions.kind == "regions"
             pixel_weight = 1.0 if two_stage else 3.0
+        if pixel_object_share is None:
+            pixel_object_share = 0.5 if pixel_distance == "mse" else 0.0
         weights = {PIXEL: pixel_weight, RELATION: relation_weight, INSTANCE: instance_weight}
         if min(*weights.values(), response_weight or 0) < 0 or max(weights.values()) == 0:
             raise ValueError(
@@ -302,7 +305,8 @@ class DRKD(KDMethod):
         layout = InstanceLayout.build(count_boxes(boxes), device)
         for pair, loss in zip(self.pixel_pairs, self.pixel_losses, strict=True):
             maps = ours[pair.student.name], theirs[pair.teacher.name]
-            terms[f"{PIXEL}/{pair.name}"] = loss(*maps, boxes, image_size=image_size, layout=layout)
+            weights = cast(PixelRelationLoss, loss).weigh(maps[1], boxes, image_size=image_size, layout=layout)
+            terms[f"{PIXEL}/{pair.name}"] = loss(*maps, weights)
         if not self.instance_pairs:
             return terms
         pooled = [self._pool(pair, ours, theirs, boxes, image_size, layout) for pair in self.instance_pairs]
