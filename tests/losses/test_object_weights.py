@@ -1,4 +1,4 @@
-"""Weights by hand: every object counts alike, the rest is spread, nothing is lost outside."""
+"""Weights by hand: the objects of an image count alike, images too, the rest is spread, nothing is lost outside."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ def test_two_boxes_by_hand():
     # 4 x 4 px cells of an 8 x 16 px image: a box in one cell, and one over the four cells of the right half.
     boxes = [torch.tensor([[1.0, 1.0, 3.0, 2.0], [8.0, 0.0, 16.0, 8.0]]), NONE]
     weights = object_weights(boxes, map_size=(2, 4), image_size=(8, 16), share=0.5)
-    spread = 0.5 / 16
-    expected = torch.full((2, 2, 4), spread)
-    expected[0, 0, 0] += 0.25
-    expected[0, :, 2:] += 0.25 / 4
+    expected = torch.full((2, 2, 4), 1 / 16)
+    expected[0] = 0.5 / 16
+    expected[0, 0, 0] += 0.125
+    expected[0, :, 2:] += 0.125 / 4
     torch.testing.assert_close(weights, expected)
     assert weights.sum().item() == pytest.approx(1)
+    # A mean over images: the same one by one.
+    alone = [object_weights([own], map_size=(2, 4), image_size=(8, 16), share=0.5) for own in boxes]
+    torch.testing.assert_close(torch.cat(alone) / 2, weights)
 
 
 def test_a_box_counts_by_the_share_that_it_covers_and_one_outside_not_at_all():
@@ -49,7 +52,7 @@ def test_the_pixel_term_with_weights():
     error = (ours - theirs).square().mean(1)
     assert plain.weigh(teacher, boxes, image_size=(8, 16)) is None
     got = weighed(student, teacher, weighed.weigh(teacher, boxes, image_size=(8, 16)))
-    torch.testing.assert_close(got, 0.4 * error.mean() + 0.6 * error[0, 0, 0])
+    torch.testing.assert_close(got, (0.4 * error[0].mean() + 0.6 * error[0, 0, 0] + error[1].mean()) / 2)
     got.backward()
     assert student.grad is not None and student.grad.isfinite().all()
     nothing = weighed.weigh(teacher, [NONE, NONE], image_size=(8, 16))

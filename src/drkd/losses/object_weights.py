@@ -1,4 +1,4 @@
-"""How much each cell of a map counts when every object shall count alike, however few cells it covers."""
+"""How much each cell of a map counts when the objects of an image shall count alike, however few cells they cover."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ def object_weights(
     share: float,
     layout: InstanceLayout | None = None,
 ) -> Tensor:
-    r"""Weights of a batch's cells that sum to one, a part of them on the objects.
+    r"""Weights of a batch's cells that sum to one, the same sum for every image, a part of it on the image's objects.
 
-    :math:`w = \frac{1 - a}{BHW} + \frac{a}{N} \sum_i c_i`, with a the share and :math:`c_i` how much of box i lies in
-    each cell, divided by its sum: a box of a quarter of a cell weighs as much as one of a hundred cells.
+    :math:`w_b = \frac{1}{B} (\frac{1 - a}{HW} + \frac{a}{N_b} \sum_i c_i)`, with a the share and :math:`c_i` how much of
+    box i lies in each cell, divided by its sum: a box of a quarter of a cell weighs as much as one of a hundred cells.
+    In an image without boxes all cells count alike. A mean over images is the same however they are spread over
+    processes.
 
     Args:
         boxes: One (N_b, 4) tensor an image, xyxy px of the image tensor; may leave the image.
@@ -32,7 +34,7 @@ def object_weights(
         layout: Of the images, where the caller has it already.
 
     Returns:
-        (B, H, W) float32 on the boxes' device. Without any box all cells count alike.
+        (B, H, W) float32 on the boxes' device.
 
     Raises:
         ValueError: If a tensor is not (N, 4) or the share is out of range.
@@ -52,7 +54,9 @@ def object_weights(
         rows = _covered(y1, y2, cells=height, length=image_size[0])
         columns = _covered(x1, x2, cells=width, length=image_size[1])
         on_objects = torch.einsum("bnh,bnw->bhw", layout.pad(rows), layout.pad(columns))
-        return (1 - share) / cells + (share / total) * on_objects
+        objects = layout.mask.sum(dim=1).view(-1, 1, 1)
+        part = share * (objects > 0)
+        return (1 - part) / cells + part / (objects.clamp_min(1) * len(counts)) * on_objects
 
 
 def _covered(start: Tensor, end: Tensor, *, cells: int, length: int) -> Tensor:

@@ -41,7 +41,7 @@ class PixelRelationLoss(nn.Module):
         teacher_side: See `TeacherSide`.
         normalise_features: `standardise` both maps first.
         adapter_init: See `make_adapter`.
-        object_share: Part of the term that lies on the objects, each alike, see `object_weights`; ``mse`` only.
+        object_share: Part of the term that lies on an image's objects, each alike, see `object_weights`; ``mse`` only.
 
     Shape:
         student: (B, Cs, h, w); resampled bilinearly to the teacher's size where it differs.

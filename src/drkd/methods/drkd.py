@@ -106,8 +106,8 @@ class DRKD(KDMethod):
         graph_gain: Initial weight of that norm: how loud the relations are beside the map itself (released: 1).
         activation_before_update: ReLU in the graph as released; False is the paper's linear update.
         pixel_distance: See `tensor_distance` (paper, released: frobenius).
-        pixel_object_share: Part of ``pixel_relation`` that lies on the objects, each alike, see `object_weights`. None
-            is 0.5 with the distance ``mse``, 0 with others, which cannot be weighed.
+        pixel_object_share: Part of ``pixel_relation`` that lies on an image's objects, each alike, see
+            `object_weights`. None is 0.5 with the distance ``mse``, 0 with others, which cannot be weighed.
         roi_size: Cells a side of a pooled instance (released: 3).
         roi_aligned: Exact RoIAlign; False is the released, unshifted one.
         roi_sampling_ratio: Samples a cell and axis; -1 adapts to the box (released).
