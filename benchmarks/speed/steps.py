@@ -21,7 +21,7 @@ from drkd.methods import CWD, DRKD, FGD, FGFI, MGD, NLD, PKD, CrossKD, DeFeat, F
 METHODS: dict[str, Callable[..., KDMethod]] = {
     "DRKD": DRKD,
     # The response terms need the teacher's head, which the floor leaves out.
-    "DRKD-features": partial(DRKD, response_weight=0.0),
+    "DRKD-response": partial(DRKD, response_weight=1.0),
     "PaperDRKD": PaperDRKD,
     "ReleasedDRKD": ReleasedDRKD,
     "FitNet": FitNet,
@@ -35,7 +35,7 @@ METHODS: dict[str, Callable[..., KDMethod]] = {
     "CrossKD": CrossKD,
     "LogitKD": LogitKD,
 }
-# DRKD asks the teacher's head at every second pass of a batch of 2 (`response_share`), so steps are timed two by two.
+# With a response, DRKD asks the teacher's head in every second pass of a batch of 2 (`response_share`): timed by twos.
 STEPS_A_ROUND = 2
 CLASSES = tuple(f"class {index}" for index in range(80))
 

@@ -21,8 +21,8 @@ def object_weights(
 ) -> Tensor:
     r"""Weights of a batch's cells that sum to one, the same sum for every image, a part of it on the image's objects.
 
-    :math:`w_b = \frac{1}{B} (\frac{1 - a}{HW} + \frac{a}{N_b} \sum_i c_i)`, with a the share and :math:`c_i` how much of
-    box i lies in each cell, divided by its sum: a box of a quarter of a cell weighs as much as one of a hundred cells.
+    :math:`w_b = \frac{1}{B} (\frac{1 - a}{HW} + \frac{a}{N_b} \sum_i c_i)`, with a the share and :math:`c_i` how much
+    of box i lies in each cell, divided by its sum: a box of a quarter of a cell weighs as much as one of a hundred.
     In an image without boxes all cells count alike. A mean over images is the same however they are spread over
     processes.
 
