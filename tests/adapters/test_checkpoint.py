@@ -102,6 +102,25 @@ def test_as_a_teacher(saved):
     assert str(saved) in str(caught.value)
 
 
+def test_a_teacher_that_knows_nothing(saved):
+    torch.manual_seed(5)
+    control, again = (SavedDetectorBuilder(str(saved), random_weights=True).build(CLASSES) for _ in range(2))
+    own, random, repeated = (d.model.state_dict() for d in (load_detector(saved), control, again))
+    assert control.spec == load_detector(saved).spec
+    assert all(torch.equal(random[name], repeated[name]) for name in random), "a resumed run must meet the same one"
+    convolution = "backbone.body.layer1.0.conv1.weight"
+    assert not torch.allclose(own[convolution], random[convolution])
+    assert torch.initial_seed() == 5, "the run's own random numbers are left alone"
+
+
+def test_random_weights_are_torchvisions_alone(saved):
+    content = torch.load(saved, weights_only=True)
+    content["build"]["library"] = "transformers"
+    torch.save(content, saved)
+    with pytest.raises(DrkdError, match=r"student.pt: random_weights .* is of transformers"):
+        SavedDetectorBuilder(str(saved), random_weights=True).build(CLASSES)
+
+
 def test_labels_survive_another_order_of_classes(make_batch, saved, tmp_path):
     builder = SavedDetectorBuilder(str(saved))
     turned = builder.build(("cup", "cat", "dog"))

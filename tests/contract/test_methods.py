@@ -14,7 +14,10 @@ from drkd.engine.distiller import Distiller
 from drkd.methods import DRKD, PKD
 
 # Arguments of the classes that cannot be built from two specs alone.
-ARGUMENTS = {"Combination": {"methods": {"relations": DRKD, "features": PKD}, "factors": {"features": 0.5}}}
+ARGUMENTS = {
+    "Combination": {"methods": {"relations": DRKD, "features": PKD}, "factors": {"features": 0.5}},
+    "MismatchedTeacher": {"method": DRKD},
+}
 # Their documented batch norm (paper, released code) needs more than one value a channel in training.
 BATCH_NORM = {"PaperDRKD", "ReleasedDRKD"}
 # Relation logits as in the paper, unscaled: their softmax carries bf16's rounding into the value.
@@ -118,7 +121,7 @@ def check_backward(kd, maps, terms):
 
 def test_methods_are_discovered():
     found = {method.__name__ for method in features_only()}
-    assert {"CWD", "DRKD", "FGD", "FGFI", "MGD", "NLD", "PKD", "Combination", "FitNet"} <= found
+    assert {"CWD", "DRKD", "FGD", "FGFI", "MGD", "NLD", "PKD", "Combination", "FitNet", "MismatchedTeacher"} <= found
 
 
 @METHODS

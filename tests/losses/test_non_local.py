@@ -32,6 +32,18 @@ def test_block_equals_the_quadratic_form():
     torch.testing.assert_close(block(feature), feature + block.output(mixed))
 
 
+def test_the_gaussian_block_is_a_softmax_over_pairs():
+    torch.manual_seed(0)
+    block = NonLocalBlock(6, inner_channels=3, norm="none", similarity="gaussian").double()
+    feature = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    theta, phi, value = (layer(feature).flatten(2) for layer in (block.theta, block.phi, block.value))
+    weights = (theta.transpose(1, 2) @ phi / 3**0.5).softmax(dim=2)
+    mixed = (weights @ value.transpose(1, 2)).transpose(1, 2).unflatten(2, (4, 5))
+    torch.testing.assert_close(block(feature), feature + block.output(mixed))
+    with pytest.raises(ValueError, match="a similarity out of dot, gaussian"):
+        NonLocalBlock(6, inner_channels=3, similarity="cosine")
+
+
 def test_block_starts_as_the_identity():
     feature = torch.randn(2, 8, 4, 5)
     assert NonLocalBlock(8, inner_channels=2)(feature).equal(feature)

@@ -115,3 +115,27 @@ def test_errors_state_expected_and_got():
         PixelRelationLoss(8, 16, teacher_side="none")
     with pytest.raises(ValueError, match="norm"):
         PixelRelationLoss(8, 16, norm="layer")
+    with pytest.raises(ValueError, match="a reasoning out of graph, non_local, none, got 'attention'"):
+        PixelRelationLoss(8, 16, reasoning="attention")
+
+
+def test_without_reasoning_the_maps_themselves_are_compared():
+    loss = PixelRelationLoss(8, 8, reasoning="none", normalise_features=False)
+    student, teacher = torch.randn(2, 2, 8, 6, 5, dtype=torch.float64)
+    assert not list(loss.student_unit.parameters())
+    loss = loss.double()
+    assert loss(student, teacher).item() == pytest.approx((student - teacher).square().mean().item())
+
+
+@SIDES
+def test_non_local_reasoning_relates_every_pixel_to_every_other(side):
+    torch.manual_seed(0)
+    loss = PixelRelationLoss(8, 16, reasoning="non_local", states=4, gain=0.3, teacher_side=side)
+    student, teacher = torch.randn(2, 8, 6, 5, requires_grad=True), torch.randn(2, 16, 6, 5)
+    loss(student, teacher).backward()
+    assert student.grad.isfinite().all() and student.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in loss.parameters() if p.requires_grad)
+    moved = teacher.clone()
+    moved[:, :, 0, 0] += 5
+    before, after = loss.maps(student, teacher)[1], loss.maps(student, moved)[1]
+    assert (after - before).abs().sum(dim=1).gt(0).all(), "one pixel moves, and all others hear of it"

@@ -53,10 +53,13 @@ class SavedDetectorBuilder(DetectorBuilder):
     Args:
         path: The file, as ``save_student`` wrote it, or ``drkd:<name>`` for one that ships with the package.
         trust_code: Call the functions that a file with a detector of your own names.
+        random_weights: Keep the architecture and leave the file's weights out, as a control: a teacher that knows
+            nothing. The same random weights each time. For torchvision's detectors.
     """
 
     path: str
     trust_code: bool = False
+    random_weights: bool = False
 
     def own_class_names(self) -> tuple[str, ...]:
         """The file's classes."""
@@ -66,9 +69,14 @@ class SavedDetectorBuilder(DetectorBuilder):
         """Load the detector; its classes must be these, in any order.
 
         Raises:
-            DrkdError: If the file cannot be read or its classes differ.
+            DrkdError: If the file cannot be read, its classes differ, or random weights are asked for of a detector
+                that is not torchvision's.
         """
-        return load_detector(self.path, class_names=class_names, trust_code=self.trust_code)
+        if not self.random_weights:
+            return load_detector(self.path, class_names=class_names, trust_code=self.trust_code)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(2302)  # no seed that a run is likely to have: its student would start as this teacher
+            return load_detector(self.path, class_names=class_names, trust_code=self.trust_code, random_weights=True)
 
 
 def save_student(
@@ -121,28 +129,39 @@ def save_student(
 
 
 @explained_by_file
-def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None, trust_code: bool = False) -> Detector:
+def load_detector(
+    path: str | Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    trust_code: bool = False,
+    random_weights: bool = False,
+) -> Detector:
     """Load what ``save_student`` wrote, in eval mode on the CPU.
 
     Args:
         path: The file, or ``drkd:<name>`` for one that ships with the package.
         class_names: The classes that are expected, in the wanted order; None takes the file's.
         trust_code: Call the functions that a file with a detector of your own names (see `HookedBuilder`).
+        random_weights: See `SavedDetectorBuilder`.
 
     Raises:
-        DrkdError: If the file cannot be read, was not written by drkd, or holds other classes.
+        DrkdError: If the file cannot be read, was not written by drkd, or holds other classes, or random weights are
+            asked for of a detector that is not torchvision's.
     """
     content = _read(path)
+    library = content["build"].get("library")
+    if random_weights and library in (TRANSFORMERS, ULTRALYTICS, HOOKS):
+        raise DrkdError(f"{path}: random_weights is for torchvision's detectors, and this one is of {library}.")
     saved_names = list(content["class_names"])
     if class_names is not None:
         _compare_classes(path, saved_names, class_names)
     names = saved_names if class_names is None else list(class_names)
     label_ids = [content["label_ids"][saved_names.index(name)] for name in names]
-    if content["build"].get("library") == TRANSFORMERS:
+    if library == TRANSFORMERS:
         return rebuild_transformers(path, content, class_names=names, label_ids=label_ids)
-    if content["build"].get("library") == ULTRALYTICS:
+    if library == ULTRALYTICS:
         return rebuild_ultralytics(path, content, class_names=names, label_ids=label_ids)
-    if content["build"].get("library") == HOOKS:
+    if library == HOOKS:
         return rebuild_hooked(path, content, class_names=names, label_ids=label_ids, trusted=trust_code)
     builder = _read_builder(path, content["builder"])
     detector = builder.build(saved_names)
@@ -150,7 +169,8 @@ def load_detector(path: str | Path, *, class_names: Sequence[str] | None = None,
     model: Any = detector.model
     if "batch_norm_eps" in build:
         freeze_zoo(model, build["batch_norm_eps"])
-    fill(model, content["state_dict"], path)
+    if not random_weights:
+        fill(model, content["state_dict"], path)
     if "size" not in build:
         model.transform.min_size, model.transform.max_size = (settings["min_size"],), settings["max_size"]
         model.transform.size_divisible = settings["size_divisor"]

@@ -22,10 +22,10 @@ from drkd.losses.instance_relation import (
 from drkd.losses.instances import InstanceLayout, pool_instances
 from drkd.losses.localization import bin_divergence, valuable_region
 from drkd.losses.masked_generation import MaskedGenerationLoss
-from drkd.losses.non_local import NonLocalBlock, NonLocalLoss
+from drkd.losses.non_local import NonLocalBlock, NonLocalLoss, PairSimilarity
 from drkd.losses.object_weights import object_weights
 from drkd.losses.pearson import PearsonLoss
-from drkd.losses.pixel_relation import PixelRelationLoss
+from drkd.losses.pixel_relation import PixelReasoning, PixelRelationLoss
 from drkd.losses.relation_filter import FilterMode, LearnedFilter, RandomFilter
 from drkd.losses.softened_logits import ClassActivation, class_divergence, offset_distance, softened_divergence
 
@@ -52,7 +52,9 @@ __all__ = [
     "MaskedGenerationLoss",
     "NonLocalBlock",
     "NonLocalLoss",
+    "PairSimilarity",
     "PearsonLoss",
+    "PixelReasoning",
     "PixelRelationLoss",
     "RandomFilter",
     "RelationDistance",

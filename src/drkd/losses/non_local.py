@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -11,14 +13,19 @@ from drkd.losses.attention import spatial_attention
 from drkd.losses.distance import at_least_float32, full_precision
 from drkd.losses.graph_reasoning import GraphNorm, make_norm
 
+PairSimilarity = Literal["dot", "gaussian"]
+"""How a `NonLocalBlock` says how much one position has to tell another."""
+
 
 class NonLocalBlock(nn.Module):
-    r"""Non-local block with dot-product similarity (Wang et al., CVPR 2018, arXiv:1711.07971; FKD, section 3).
+    r"""Non-local block (Wang et al., CVPR 2018, arXiv:1711.07971; FKD, section 3).
 
     .. math:: x + \mathrm{norm}(W_o y), \qquad y_i = \frac{1}{N} \sum_j \langle \theta(x_i), \phi(x_j) \rangle g(x_j)
 
     j runs over the N positions that a max pool leaves of phi(x) and g(x). The sum is computed as
-    theta(x)^T (phi(x) g(x)^T) / N, the same number at a cost linear in the number of positions.
+    theta(x)^T (phi(x) g(x)^T) / N, the same number at a cost linear in the number of positions. That is the dot
+    product. The embedded Gaussian, the usual block, has a softmax over j of the products over the root of their width
+    in place of the products over N: every position is compared with every other.
 
     Deviations from the released block: a group norm, because batch norm ties the images of a batch together and fails
     on a 1x1 map of one image (``norm="batch"`` is theirs); the pool is no larger than the map (there an error); W_o has
@@ -30,6 +37,7 @@ class NonLocalBlock(nn.Module):
         pool: Side of the max pool, cells. mmrazor's blocks pool twice: its ``maxpool_stride`` n is a pool of 2 n here.
         norm: See `GraphNorm`; batch has an eps of 1e-5 here.
         gain: Initial weight of the norm; 0 (released) starts as the identity.
+        similarity: ``dot`` (released) or ``gaussian``.
 
     Shape:
         input: (B, C, H, W).
@@ -37,9 +45,18 @@ class NonLocalBlock(nn.Module):
     """
 
     def __init__(
-        self, channels: int, *, inner_channels: int, pool: int = 1, norm: GraphNorm = "group", gain: float = 0.0
+        self,
+        channels: int,
+        *,
+        inner_channels: int,
+        pool: int = 1,
+        norm: GraphNorm = "group",
+        gain: float = 0.0,
+        similarity: PairSimilarity = "dot",
     ) -> None:
         super().__init__()
+        if similarity not in ("dot", "gaussian"):
+            raise ValueError(f"Expected a similarity out of dot, gaussian, got {similarity!r}")
         if min(inner_channels, pool) < 1:
             raise ValueError(f"Expected inner channels and a pool above 0, got {inner_channels}, {pool}")
         self.theta = nn.Conv2d(channels, inner_channels, kernel_size=1)
@@ -50,6 +67,7 @@ class NonLocalBlock(nn.Module):
         if isinstance(self.norm, nn.GroupNorm | nn.BatchNorm2d):
             nn.init.constant_(self.norm.weight, gain)
         self.pool = pool
+        self.similarity: PairSimilarity = similarity
 
     def forward(self, feature: Tensor) -> Tensor:
         """Add to every position what it relates to."""
@@ -59,7 +77,11 @@ class NonLocalBlock(nn.Module):
         with full_precision(feature):
             # Sums over all positions leave half precision's range and digits.
             queries, keys, values = (at_least_float32(tensor) for tensor in (queries, keys, values))
-            mixed = values @ keys.transpose(1, 2) @ queries / keys.shape[2]
+            if self.similarity == "gaussian":
+                queries, keys, values = (tensor.transpose(1, 2) for tensor in (queries, keys, values))
+                mixed = functional.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
+            else:
+                mixed = values @ keys.transpose(1, 2) @ queries / keys.shape[2]
             related: Tensor = self.norm(self.output(mixed.unflatten(2, (feature.shape[2], feature.shape[3]))))
             return feature + related
 

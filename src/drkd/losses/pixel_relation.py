@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,11 @@ from drkd.losses.distance import (
 )
 from drkd.losses.graph_reasoning import GraphNorm, GraphReasoningUnit
 from drkd.losses.instances import InstanceLayout
+from drkd.losses.non_local import NonLocalBlock
 from drkd.losses.object_weights import object_weights
+
+PixelReasoning = Literal["graph", "non_local", "none"]
+"""What relates the pixels of a map before maps are compared: `GraphReasoningUnit`, a `NonLocalBlock`, nothing."""
 
 
 class PixelRelationLoss(nn.Module):
@@ -31,6 +36,9 @@ class PixelRelationLoss(nn.Module):
     Args:
         student_channels: Channels of the student's map.
         teacher_channels: Channels of the teacher's map.
+        reasoning: ``graph`` is DRKD's. The two others are what it has to beat: ``non_local`` compares all pixels with
+            all (embedded Gaussian, width ``states``), ``none`` compares the maps as they are. Both leave out what
+            they have no use for.
         nodes: Graph nodes, see `GraphReasoningUnit`.
         states: Width of a node.
         normalise: Divide the node states by the number of positions.
@@ -57,6 +65,7 @@ class PixelRelationLoss(nn.Module):
         student_channels: int,
         teacher_channels: int,
         *,
+        reasoning: PixelReasoning = "graph",
         nodes: int = 32,
         states: int = 64,
         normalise: bool = True,
@@ -74,8 +83,14 @@ class PixelRelationLoss(nn.Module):
             raise ValueError(f"Expected an object share in [0, 1], 0 unless the distance is mse, got {object_share}")
         if teacher_side not in ("joint", "shared", "frozen"):
             raise ValueError(f"Expected a teacher side out of joint, shared, frozen, got {teacher_side!r}")
+        if reasoning not in ("graph", "non_local", "none"):
+            raise ValueError(f"Expected a reasoning out of graph, non_local, none, got {reasoning!r}")
 
-        def unit(channels: int) -> GraphReasoningUnit:
+        def unit(channels: int) -> nn.Module:
+            if reasoning == "none":
+                return nn.Identity()
+            if reasoning == "non_local":
+                return NonLocalBlock(channels, inner_channels=states, norm=norm, gain=gain, similarity="gaussian")
             return GraphReasoningUnit(
                 channels,
                 nodes=nodes,
@@ -138,7 +153,7 @@ class PixelRelationLoss(nn.Module):
         return object_weights(boxes, map_size=map_size, image_size=image_size, share=self.object_share, layout=layout)
 
     def maps(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's and the teacher's maps after graph reasoning, both (B, Ct, H, W)."""
+        """The student's and the teacher's maps after the reasoning, both (B, Ct, H, W)."""
         student, teacher = self._inputs(student, teacher)
         teacher_unit = self.student_unit if self.teacher_unit is None else self.teacher_unit
         if self.teacher_side == "shared":
@@ -151,7 +166,7 @@ class PixelRelationLoss(nn.Module):
 
     @torch.no_grad()
     def graph_maps(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """What graph reasoning adds to the student's and to the teacher's map, for pictures; no gradient."""
+        """What the reasoning adds to the student's and to the teacher's map, for pictures; no gradient."""
         student, teacher = self._inputs(student, teacher)
         student = self.adapter(student) if self.teacher_side == "shared" else student
         teacher_unit = self.student_unit if self.teacher_unit is None else self.teacher_unit
@@ -162,6 +177,5 @@ class PixelRelationLoss(nn.Module):
         teacher = teacher.detach()
         if self.normalise_features:
             student, teacher = standardise(student), standardise(teacher)
-        return resample(
-            student.to(self.student_unit.state.weight.dtype), (teacher.shape[-2], teacher.shape[-1])
-        ), teacher
+        own = next(self.student_unit.parameters(), student)
+        return resample(student.to(own.dtype), (teacher.shape[-2], teacher.shape[-1])), teacher

@@ -13,6 +13,7 @@ from drkd.methods.hint import FeatureHint
 from drkd.methods.ld import LD
 from drkd.methods.logit_kd import LogitKD
 from drkd.methods.mgd import MGD
+from drkd.methods.mismatched_teacher import MismatchedTeacher
 from drkd.methods.nld import NLD
 from drkd.methods.pkd import PKD
 
@@ -32,6 +33,7 @@ __all__ = [
     "FitNet",
     "LevelRelations",
     "LogitKD",
+    "MismatchedTeacher",
     "PaperDRKD",
     "ReleasedDRKD",
 ]

@@ -19,6 +19,7 @@ from drkd.losses import (
     InstanceFeatureLoss,
     InstanceLayout,
     InstanceRelationLoss,
+    PixelReasoning,
     PixelRelationLoss,
     RelationDistance,
     RelationTarget,
@@ -99,6 +100,7 @@ class DRKD(KDMethod):
         adapter_init: Start of the 1x1 adapters on the student's side, see `make_adapter`.
         shared_adapter: One adapter a level, before everything else, for all three terms; False gives each term its own
             (paper, released).
+        pixel_reasoning: See `PixelRelationLoss`: the paper's ``graph``, or for an ablation ``non_local`` or ``none``.
         nodes: Graph nodes (C2): one number, or one a level, finest first, the last holding for all after it.
         states: Width of a graph node (C1): same.
         normalise: Divide the graph's states by the number of positions (released: no).
@@ -146,6 +148,7 @@ class DRKD(KDMethod):
         teacher_side: TeacherSide = "shared",
         adapter_init: AdapterInit = "identity",
         shared_adapter: bool = True,
+        pixel_reasoning: PixelReasoning = "graph",
         nodes: int | Sequence[int] = 32,
         states: int | Sequence[int] = 64,
         normalise: bool = True,
@@ -214,6 +217,7 @@ class DRKD(KDMethod):
             PixelRelationLoss(
                 student_channels(pair),
                 pair.teacher.channels,
+                reasoning=pixel_reasoning,
                 nodes=_at_level(nodes, index),
                 states=_at_level(states, index),
                 normalise=normalise,

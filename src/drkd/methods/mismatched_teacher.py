@@ -1,0 +1,64 @@
+"""A control: the same method, but the teacher looks at other images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from drkd.contracts import DetectionBatch, DetectorOutput, DetectorSpec, FeatureMap, KDMethod, NotApplicableError
+
+
+class MismatchedTeacher(KDMethod):
+    """Give each image the teacher's maps of the next image of the batch, the last one those of the first.
+
+    The targets keep their scale, their statistics and their smoothness and say nothing of the image, so what a method
+    still gains this way is regularisation. A batch of one image has no other: its terms are zero. In a recipe:
+
+        method:
+          class_path: drkd.methods.MismatchedTeacher
+          init_args:
+            method: {class_path: drkd.methods.DRKD}
+
+    Args:
+        student: The student's levels.
+        teacher: The teacher's levels.
+        method: What builds the method from the two specs. One on feature maps: predictions of other images have no
+            place in it.
+
+    Raises:
+        NotApplicableError: If the method asks the teacher for more than its feature maps.
+    """
+
+    def __init__(
+        self,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
+        *,
+        method: Callable[[DetectorSpec, DetectorSpec], KDMethod],
+    ) -> None:
+        super().__init__()
+        self.method = method(student, teacher)
+        self.needs, self.teacher_needs = self.method.needs, self.method.teacher_needs
+        asked = self.needs if self.teacher_needs is None else self.teacher_needs
+        if asked != {"features"}:
+            raise NotApplicableError(
+                "A mismatched teacher needs a method on the teacher's feature maps alone, and "
+                f"{type(self.method).__name__} asks for {', '.join(sorted(asked))}."
+            )
+        self.weights, self.minimum_boxes = self.method.weights, self.method.minimum_boxes
+        self.balanced = self.method.balanced
+        self.warmup_steps, self.decay = self.method.warmup_steps, self.method.decay
+
+    def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
+        """The method's terms, under its names."""
+        others = replace(teacher, features=tuple(_turn(level) for level in teacher.features))
+        terms = cast(dict[str, Tensor], self.method(student, others, batch))
+        return {name: term * 0 for name, term in terms.items()} if len(batch) == 1 else terms
+
+
+def _turn(level: FeatureMap) -> FeatureMap:
+    return replace(level, tensor=torch.roll(level.tensor, -1, dims=0))
