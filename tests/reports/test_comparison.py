@@ -113,6 +113,33 @@ def test_tables_show_them(tmp_path):
     assert "+3.5 [-2.3, +9.3] to the next, hint, not beyond chance with 3 seeds." in answer
 
 
+def test_small_objects_have_a_best_rival_of_their_own(tmp_path):
+    write_cells(tmp_path)
+    for seed, value in enumerate((0.44, 0.45, 0.46)):
+        cell = tmp_path / f"cells/net/paper/seed{seed}.json"
+        content = json.loads(cell.read_text())
+        content["metrics"]["ap_small"] = value + 0.05
+        cell.write_text(json.dumps(content))
+    rows, comparison = rows_of(tmp_path)
+    drkd = rows["drkd"]
+    assert (drkd.rival, drkd.small_rival) == ("hint", "paper")
+    # 50 - 49, 51.2 - 50, 52.4 - 51
+    assert drkd.to_small_rival.mean == pytest.approx(0.012)
+    table = tabulate_quality(list(rows.values()), comparison)
+    shown = {row[1]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert shown["drkd"]["Δ AP_S to best rival (95 %)"] == "+1.2 [+0.7, +1.7] (paper)"
+    assert shown["student"]["Δ AP_S to best rival (95 %)"] == ""
+    answer = judge(list(rows.values()), "net", "student")
+    assert "On small objects: +1.2 [+0.7, +1.7] AP_S to the best rival there, paper, beyond chance." in answer
+
+
+def test_a_screened_method_does_not_win_with_its_one_seed(tmp_path):
+    rows, _ = rows_of(write_cells(tmp_path, scores={**SCORES, "lucky": (58.0,)}))
+    answer = judge(list(rows.values()), "net", "student")
+    assert "drkd has the highest mean AP" in answer and answer.endswith("Left out, with fewer seeds: lucky.")
+    assert rows["drkd"].rival == "hint" and rows["lucky"].rival == "drkd"
+
+
 def test_one_seed_has_no_interval_and_says_so(tmp_path):
     rows, comparison = rows_of(write_cells(tmp_path, scores={"student": (40.0,), "drkd": (45.0,)}))
     table = tabulate_quality(list(rows.values()), comparison)

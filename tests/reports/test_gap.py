@@ -59,8 +59,16 @@ def test_a_mean_over_nothing_known_is_not_known():
 
 def test_best_rival_is_neither_the_reference_nor_oneself():
     scores = {"student": {0: 0.9}, "a": {0: 0.5, 1: 0.7}, "b": {0: 0.65}, "c": {0: math.nan}}
-    # Means: a 0.6, b 0.65.
     assert best_rival(scores, "a", reference="student") == "b"
     assert best_rival(scores, "b", reference="student") == "a"
     assert best_rival(scores, "c", reference="student") == "b"
     assert best_rival({"student": {0: 0.9}, "a": {0: 0.5}}, "a", reference="student") is None
+
+
+def test_one_lucky_seed_makes_no_best_rival():
+    three = {"own": {0: 0.5, 1: 0.5, 2: 0.5}, "steady": {0: 0.47, 1: 0.48, 2: 0.49}}
+    assert best_rival({**three, "screened": {0: 0.6}}, "own", reference="student") == "steady"
+    # Of two with as many, the better on the seeds that the method has too: the others say nothing of the difference.
+    others = {"late": {0: 0.1, 7: 0.9}, "early": {0: 0.2, 7: 0.1}}
+    assert best_rival({"own": {0: 0.5}, **others}, "own", reference="student") == "early"
+    assert best_rival({"own": {0: 0.5}, "elsewhere": {3: 0.9}}, "own", reference="student") is None

@@ -28,8 +28,10 @@ class Row:
         seeds: Seeds that are measured.
         scores: Mean and spread by metric, in [0, 1].
         to_reference: Paired difference to the reference by metric; empty for the reference and the teacher.
-        rival: The best other method that is not the reference, by mean AP; None where there is none.
+        rival: The best other method that is not the reference, by mean AP, see `best_rival`; None where there is none.
         to_rival: Paired difference to the rival by metric.
+        small_rival: The best other method by mean AP_S, which may be another one.
+        to_small_rival: Paired difference to that one in AP_S; None where there is none.
         share: Share of the teacher's lead over the reference that is recovered, in AP; NaN where there is none.
         seconds_per_step: Mean over seeds of the median step, s; NaN if not measured.
         peak_memory: Largest over seeds, bytes; NaN if not measured.
@@ -45,6 +47,8 @@ class Row:
     to_reference: Mapping[str, PairedDifference]
     rival: str | None
     to_rival: Mapping[str, PairedDifference]
+    small_rival: str | None
+    to_small_rival: PairedDifference | None
     share: float
     seconds_per_step: float
     peak_memory: float
@@ -120,10 +124,16 @@ def _make_row(
     reference: str,
 ) -> Row:
     own = methods[method]
-    arms = {name: scores["ap"] for name, scores in methods.items() if name != TEACHER}
     compared = method not in (reference, TEACHER)
     has_reference = compared and reference in methods
-    rival = best_rival(arms, method, reference=reference) if compared else None
+    rival, small_rival = (
+        best_rival(
+            {name: scores[metric] for name, scores in methods.items() if name != TEACHER}, method, reference=reference
+        )
+        if compared
+        else None
+        for metric in ("ap", "ap_small")
+    )
     return Row(
         pair=pair,
         method=method,
@@ -132,6 +142,8 @@ def _make_row(
         to_reference={m: compare_paired(methods[reference][m], own[m]) for m in METRICS} if has_reference else {},
         rival=rival,
         to_rival={m: compare_paired(methods[rival][m], own[m]) for m in METRICS} if rival else {},
+        small_rival=small_rival,
+        to_small_rival=compare_paired(methods[small_rival]["ap_small"], own["ap_small"]) if small_rival else None,
         share=_share(methods, method, reference) if has_reference else math.nan,
         seconds_per_step=summarise(_training(cells, "seconds_per_step")).mean,
         peak_memory=max(_training(cells, "peak_memory_bytes"), default=math.nan),

@@ -85,19 +85,22 @@ def compare_paired(baseline: Mapping[int, float], distilled: Mapping[int, float]
 
 
 def best_rival(scores: Mapping[str, Mapping[int, float]], method: str, *, reference: str) -> str | None:
-    """Name the method of the best mean among those that are neither the reference nor this one; None if there is none.
+    """Name the best of the methods that are neither the reference nor this one; None if there is none.
+
+    Those that share most seeds with the method come first, however lucky another was with the one seed that it has; of
+    these the best mean over the shared seeds.
 
     Args:
         scores: Value by seed, by method.
         method: The method that is compared.
         reference: The method that stands for no distillation.
     """
-    means = {
-        name: summarise(list(values.values())).mean
-        for name, values in scores.items()
-        if name not in (method, reference)
-    }
-    known = {name: mean for name, mean in means.items() if not math.isnan(mean)}
+    known: dict[str, tuple[int, float]] = {}
+    for name, values in scores.items():
+        shared = [values[seed] for seed in values.keys() & scores[method].keys()]
+        mean = summarise(shared).mean
+        if name not in (method, reference) and not math.isnan(mean):
+            known[name] = (len(shared), mean)
     return max(known, key=lambda name: known[name]) if known else None
 
 
