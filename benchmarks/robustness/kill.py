@@ -3,16 +3,18 @@
     python benchmarks/robustness/kill.py --kills 40 --seed 0
 
 Every run is `drkd distill` of a small RetinaNet with DRKD, a moving average, warm-up and balanced weights, on the
-embedded digits, with a checkpoint every three steps. SIGKILL comes at a random moment: one in four of the process'
-whole life, imports included, the others of the time since its run folder was taken (training, saving, validation, the
-final evaluation). The same command with `--resume=auto` then goes on. After each kill every checkpoint that is there
-must load whole. A finished run's student.pt must be bit-identical to the undisturbed one's. The record goes to
-`benchmarks/results/robustness/kill.json`.
+embedded digits, with a checkpoint every three steps. SIGKILL comes at a random moment: one in eight of the process'
+whole life, imports included, the others of the time since its training began (steps, saving, validation, the final
+evaluation). The same command with `--resume=auto` then goes on. Only kills that hit a run in training or after it, with
+a checkpoint to go on from, count towards `--kills`; all are recorded, with the step that training had reached and the
+step of the checkpoint. After each kill every checkpoint that is there must load whole. A finished run's student.pt must
+be bit-identical to the undisturbed one's. The record goes to `benchmarks/results/robustness/kill.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -36,13 +38,13 @@ HERE = Path(__file__).resolve().parent
 
 
 def command(data: Path, teacher: Path, output: Path, *extra: str) -> list[str]:
-    """The run: 3 epochs of 8 steps, some seconds of training."""
+    """The run: 6 epochs of 8 steps, some seconds of training; no preflight, which only a fresh start has."""
     return [
         *(sys.executable, "-m", "drkd", "distill", "--config=digits/retinanet"),
         *(f"--data.root={data}", "--data.batch_size=4", "--data.min_size=64", "--data.max_size=64"),
         *("--data.pad_to=[64,64]", "--data.horizontal_flip=0.5", "--data.zoom_out=0.3"),
         *("--student.fpn_channels=32", "--student.backbone_weights=null", f"--teacher.path={teacher}"),
-        *("--inherit=false", "--method.warmup_steps=10", "--training.epochs=3", "--training.ema=0.9"),
+        *("--inherit=false", "--method.warmup_steps=10", "--training.epochs=6", "--doctor=false", "--training.ema=0.9"),
         *("--training.optimization.warmup_steps=5", "--training.calibration_steps=12", "--training.monitor_interval=4"),
         *("--training.validate_every=1", "--training.keep=best", "--training.checkpoint_every=3"),
         *("--training.log_interval=1", "--training.accelerator=cpu", "--evaluation.split=val"),
@@ -89,47 +91,80 @@ def differences(ours: Path, theirs: Path) -> list[str]:
     return [name for name in first.keys() | second.keys() if not torch.equal(first[name], second[name])]
 
 
-def wait_for_run(process: subprocess.Popen[bytes], run: Path) -> None:
-    """Return when the process has taken its run folder, or has ended."""
-    note, before = run / "run.json", time.time()
-    while process.poll() is None and not (note.exists() and note.stat().st_mtime >= before):
+def begin(arguments: list[str], run: Path) -> subprocess.Popen[bytes]:
+    """Start the run, its output in a log beside its folder. A note of how far it is can only be its own."""
+    (run / "progress.json").unlink(missing_ok=True)
+    with (run.parent / f"{run.name}.log").open("ab") as log:
+        return subprocess.Popen(arguments, stdout=log, stderr=log, start_new_session=True)
+
+
+def wait_for_training(process: subprocess.Popen[bytes], run: Path) -> None:
+    """Return when the process trains, or has ended."""
+    while process.poll() is None and not (run / "progress.json").exists():
         time.sleep(0.02)
+
+
+def undisturbed(arguments: list[str], run: Path) -> tuple[float, float]:
+    """Seconds of a run's whole life, and of it since its training began."""
+    started = time.monotonic()
+    process = begin(arguments, run)
+    wait_for_training(process, run)
+    trains = time.monotonic()
+    if process.wait() != 0:
+        raise SystemExit((run.parent / f"{run.name}.log").read_text()[-3000:])
+    return time.monotonic() - started, time.monotonic() - trains
+
+
+def reached(run: Path) -> dict[str, int | None]:
+    """The step that the session had come to (None before training), and that of the checkpoint (None without one)."""
+    note, checkpoint = run / "progress.json", run / "checkpoints" / "last.ckpt"
+    # A broken one is on record already.
+    with contextlib.suppress(DrkdError, RuntimeError):
+        saved = AtomicCheckpoints().load_checkpoint(checkpoint)["global_step"] if checkpoint.exists() else None
+        return {"step": json.loads(note.read_text())["step"] if note.exists() else None, "checkpoint": saved}
+    return {"step": None, "checkpoint": None}
+
+
+def counts(kill: dict[str, Any]) -> bool:
+    """Whether it hit a run in training or after it, with a checkpoint to go on from."""
+    return kill["step"] is not None and kill["checkpoint"] is not None
 
 
 def disturb(
     arguments: list[str], run: Path, chance: random.Random, *, seconds: tuple[float, float], most: int
 ) -> dict[str, Any]:
-    """Start, kill, resume, until the run ends by itself; at most so many kills. Seconds: whole life, run alone."""
+    """Start, kill, resume, until the run ends by itself; at most so many kills. Seconds: as `undisturbed` has them."""
     record: dict[str, Any] = {"kills": [], "broken": [], "failed": []}
     while True:
-        anywhere = chance.random() < 0.25
-        moment = chance.uniform(0.0, seconds[0] if anywhere else 1.1 * seconds[1])
+        anywhere = chance.random() < 0.125
+        moment = chance.uniform(0.0, seconds[0] if anywhere else seconds[1])
         moment = moment if len(record["kills"]) < most else None
-        with (run.parent / f"{run.name}.log").open("ab") as log:
-            started = time.monotonic()
-            process = subprocess.Popen(arguments, stdout=log, stderr=log, start_new_session=True)
-            if not anywhere:
-                wait_for_run(process, run)
-            try:
-                code = process.wait(timeout=moment if moment is not None else 600)
-            except subprocess.TimeoutExpired:
-                if moment is None:
-                    record["failed"].append("hung for ten minutes")
-                os.killpg(process.pid, signal.SIGKILL)
-                code = process.wait()
+        started = time.monotonic()
+        process = begin(arguments, run)
+        if not anywhere:
+            wait_for_training(process, run)
+        try:
+            code = process.wait(timeout=moment if moment is not None else 600)
+        except subprocess.TimeoutExpired:
+            if moment is None:
+                record["failed"].append("hung for ten minutes")
+            os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
         if code == 0:
             return record
         if code != -signal.SIGKILL or moment is None:
             record["failed"].append(f"exit code {code}")
             return record
-        note = run / "progress.json"
-        step = json.loads(note.read_text())["step"] if note.exists() else None
-        record["kills"].append({"after_s": round(time.monotonic() - started, 2), "step": step})
         record["broken"] += broken_files(run)
+        record["kills"].append({"after_s": round(time.monotonic() - started, 2), **reached(run)})
 
 
 def _passed(runs: list[dict[str, Any]]) -> bool:
     return all(not run["failed"] and not run["broken"] and not run["tensors_that_differ"] for run in runs)
+
+
+def _counted(runs: list[dict[str, Any]]) -> int:
+    return sum(counts(kill) for run in runs for kill in run["kills"])
 
 
 def _write(
@@ -141,7 +176,8 @@ def _write(
         {
             "command": f"python benchmarks/robustness/kill.py --kills {options.kills} --seed {options.seed}",
             "passed": _passed(runs),
-            "kills": sum(len(run["kills"]) for run in runs),
+            "kills": _counted(runs),
+            "kills_before_training": sum(len(run["kills"]) for run in runs) - _counted(runs),
             "runs": runs,
             "undisturbed_seconds": [round(value, 1) for value in seconds],
             "seconds": round(time.monotonic() - began),
@@ -166,12 +202,9 @@ def main() -> None:
         folder = Path(place)
         data, teacher = prepare(folder)
         whole = folder / "whole"
-        started = time.monotonic()
-        subprocess.run(command(data, teacher, whole), check=True, capture_output=True)
-        life = time.monotonic() - started
-        seconds = (life, float(json.loads((whole / "run.json").read_text())["seconds"]))
+        seconds = undisturbed(command(data, teacher, whole), whole)
         runs: list[dict[str, Any]] = []
-        while sum(len(run["kills"]) for run in runs) < options.kills:
+        while _counted(runs) < options.kills:
             output = folder / f"run{len(runs)}"
             record = disturb(
                 command(data, teacher, output), output, chance, seconds=seconds, most=options.kills_per_run
@@ -187,8 +220,7 @@ def main() -> None:
             if record["failed"]:
                 print((folder / f"{output.name}.log").read_text()[-3000:], flush=True)
     good = _passed(runs)
-    kills = sum(len(run["kills"]) for run in runs)
-    print(f"{kills} kills in {len(runs)} runs: {'all identical' if good else 'FAILED'}")
+    print(f"{_counted(runs)} kills in {len(runs)} runs: {'all identical' if good else 'FAILED'}")
     sys.exit(not good)
 
 
