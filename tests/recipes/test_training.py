@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from drkd.adapters import load_detector
+from drkd.adapters import load_detector, save_student
 from drkd.contracts import DrkdError
 from drkd.recipes.recipe import Recipe, load_recipe
-from drkd.recipes.training import train
+from drkd.recipes.training import build_module, train
 
 
 def _recipe(tiny_coco: Path, output: Path, *extra: str) -> Recipe:
@@ -70,6 +70,26 @@ def test_a_finished_run_is_not_overwritten_by_accident(tiny_coco: Path, tmp_path
         train(_recipe(tiny_coco, tmp_path / "run"))
     assert (folder / "run.json").read_text() == before
     train(_recipe(tiny_coco, tmp_path / "run", "--training.epochs=1", "--overwrite=true"))
+
+
+def test_a_random_teacher_leaves_the_students_start_alone(tiny_coco: Path, tmp_path: Path) -> None:
+    """The control changes the teacher and nothing else: neck and head are inherited from the file's weights."""
+    builder, file = _recipe(tiny_coco, tmp_path / "run").student, tmp_path / "teacher.pt"
+    settings = {"min_size": 64, "max_size": 96, "size_divisor": 32}
+    save_student(file, builder.build(("cat", "dog")), builder=builder, image_settings=settings)
+    modules = []
+    for random in ("false", "true"):
+        options = ("--inherit=true", f"--teacher.path={file}", f"--teacher.random_weights={random}")
+        recipe = _recipe(tiny_coco, tmp_path / random, *options)
+        recipe.data.setup("fit")
+        modules.append(build_module(recipe, kind="distill").distiller)
+    (trained, control), head = modules, "head.classification_head.cls_logits.weight"
+    ours, theirs = (module.student.model.state_dict() for module in (trained, control))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    taught = [module.teacher.model.state_dict() for module in modules if module.teacher is not None]
+    assert torch.equal(ours[head], taught[0][head])
+    convolution = "head.classification_head.conv.0.0.weight"
+    assert not torch.equal(taught[0][convolution], taught[1][convolution])
 
 
 def test_a_run_that_fails_says_so_in_its_folder(

@@ -54,7 +54,8 @@ class SavedDetectorBuilder(DetectorBuilder):
         path: The file, as ``save_student`` wrote it, or ``drkd:<name>`` for one that ships with the package.
         trust_code: Call the functions that a file with a detector of your own names.
         random_weights: Keep the architecture and leave the file's weights out, as a control: a teacher that knows
-            nothing. The same random weights each time. For torchvision's detectors.
+            nothing. The same random weights each time. For torchvision's detectors. A recipe's ``inherit`` still takes
+            the file's, so that the student's start is not changed with the teacher.
     """
 
     path: str

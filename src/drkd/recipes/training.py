@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from drkd.adapters.checkpoint import save_student
+from drkd.adapters.checkpoint import SavedDetectorBuilder, save_student
 from drkd.contracts import Detector, DrkdError
 from drkd.engine.callbacks import FiniteLossGuard, LineProgress, StudentAverage
 from drkd.engine.checkpoint_io import AtomicCheckpoints
@@ -102,7 +102,7 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
     if recipe.inherit:
         if not isinstance(teacher, Detector):
             raise DrkdError("inherit: the recipe names no teacher whose neck and head the student could start from.")
-        inherit_neck_and_head(student, teacher)
+        inherit_neck_and_head(student, _starting_point(recipe, teacher))
     if kind == "distill":
         lightning.seed_everything(recipe.seed, verbose=False)
         method = recipe.method
@@ -138,6 +138,23 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
         seed=recipe.seed,
         channels_last=recipe.training.channels_last,
         batch_size=recipe.data.batch_size,
+    )
+
+
+def _starting_point(recipe: Recipe, teacher: Detector) -> Detector:
+    """The detector whose neck and head the student starts from: its teacher's; of a random one its file's.
+
+    So a control with a random teacher changes the teacher alone.
+    """
+    builder = recipe.teacher
+    if not isinstance(builder, SavedDetectorBuilder) or not builder.random_weights:
+        return teacher
+    return build_teacher(
+        replace(builder, random_weights=False),
+        recipe.data.class_names,
+        image_settings=recipe.data.image_settings,
+        class_map=recipe.class_map,
+        teacher_size=recipe.teacher_size,
     )
 
 
