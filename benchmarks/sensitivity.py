@@ -4,9 +4,10 @@
     python benchmarks/sensitivity.py runs/compare/sensitivity --out benchmarks/results/sensitivity
 
 Reads a comparison's cells, whose methods come in twos (NAME_fixed: the authors' weights; NAME_balanced: ratios of
-gradient norms). Writes a table and a figure: the median gradient ratio of all terms together in each condition, and how
-many times the largest is the smallest. A method whose ratio moves a hundredfold is silent in one place and deafening in
-another.
+gradient norms). Writes a table and a figure: the median gradient ratio of all terms together in each condition, after
+the steps in which balanced weights are set, and how many times the largest is the smallest. A method whose ratio moves
+a hundredfold is silent in one place and deafening in another. A ratio of 0, and a run that the guard against silent
+terms stopped before its end, count as silent; a condition that was not run is left empty.
 """
 
 from __future__ import annotations
@@ -44,10 +45,14 @@ def read(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
     for file in sorted(folder.glob("cells/*/*_*/seed*.json")):
         name, _, how = file.parent.name.rpartition("_")
         terms = json.loads(file.read_text()).get("distillation") or {}
-        ratios = [term["median_gradient_ratio"] for term in terms.values() if term.get("median_gradient_ratio")]
+        ratios = [term["median_gradient_ratio"] for term in terms.values() if "median_gradient_ratio" in term]
         if how in HOW and ratios:
             condition = file.parent.parent.name
             found.setdefault(name, {}).setdefault(how, {})[condition] = math.sqrt(sum(r * r for r in ratios))
+    for file in sorted(folder.glob("runs/*/*_*-seed*/run.json")):
+        name, _, how = file.parent.name.rpartition("-seed")[0].rpartition("_")
+        if how in HOW and "DeadDistillation" in str(json.loads(file.read_text()).get("error")):
+            found.setdefault(name, {}).setdefault(how, {})[file.parent.parent.name] = 0.0
     return found
 
 
@@ -60,8 +65,10 @@ def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
         for how in HOW:
             own = kinds.get(how, {})
             if own:
-                cells = [f"{own[key]:.2g}" if key in own else "" for key in conditions]
-                lines.append(f"| {name} | {how} | {' | '.join(cells)} | {max(own.values()) / min(own.values()):.1f} |")
+                cells = ["" if key not in own else f"{own[key]:.2g}" if own[key] else "silent" for key in conditions]
+                smallest = min(own.values())
+                ratio = f"{max(own.values()) / smallest:.1f}" if smallest else "silent somewhere"
+                lines.append(f"| {name} | {how} | {' | '.join(cells)} | {ratio} |")
     return "\n".join(lines) + "\n"
 
 
@@ -70,7 +77,8 @@ def draw(found: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 0.45 * len(found) + 1.2))
     for row, kinds in enumerate(found.values()):
         for how, colour, shift in (("fixed", "tab:red", 0.15), ("balanced", "tab:blue", -0.15)):
-            values = list(kinds.get(how, {}).values())
+            # A logarithmic axis has no place for silence: the table says it.
+            values = [value for value in kinds.get(how, {}).values() if value]
             axes.plot(values, [row + shift] * len(values), "o-", color=colour, label=how if row == 0 else None)
     axes.set_xscale("log")
     axes.axvspan(0.1, 10, color="0.93", zorder=0)

@@ -147,3 +147,12 @@ def test_terms_are_summarised_by_median_and_by_tenths(tmp_path: Path) -> None:
     assert summarise_terms(tmp_path / "metrics.csv") == {
         "hint": {"median_gradient_ratio": 2.0, "first": 19.5, "last": 1.5}
     }
+    # While weights are being set a ratio is what it was asked to be.
+    late = tmp_path / "late.csv"
+    late.write_text(
+        "\n".join(["step,ratio/hint,bare/hint", *(f"{k},{7.0 if k < 10 else 0.5},1" for k in range(20))]) + "\n"
+    )
+    assert summarise_terms(late)["hint"]["median_gradient_ratio"] == 7.0
+    assert summarise_terms(late, calibration_steps=10)["hint"]["median_gradient_ratio"] == 0.5
+    # A run that ends before has nothing else to show.
+    assert summarise_terms(late, calibration_steps=99)["hint"]["median_gradient_ratio"] == 7.0

@@ -172,7 +172,7 @@ def collect(cell: Cell) -> dict[str, Any]:
         "thresholds_px": evaluation["thresholds_px"],
         "per_class": evaluation["per_class"],
         "training": read_object(training) if training.exists() else {},
-        "distillation": summarise_terms(metrics) if metrics.exists() else {},
+        "distillation": summarise_terms(metrics, calibration_steps=_calibration(cell)) if metrics.exists() else {},
         "command": list(cell.command()),
         "recipe": cell.settings,
         "seconds": run.get("seconds"),
@@ -196,20 +196,25 @@ def collect_reason(cell: Cell, reason: str) -> dict[str, Any]:
     return content
 
 
-def summarise_terms(metrics: Path) -> dict[str, dict[str, float]]:
+def summarise_terms(metrics: Path, *, calibration_steps: int = 0) -> dict[str, dict[str, float]]:
     """Median gradient ratio, and first and last value (means of a tenth of the run), of each distillation term.
 
     Args:
         metrics: ``metrics.csv`` of a run.
+        calibration_steps: Ratios of these first steps are left out where there are later ones: while weights are being
+            set, a ratio is what it was asked to be.
     """
     columns: dict[str, list[float]] = {}
+    calibrating: dict[str, list[float]] = {}
     with metrics.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
+            early = float(row.get("step") or 0) < calibration_steps
             for name, value in row.items():
                 if value and name.startswith(("ratio/", "bare/")):
-                    columns.setdefault(name, []).append(float(value))
+                    place = calibrating if early and name.startswith("ratio/") else columns
+                    place.setdefault(name, []).append(float(value))
     found: dict[str, dict[str, float]] = {}
-    for name, values in columns.items():
+    for name, values in {**calibrating, **columns}.items():
         kind, _, term = name.partition("/")
         if kind == "ratio":
             found.setdefault(term, {})["median_gradient_ratio"] = sorted(values)[len(values) // 2]
@@ -217,6 +222,12 @@ def summarise_terms(metrics: Path) -> dict[str, dict[str, float]]:
             part = max(1, len(values) // 10)
             found.setdefault(term, {}).update(first=sum(values[:part]) / part, last=sum(values[-part:]) / part)
     return found
+
+
+def _calibration(cell: Cell) -> int:
+    """Steps in which the weights of the cell's method are set."""
+    training = cell.settings.get("training") or {}
+    return int(training.get("calibration_steps") or 0)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""The comparisons and scripts in benchmarks/ fit the package as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from drkd.recipes.comparison.cell import make_cells
+from drkd.recipes.comparison.definition import load_comparison
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+COMPARISONS = [file for file in sorted(BENCHMARKS.glob("comparisons/**/*.yaml")) if "\nmethods:" in file.read_text()]
+
+
+@pytest.mark.parametrize("file", COMPARISONS, ids=lambda file: file.stem)
+def test_every_comparison_can_be_run(file: Path) -> None:
+    comparison = load_comparison(file)
+    cells = make_cells(comparison, source=str(file))
+    assert {cell.method for cell in cells} >= set(comparison.methods)
+    assert comparison.reference in comparison.methods
+
+
+def test_sensitivity_says_what_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from sensitivity import draw, read, table
+
+    ratios = {("base", "cwd_fixed"): (0.3, 0.4), ("px96", "cwd_fixed"): (0.0, 0.0), ("base", "cwd_balanced"): (1.0,)}
+    for (pair, method), values in ratios.items():
+        cell = tmp_path / "cells" / pair / method / "seed0.json"
+        cell.parent.mkdir(parents=True)
+        terms = {f"term{index}": {"median_gradient_ratio": value} for index, value in enumerate(values)}
+        cell.write_text(json.dumps({"distillation": terms}))
+    stopped = tmp_path / "runs" / "batch4" / "cwd_fixed-seed0" / "run.json"
+    stopped.parent.mkdir(parents=True)
+    stopped.write_text(json.dumps({"error": "DeadDistillationError: Distillation is silently off"}))
+    found = read(tmp_path)
+    assert found == {"cwd": {"fixed": {"base": 0.5, "px96": 0.0, "batch4": 0.0}, "balanced": {"base": 1.0}}}
+    lines = table(found).splitlines()
+    assert lines[2] == "| cwd | fixed | 0.5 | silent | silent | silent somewhere |"
+    assert lines[3] == "| cwd | balanced | 1 |  |  | 1.0 |"
+    draw(found, tmp_path / "ratios.png")
+    assert (tmp_path / "ratios.png").stat().st_size > 5000
