@@ -98,14 +98,21 @@ def test_no_photograph_serves_two_splits_and_each_has_colour_and_grey(
         assert {image["grey"] for image in document["images"]} == {True, False}
 
 
-def test_the_second_set_reports_on_other_photographs_scans_and_sizes(built: Path, second: Path) -> None:
+def test_the_second_set_reports_on_other_photographs_and_sizes(built: Path, second: Path) -> None:
     first, other = (dict(_annotations(root))["val"] for root in (built, second))
     backgrounds = [{image["background"] for image in document["images"]} for document in (first, other)]
     assert not backgrounds[0] & backgrounds[1]
-    scans = [{entry["scan"] for entry in document["annotations"]} for document in (first, other)]
-    assert scans[0] != scans[1]
     longest = max(max(entry["bbox"][2:]) for entry in other["annotations"])
     assert longest <= 49 < max(max(entry["bbox"][2:]) for entry in first["annotations"])
+
+
+def test_the_second_set_reports_on_nothing_that_the_firsts_teachers_and_settings_saw(second: Path) -> None:
+    _, labels = load_scans()
+    dealt, val = assign_scans(labels, seed=EMBEDDED["digits"].seed), dict(_annotations(second))["val"]
+    photos = assign_photos()
+    seen = {*dealt["train"].tolist(), *dealt["tune"].tolist()}
+    assert not seen & {entry["scan"] for entry in val["annotations"]}
+    assert not {*photos["train"], *photos["tune"]} & {image["background"] for image in val["images"]}
 
 
 def test_the_first_set_keeps_its_place_in_the_cache() -> None:

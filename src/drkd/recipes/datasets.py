@@ -60,7 +60,7 @@ def build_embedded(*, output: Path | None = None, second: bool = False) -> Path:
 
     Args:
         output: Folder to build it in; by default the cache, where ``data.root: digits`` looks for it.
-        second: Build ``digits2``: another deal of scans and photographs, smaller and more digits an image.
+        second: Build ``digits2``: other photographs, smaller and more digits an image.
 
     Returns:
         The data set's folder, in COCO format.
