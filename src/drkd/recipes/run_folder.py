@@ -29,26 +29,46 @@ _WRITTEN = (
 _PACKAGES = ("drkd", "torch", "torchvision", "timm", "lightning", "faster-coco-eval", "numpy")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, lasting: bool = True) -> None:
     """Write a file aside and rename it, so that it is never half-written.
+
+    Args:
+        path: The file.
+        text: Its content.
+        lasting: Have the content on the disk before the rename, so that a power cut leaves no empty file either.
 
     Raises:
         DrkdError: If the disk is full or the folder cannot be written to.
     """
+    written: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as aside:
+            written = Path(aside.name)
             aside.write(text)
+            aside.flush()
+            if lasting:
+                os.fsync(aside.fileno())
         # NamedTemporaryFile makes private files; these are to be shared like any other output.
-        os.chmod(aside.name, 0o644)  # noqa: PTH101
-        Path(aside.name).replace(path)
+        written.chmod(0o644)
+        written.replace(path)
     except OSError as error:
         raise DrkdError(f"{path} cannot be written: {error.strerror}. Is the disk full or read-only?") from error
+    finally:
+        if written is not None:
+            written.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, lasting: bool = True) -> None:
     """Write JSON, indented; NaN becomes null."""
-    write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n", lasting=lasting)
+
+
+def _remove_asides(folder: Path) -> None:
+    """Remove what writers that were killed left beside the files of a run; eight characters are tempfile's."""
+    for name in _WRITTEN:
+        for file in (*folder.glob(f".{name}.????????"), *folder.glob(f".{name}.*.tmp")):
+            file.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:
@@ -101,6 +121,9 @@ class RunFolder:
                 for name in ("checkpoints", "logs"):
                     shutil.rmtree(path / name, ignore_errors=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            _remove_asides(path)
+            # A session that was killed left its own, which is not where this one is.
+            (path / "progress.json").unlink(missing_ok=True)
         except OSError as error:
             raise DrkdError(
                 f"{path}: the run folder cannot be made ({error.strerror}). Choose another one with --output."
@@ -127,11 +150,8 @@ class RunFolder:
         if not self.writes:
             return
         write_text(self.path / "recipe.yaml", resolved)
-        earlier = json.loads((self.path / "run.json").read_text()) if (self.path / "run.json").exists() else None
-        # A resumed run keeps what its earlier sessions were.
-        sessions = [*earlier.pop("sessions", []), earlier] if earlier else []
         self._run = {
-            "sessions": sessions,
+            "sessions": self._earlier_sessions(),
             "kind": kind,
             "seed": seed,
             "command": ["drkd", *sys.argv[1:]] if sys.argv and sys.argv[0].endswith("drkd") else sys.argv,
@@ -143,6 +163,22 @@ class RunFolder:
         }
         self._clock = time.monotonic()
         write_json(self.path / "run.json", self._run)
+
+    def _earlier_sessions(self) -> list[dict[str, Any]]:
+        """What the earlier sessions of a resumed run were; the record is no reason not to go on from a checkpoint."""
+        file = self.path / "run.json"
+        if not file.exists():
+            return []
+        try:
+            earlier = json.loads(file.read_text())
+            return [*earlier.pop("sessions", []), earlier] if earlier else []
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            print(
+                f"drkd: {file}: the record of the earlier sessions is damaged ({error}); the run goes on, and its new "
+                'record lists them as one session of status "unreadable".',
+                file=sys.stderr,
+            )
+            return [{"status": "unreadable"}]
 
     def finish(self, status: str, **extra: Any) -> None:
         """Note how the run ended."""
@@ -156,7 +192,8 @@ class RunFolder:
     def note_progress(self, progress: Mapping[str, int]) -> None:
         """Say how far the run is, for whoever waits for it; gone when the run has ended."""
         if self.writes:
-            write_json(self.path / "progress.json", progress)
+            # Written every second and gone in the end: not worth waiting for the disk.
+            write_json(self.path / "progress.json", progress, lasting=False)
 
     def next_log(self) -> Path:
         """Folder for this session's raw logs; a resumed run gets one of its own."""
