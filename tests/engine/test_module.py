@@ -11,9 +11,11 @@ from torch.utils.data import DataLoader
 from toys import ToyDetector, ToyMethod, toy_batch
 
 from drkd.adapters import RetinaNetBuilder
-from drkd.contracts import DetectionBatch, DrkdError
+from drkd.contracts import DetectionBatch, DetectorOutput, DrkdError
 from drkd.engine import Distiller
 from drkd.engine.callbacks import FiniteLossGuard, StudentAverage
+from drkd.engine.finite_weights import FiniteWeightsGuard, nonfinite_weights
+from drkd.engine.interruption import Interruptible
 from drkd.engine.module import DistillationModule, Optimization, _parameter_groups, scale_rates
 from drkd.methods import FitNet
 
@@ -184,6 +186,50 @@ def test_no_checkpoint_is_written_between_a_broken_loss_and_the_reading_of_its_n
     with pytest.raises(DrkdError, match="became NaN or infinite at step 2"):
         trainer(tmp_path, guard, SavesWithinTheEpoch()).fit(module(), loader())
     assert not path.exists()
+
+
+class BreaksGradient(ToyMethod):
+    """Its third loss is finite, the gradient of that is NaN."""
+
+    count = 0
+
+    def forward(self, student: DetectorOutput, *rest: object) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        self.count += 1
+        terms = super().forward(student, *rest)  # type: ignore[arg-type]
+        if self.count == 3:
+            terms["near/p3"] = terms["near/p3"] + (0 * student.features[0].tensor).sum().sqrt()
+        return terms
+
+
+def test_no_checkpoint_is_written_of_weights_that_a_gradient_broke(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    distiller = Distiller(ToyDetector(seed=1), ToyDetector(6, seed=2), BreaksGradient)
+    ours = DistillationModule(distiller, Optimization(learning_rate=0.05, warmup_steps=0, milestones=()))
+    saving = Interruptible(path, every_steps=1, every_minutes=None, signals=())
+    runner = trainer(tmp_path, FiniteLossGuard(), FiniteWeightsGuard(), saving, enable_checkpointing=True)
+    with pytest.raises(DrkdError, match=r"weights are NaN or infinite after step 3 \(student\.model\.\w+.*\d more\)"):
+        runner.fit(ours, loader())
+    saved = torch.load(path, weights_only=True)
+    assert saved["global_step"] == 2
+    assert all(value.isfinite().all() for value in saved["state_dict"].values() if torch.is_tensor(value))
+
+
+def test_a_broken_average_is_not_saved_either(tmp_path: Path) -> None:
+    runner = trainer(tmp_path, FiniteWeightsGuard(), average := StudentAverage(0.9))
+    runner.fit(module(), loader())
+    assert average.average is not None
+    next(average.average.parameters()).data[0] = float("inf")
+    with pytest.raises(DrkdError, match=r"\(average\.model\.body\.weight\)"):
+        runner.save_checkpoint(tmp_path / "last.ckpt")
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_running_statistics_count_and_masks_do_not() -> None:
+    detector = ToyDetector()
+    detector.register_buffer("mask", torch.full((2, 2), float("-inf")))
+    assert nonfinite_weights(detector) == []
+    detector.model["norm"].running_var[1] = float("nan")
+    assert nonfinite_weights(detector) == ["model.norm.running_var"]
 
 
 def test_a_step_draws_the_same_whatever_came_before(tmp_path: object) -> None:

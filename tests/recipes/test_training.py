@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from drkd.adapters import load_detector, save_student
 from drkd.contracts import DrkdError
+from drkd.engine.module import DistillationModule
+from drkd.recipes import training
 from drkd.recipes.recipe import Recipe, load_recipe
 from drkd.recipes.training import build_module, train
 
@@ -99,6 +102,21 @@ def test_a_run_that_fails_says_so_in_its_folder(
     with pytest.raises(ZeroDivisionError):
         train(_recipe(tiny_coco, tmp_path / "run"))
     assert '"status": "failed"' in (tmp_path / "run" / "run.json").read_text()
+
+
+def test_a_student_that_is_not_finite_is_not_written(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore = training._restore
+
+    def spoil(recipe: Recipe, module: DistillationModule, *rest: Any) -> None:
+        restore(recipe, module, *rest)
+        next(module.distiller.student.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(training, "_restore", spoil)
+    with pytest.raises(DrkdError, match=r"weights are NaN or infinite after step 3 .*student\.pt is not written"):
+        train(_recipe(tiny_coco, tmp_path / "run", "--training.epochs=1"))
+    assert not (tmp_path / "run" / "student.pt").exists()
 
 
 def test_half_precision_accumulation_clipping_and_tensorboard(tiny_coco: Path, tmp_path: Path) -> None:

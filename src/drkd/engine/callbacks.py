@@ -34,6 +34,11 @@ class StudentAverage(Callback):
         self._saved: dict[str, Any] | None = None
         self._swapped: dict[str, Tensor] | None = None
 
+    @property
+    def average(self) -> nn.Module | None:
+        """The averaged student; None before fitting."""
+        return None if self._average is None else self._average.module
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the current student, or from the checkpoint's average."""
         del trainer
@@ -92,7 +97,7 @@ class StudentAverage(Callback):
 
 
 class FiniteLossGuard(Callback):
-    """Stop with an explanation when the loss is no longer finite, before such weights are saved.
+    """Stop with an explanation when the loss is no longer finite (see `FiniteWeightsGuard` for the weights).
 
     Args:
         interval: Every how many steps the flag is read where reading costs a synchronisation (GPU).

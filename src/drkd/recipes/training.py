@@ -20,6 +20,7 @@ from drkd.engine.callbacks import FiniteLossGuard, LineProgress, StudentAverage
 from drkd.engine.checkpoint_io import AtomicCheckpoints
 from drkd.engine.compilation import compile_distiller
 from drkd.engine.distiller import Distiller
+from drkd.engine.finite_weights import FiniteWeightsGuard, nonfinite_weights, refuse_nonfinite
 from drkd.engine.interruption import Interruptible, StoppedBySignal, stop_signals
 from drkd.engine.module import DistillationModule
 from drkd.engine.nonfinite import NonFiniteSteps
@@ -215,6 +216,7 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
         trainer.save_checkpoint(folder.last_checkpoint, weights_only=False)
         _restore(recipe, module, best, average)
         student = module.distiller.student.eval()
+        refuse_nonfinite(nonfinite_weights(student), step=trainer.global_step, left=f"{folder.student} is not written.")
         metrics = _finish(recipe, folder, student, device=trainer.strategy.root_device)
     except BaseException as error:
         # Ctrl-C reaches us as Lightning's SystemExit.
@@ -316,7 +318,7 @@ def _interruptible(recipe: Recipe, folder: RunFolder) -> Interruptible:
 def _callbacks(recipe: Recipe) -> list[Callback]:
     limit = recipe.training.skip_nonfinite
     guard: Callback = NonFiniteSteps(limit) if limit else FiniteLossGuard()
-    callbacks: list[Callback] = [guard, LearningRateMonitor(logging_interval="step")]
+    callbacks: list[Callback] = [guard, FiniteWeightsGuard(), LearningRateMonitor(logging_interval="step")]
     callbacks.append(TQDMProgressBar(refresh_rate=5) if sys.stderr.isatty() else LineProgress())
     if recipe.training.patience is not None:
         callbacks.append(EarlyStopping("val/ap", mode="max", patience=recipe.training.patience))
