@@ -54,6 +54,41 @@ def test_the_best_student_is_the_one_that_validated_best(ema: str, tiny_coco: Pa
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
 
 
+def test_the_best_student_is_kept_where_the_run_folder_moved(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worse_and_worse(self: DistillationModule) -> None:
+        self.log("val/ap", 0.9 - 0.1 * self.current_epoch, batch_size=1)
+
+    take_step = DistillationModule.training_step
+
+    def fail(self: DistillationModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.current_epoch == 1:
+            raise OSError("the machine is gone")
+        return take_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DistillationModule, "on_validation_epoch_end", worse_and_worse)
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationModule, "training_step", fail)
+        with pytest.raises(OSError, match="machine"):
+            train(_recipe(tiny_coco, tmp_path / "old", "--training.keep=best", "--training.ema=null"))
+    moved = (tmp_path / "old").rename(tmp_path / "new")
+    best = moved / "checkpoints" / "best.ckpt"
+    aside = best.rename(tmp_path / "best.ckpt")
+    options = ("--training.keep=best", "--training.ema=null", "--resume=true", "--training.epochs=2")
+    with pytest.raises(DrkdError, match=r"new/checkpoints/best\.ckpt: the best student so far is not there"):
+        train(_recipe(tiny_coco, moved, *options))
+    aside.rename(best)
+    train(_recipe(tiny_coco, moved, *options))
+    saved = torch.load(best, weights_only=True)
+    kept = load_detector(moved / "student.pt").state_dict()
+    # Six images by two: three steps an epoch.
+    assert saved["global_step"] == 3
+    for name, value in kept.items():
+        torch.testing.assert_close(value, saved["state_dict"][f"distiller.student.{name}"], rtol=0, atol=0)
+    assert not (tmp_path / "old").exists()
+
+
 def test_patience_ends_a_run_that_gets_no_better(tiny_coco: Path, tmp_path: Path) -> None:
     recipe = _recipe(
         tiny_coco,

@@ -193,7 +193,9 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
     average = StudentAverage(recipe.training.ema) if recipe.training.ema else None
     last, best = _checkpoints(recipe, folder)
     cost = TrainingCost(folder.note_progress)
-    restoring = Restoring(folder.last_checkpoint if folder.resumes else None)
+    restoring = Restoring(
+        folder.last_checkpoint if folder.resumes else None, needs_best=best is not None and _keeps_best(recipe)
+    )
     callbacks = [cost, *_callbacks(recipe), *([average] if average else []), *([best] if best else []), last]
     callbacks += [restoring, _interruptible(recipe, folder)]
     with quiet_lightning():
@@ -268,7 +270,7 @@ def _restore(
     recipe: Recipe, module: DistillationModule, best: ModelCheckpoint | None, average: StudentAverage | None
 ) -> None:
     """Put the weights that are to be saved into the student."""
-    if best is not None and (recipe.training.keep == "best" or recipe.training.patience is not None):
+    if best is not None and _keeps_best(recipe):
         if not best.best_model_path:
             raise DrkdError(
                 "training.keep: the run ended before its first validation, so there is no best student; the last one "
@@ -281,6 +283,11 @@ def _restore(
             average.load_state_dict(states[0])
     if average is not None:
         average.apply_to(module)
+
+
+def _keeps_best(recipe: Recipe) -> bool:
+    """Whether the student that is saved is the one that validated best."""
+    return recipe.training.keep == "best" or recipe.training.patience is not None
 
 
 def _checkpoints(recipe: Recipe, folder: RunFolder) -> tuple[ModelCheckpoint, ModelCheckpoint | None]:
