@@ -6,10 +6,11 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning
 import pytest
@@ -18,11 +19,13 @@ import torch
 from drkd.cli import main
 from drkd.contracts import DrkdError
 from drkd.data.dataset import DetectionDataset
+from drkd.data.module import DetectionDataModule
 from drkd.engine import interruption
 from drkd.engine.checkpoint_io import AtomicCheckpoints
-from drkd.engine.interruption import Interruptible, StoppedBySignal
+from drkd.engine.interruption import Interruptible, StoppedBySignal, StopsAtOnce
 from drkd.engine.module import DistillationModule
 from drkd.recipes import requeue as requeue_module
+from drkd.recipes import training
 from drkd.recipes.recipe import load_recipe
 from drkd.recipes.requeue import requeue
 from drkd.recipes.run_folder import RunFolder, is_first_process
@@ -129,6 +132,91 @@ def test_sigterm_saves_stops_and_the_run_goes_on_from_that_step(
     assert (run["status"], run["steps"]) == ("interrupted", 3)
     assert main(arguments) == 0
     assert _differences(_student(tmp_path / "run"), whole) == []
+
+
+@pytest.fixture
+def requeued(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Signals for which a job was put back; without drkd's handlers a signal does nothing, rather than end pytest."""
+    told: list[int] = []
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setattr(training, "requeue", told.append)
+    asking = (signal.SIGTERM, signal.SIGUSR1)
+    nothing = lambda *_: None  # noqa: E731
+    before = [signal.signal(number, nothing) for number in asking]
+    yield told
+    assert [signal.getsignal(number) for number in asking] == [nothing, nothing]
+    for number, handler in zip(asking, before, strict=True):
+        signal.signal(number, handler)
+
+
+def _signalling(number: int) -> Callable[..., NoReturn]:
+    def signalled(*_: object, **__: object) -> NoReturn:
+        os.kill(os.getpid(), number)
+        pytest.fail("the run went on")
+
+    return signalled
+
+
+def test_a_signal_before_training_stops_at_once_and_requeues(
+    tiny_coco: Path,
+    tiny_detector: Path,
+    tmp_path: Path,
+    requeued: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = [*_overrides(tiny_coco, tmp_path / "run"), f"--teacher.path={tiny_detector}"]
+    arguments = ["distill", "--config=digits/retinanet", *overrides]
+    with monkeypatch.context() as patch:
+        patch.setattr(DetectionDataModule, "setup", _signalling(signal.SIGTERM))
+        assert main(arguments) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM before training; what was saved before stands. Go on" in capsys.readouterr().err
+    monkeypatch.setattr(training, "preflight", _signalling(signal.SIGUSR1))
+    assert main(arguments) == 128 + signal.SIGUSR1
+    assert requeued == [signal.SIGTERM, signal.SIGUSR1]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_a_signal_in_the_final_evaluation_stops_at_once_and_the_run_goes_on_there(
+    tiny_coco: Path,
+    tmp_path: Path,
+    requeued: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ("--training.epochs=1", "--training.keep=last", "--training.validate_every=0", "--evaluation.split=val")
+    overrides = _overrides(tiny_coco, tmp_path / "run", *options, "--evaluation.cost=false")
+    arguments = ["train", "--config=digits/retinanet", *overrides]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate_detector", _signalling(signal.SIGUSR1))
+        assert main(arguments) == 128 + signal.SIGUSR1
+    assert "stopped by SIGUSR1 at step 6; a checkpoint of this step is saved. Go on" in capsys.readouterr().err
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (run["status"], run["steps"], requeued) == ("interrupted", 6, [signal.SIGUSR1])
+    student = _student(tmp_path / "run")
+    assert main(arguments) == 0
+    assert (tmp_path / "run" / "evaluation.json").exists()
+    assert _differences(_student(tmp_path / "run"), student) == []
+
+
+def test_a_signal_to_a_process_that_decodes_images_is_its_parents(monkeypatch: pytest.MonkeyPatch) -> None:
+    stops = StopsAtOnce((signal.SIGUSR1,))
+    with pytest.raises(StoppedBySignal, match="before training"):
+        stops._stop(signal.SIGUSR1, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(interruption, "os", SimpleNamespace(getpid=lambda: -1))
+        stops._stop(signal.SIGUSR1, None)
+    stops.ignore()
+    stops._stop(signal.SIGUSR1, None)
+
+
+def test_a_signal_after_trainings_last_look_stops_before_the_final_evaluation(tmp_path: Path) -> None:
+    stop = Interruptible(tmp_path / "last.ckpt", every_steps=None, every_minutes=None, signals=(signal.SIGTERM,))
+    trainer: Any = SimpleNamespace(world_size=1, global_step=6)
+    stop.stop_if_asked(trainer)
+    stop._note(signal.SIGTERM, None)
+    with pytest.raises(StoppedBySignal, match="at step 6; a checkpoint of this step is saved"):
+        stop.stop_if_asked(trainer)
 
 
 def test_ctrl_c_saves_and_stops_too(

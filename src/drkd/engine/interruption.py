@@ -1,19 +1,20 @@
-"""Lightning callback that makes a run stoppable at any moment: checkpoints within an epoch, and an orderly stop."""
+"""Makes a run stoppable at any moment: checkpoints within an epoch, an orderly stop, one at once around training."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-__all__ = ["Interruptible", "StoppedBySignal", "stop_signals"]
+__all__ = ["Interruptible", "StoppedBySignal", "StopsAtOnce", "stop_signals"]
 
 # Steps between two agreements of several processes on whether to stop; one costs a small collective.
 _AGREE_EVERY = 10
@@ -24,16 +25,18 @@ class StoppedBySignal(BaseException):
 
     Args:
         signal_number: Which signal asked.
-        step: Optimizer steps made.
+        step: Optimizer steps made; None before training.
         saved: Whether a checkpoint of that very step was written.
     """
 
-    def __init__(self, signal_number: int, *, step: int, saved: bool) -> None:
+    def __init__(self, signal_number: int, *, step: int | None, saved: bool) -> None:
         self.signal_number = signal_number
         self.step = step
         self.saved = saved
-        where = "a checkpoint of this step is saved" if saved else "the last checkpoint stands"
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} at step {step}; {where}")
+        when = "before training" if step is None else f"at step {step}"
+        what = "a checkpoint of this step is saved" if saved else "the last checkpoint stands"
+        what = "what was saved before stands" if step is None else what
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} {when}; {what}")
 
 
 def stop_signals(*, requeue: bool) -> tuple[int, ...]:
@@ -41,6 +44,56 @@ def stop_signals(*, requeue: bool) -> tuple[int, ...]:
     user = getattr(signal, "SIGUSR1", None)
     asking = (signal.SIGTERM, signal.SIGINT)
     return (*asking, user) if requeue and user is not None else asking
+
+
+class StopsAtOnce:
+    """A context in which a signal raises `StoppedBySignal` at once: what surrounds training has nothing to save.
+
+    `Interruptible` and Lightning take the signals over while they train, and give them back. Ctrl-C stays Python's.
+
+    Args:
+        signals: Signals that ask to stop.
+
+    Attributes:
+        step: Optimizer steps made, for the message; None before training.
+        saved: Whether a checkpoint of that very step is written.
+    """
+
+    def __init__(self, signals: tuple[int, ...]) -> None:
+        self.signals = tuple(number for number in signals if number != signal.SIGINT)
+        self.step: int | None = None
+        self.saved = False
+        self._over = False
+        self._process = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopsAtOnce:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._stop) for number in self.signals}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del kind, error, trace
+        for number, handler in self._before.items():
+            # None: it was not set from Python, and cannot be put back from there.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def ignore(self) -> None:
+        """Stop no more: the run has ended, and only its record is still to be written."""
+        self._over = True
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if os.getpid() != self._process:
+            # A process that decodes images, made with these handlers: its parent is told as well, and ends it.
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        if not self._over:
+            raise StoppedBySignal(number, step=self.step, saved=self.saved)
 
 
 class Interruptible(Checkpoint):
@@ -106,6 +159,11 @@ class Interruptible(Checkpoint):
         asked, _ = self._agree(trainer)
         if asked:
             raise StoppedBySignal(asked, step=trainer.global_step, saved=True)
+
+    def stop_if_asked(self, trainer: Trainer) -> None:
+        """Stop for a signal that came after training's last look (one process), once all is saved."""
+        if trainer.world_size == 1 and self._asked:
+            raise StoppedBySignal(self._asked, step=trainer.global_step, saved=True)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame

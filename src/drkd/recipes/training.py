@@ -21,7 +21,7 @@ from drkd.engine.checkpoint_io import AtomicCheckpoints
 from drkd.engine.compilation import compile_distiller
 from drkd.engine.distiller import Distiller
 from drkd.engine.finite_weights import FiniteWeightsGuard, nonfinite_weights, refuse_nonfinite
-from drkd.engine.interruption import Interruptible, StoppedBySignal, stop_signals
+from drkd.engine.interruption import Interruptible, StoppedBySignal, StopsAtOnce, stop_signals
 from drkd.engine.module import DistillationModule
 from drkd.engine.nonfinite import NonFiniteSteps
 from drkd.engine.quiet import quiet_lightning
@@ -34,7 +34,7 @@ from drkd.recipes.preflight import preflight
 from drkd.recipes.recipe import Recipe
 from drkd.recipes.requeue import requeue, under_slurm
 from drkd.recipes.restoring import Restoring
-from drkd.recipes.run_folder import RunFolder, write_json
+from drkd.recipes.run_folder import RunFolder, is_first_process, write_json
 from drkd.recipes.teacher_assembly import build_teacher, build_teachers, short_side
 
 
@@ -185,6 +185,18 @@ def assemble_teacher(recipe: Recipe) -> Detector | dict[str, Detector] | None:
 
 
 def _run(recipe: Recipe, *, kind: str) -> RunResult:
+    # Reading data, the examination and the final evaluation may take longer than a scheduler waits.
+    with StopsAtOnce(stop_signals(requeue=under_slurm())) as stops:
+        try:
+            return _run_until_stopped(recipe, stops, kind=kind)
+        except StoppedBySignal as stop:
+            stops.ignore()
+            if is_first_process():
+                requeue(stop.signal_number)
+            raise
+
+
+def _run_until_stopped(recipe: Recipe, stops: StopsAtOnce, *, kind: str) -> RunResult:
     folder = RunFolder(recipe.output, resume=recipe.resume, overwrite=recipe.overwrite)
     if kind == "train":
         recipe.data.leave_out_unlabelled()
@@ -197,7 +209,8 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
         folder.last_checkpoint if folder.resumes else None, needs_best=best is not None and _keeps_best(recipe)
     )
     callbacks = [cost, *_callbacks(recipe), *([average] if average else []), *([best] if best else []), last]
-    callbacks += [restoring, _interruptible(recipe, folder)]
+    interruptible = _interruptible(recipe, folder)
+    callbacks += [restoring, interruptible]
     with quiet_lightning():
         trainer = _trainer(recipe, folder, callbacks)
     folder.start(resolved=recipe.resolved, seed=recipe.seed, kind=kind)
@@ -216,11 +229,14 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
             write_json(folder.path / "training.json", cost.measured)
         # On all processes: it is collective.
         trainer.save_checkpoint(folder.last_checkpoint, weights_only=False)
+        stops.step, stops.saved = trainer.global_step, True
+        interruptible.stop_if_asked(trainer)
         _restore(recipe, module, best, average)
         student = module.distiller.student.eval()
         refuse_nonfinite(nonfinite_weights(student), step=trainer.global_step, left=f"{folder.student} is not written.")
         metrics = _finish(recipe, folder, student, device=trainer.strategy.root_device)
     except BaseException as error:
+        stops.ignore()
         # Ctrl-C reaches us as Lightning's SystemExit.
         pressed = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and trainer.interrupted)
         stopped = isinstance(error, StoppedBySignal)
@@ -230,11 +246,10 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
         with contextlib.suppress(DrkdError, OSError):
             status = "interrupted" if pressed or stopped else "failed"
             folder.finish(status, steps=trainer.global_step, error=f"{type(error).__name__}: {error}")
-        if isinstance(error, StoppedBySignal) and folder.writes:
-            requeue(error.signal_number)
         if pressed:
             raise KeyboardInterrupt from error
         raise
+    stops.ignore()
     folder.finish("finished", steps=trainer.global_step, epochs=trainer.current_epoch, **_left_out(recipe, callbacks))
     return RunResult(folder.path, student, metrics, module.distiller)
 
