@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import drkd.methods
 from drkd.recipes.comparison.cell import make_cells
 from drkd.recipes.comparison.definition import load_comparison
 
@@ -20,6 +22,23 @@ def test_every_comparison_can_be_run(file: Path) -> None:
     cells = make_cells(comparison, source=str(file))
     assert {cell.method for cell in cells} >= set(comparison.methods)
     assert comparison.reference in comparison.methods
+
+
+def test_the_speed_table_has_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a pair too small to time: each is measured beside the floor, or stands there with why it cannot be."""
+    monkeypatch.syspath_prepend(BENCHMARKS / "speed")
+    from steps import METHODS, Setting, clock_of, make_steps, measure_steps
+
+    # Wrappers, which cost what is within them.
+    exported = {name for name in drkd.methods.__all__ if isinstance(getattr(drkd.methods, name), type)}
+    exported -= {"Combination", "MismatchedTeacher", "LevelRelations"}
+    assert {name.partition("-")[0] for name in METHODS} == exported
+    setting = Setting("retinanet", "resnet18", "resnet18", (64, 64), 2, 3)
+    steps, impossible, held = make_steps(setting, list(METHODS), torch.device("cpu"))
+    assert set(impossible) == {"LD"} and "GFL" in impossible["LD"]
+    rows = measure_steps({name: steps[name] for name in ("floor", "DRKD")}, repeats=1, clock=clock_of("wall"), warm=1)
+    assert rows["floor"]["ratio"] == 1 and rows["DRKD"]["ratio"] > 0 and held > 0
+    assert set(steps) == {"floor", *METHODS} - {"LD"}
 
 
 def test_sensitivity_says_what_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

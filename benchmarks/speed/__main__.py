@@ -55,7 +55,8 @@ def main() -> None:
         result["growth"] = growth(sides, (8, 32, 128, 512), device, repeats=options.repeats, clock=clock)
     if "feeding" in options.parts:
         found = {
-            "loader": loader_rate(size=(800, 1333), images=64, workers=usable_workers()),
+            # At the size of the steps that it stands beside.
+            "loader": loader_rate(size=(800, 1333) if big else (256, 256), images=64, workers=usable_workers()),
             "evaluation": evaluation_seconds(),
         }
         result["feeding"] = {

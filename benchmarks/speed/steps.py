@@ -16,7 +16,23 @@ from torch import nn
 from drkd.adapters import FasterRCNNBuilder, RetinaNetBuilder
 from drkd.contracts import BoxTargets, DetectionBatch, Detector, KDMethod
 from drkd.engine.distiller import Distiller
-from drkd.methods import CWD, DRKD, FGD, FGFI, MGD, NLD, PKD, CrossKD, DeFeat, FitNet, LogitKD, PaperDRKD, ReleasedDRKD
+from drkd.methods import (
+    CWD,
+    DRKD,
+    FGD,
+    FGFI,
+    LD,
+    MGD,
+    NLD,
+    PKD,
+    CrossKD,
+    DeFeat,
+    FeatureHint,
+    FitNet,
+    LogitKD,
+    PaperDRKD,
+    ReleasedDRKD,
+)
 
 METHODS: dict[str, Callable[..., KDMethod]] = {
     "DRKD": DRKD,
@@ -24,6 +40,7 @@ METHODS: dict[str, Callable[..., KDMethod]] = {
     "DRKD-response": partial(DRKD, response_weight=1.0),
     "PaperDRKD": PaperDRKD,
     "ReleasedDRKD": ReleasedDRKD,
+    "FeatureHint": FeatureHint,
     "FitNet": FitNet,
     "PKD": PKD,
     "CWD": CWD,
@@ -34,6 +51,8 @@ METHODS: dict[str, Callable[..., KDMethod]] = {
     "DeFeat": DeFeat,
     "CrossKD": CrossKD,
     "LogitKD": LogitKD,
+    # Its heads have box distributions: it lands among what these detectors cannot have, with the reason.
+    "LD": LD,
 }
 # With a response, DRKD asks the teacher's head in every second pass of a batch of 2 (`response_share`): timed by twos.
 STEPS_A_ROUND = 2

@@ -16,6 +16,7 @@ from drkd.engine.callbacks import FiniteLossGuard
 from drkd.engine.module import DistillationModule
 from drkd.engine.quiet import quiet_lightning
 from drkd.engine.training_cost import TrainingCost
+from drkd.recipes.precision import choose_precision
 from drkd.recipes.recipe import Recipe
 from drkd.recipes.training import build_module, require_teacher_and_method
 
@@ -123,7 +124,7 @@ def dry_run(recipe: Recipe, *, kind: str, price: float | None = None) -> Project
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             strategy=settings.strategy,
-            precision=settings.precision,  # type: ignore[arg-type]
+            precision=choose_precision(settings),  # type: ignore[arg-type]
             max_steps=_STEPS,
             accumulate_grad_batches=settings.accumulate,
             gradient_clip_val=settings.clip_norm,

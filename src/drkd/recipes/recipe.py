@@ -30,7 +30,8 @@ class Training:
         ema: Decay of the student's moving average, which is then what is validated and saved; None = off.
         clip_norm: Clip the norm of the gradient over all parameters; None = off.
         accumulate: Batches per optimizer step.
-        precision: Lightning's precision: 32-true, bf16-mixed, 16-mixed, ...
+        precision: Lightning's precision: 32-true, bf16-mixed, 16-mixed, ...; "auto" is bf16-mixed on a GPU that
+            computes it, otherwise 32-true.
         accelerator: auto, cpu, gpu, mps, ...
         devices: Number of devices, or "auto".
         num_nodes: Number of machines.
@@ -59,7 +60,7 @@ class Training:
     ema: float | None = None
     clip_norm: float | None = None
     accumulate: int = 1
-    precision: str = "32-true"
+    precision: str = "auto"
     accelerator: str = "auto"
     devices: int | str = 1
     num_nodes: int = 1

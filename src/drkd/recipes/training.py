@@ -30,6 +30,7 @@ from drkd.evaluation import CocoEvaluator
 from drkd.recipes.evaluation import evaluate_detector
 from drkd.recipes.inheritance import inherit_neck_and_head
 from drkd.recipes.limits import check_unlabelled
+from drkd.recipes.precision import choose_precision
 from drkd.recipes.preflight import preflight
 from drkd.recipes.recipe import Recipe
 from drkd.recipes.requeue import requeue, under_slurm
@@ -226,7 +227,7 @@ def _run_until_stopped(recipe: Recipe, stops: StopsAtOnce, *, kind: str) -> RunR
             )
         folder.merge_metrics()
         if folder.writes and cost.measured:
-            write_json(folder.path / "training.json", cost.measured)
+            write_json(folder.path / "training.json", {**cost.measured, "precision": trainer.precision})
         # On all processes: it is collective.
         trainer.save_checkpoint(folder.last_checkpoint, weights_only=False)
         stops.step, stops.saved = trainer.global_step, True
@@ -357,7 +358,7 @@ def _trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) -> Tr
         devices=settings.devices,
         num_nodes=settings.num_nodes,
         strategy=settings.strategy,
-        precision=settings.precision,  # type: ignore[arg-type]
+        precision=choose_precision(settings),  # type: ignore[arg-type]
         max_steps=settings.steps or -1,
         max_epochs=settings.epochs if settings.epochs else -1,
         accumulate_grad_batches=settings.accumulate,

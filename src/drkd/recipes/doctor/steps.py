@@ -16,6 +16,7 @@ from drkd.contracts import DetectionBatch, DrkdError, KDMethod
 from drkd.engine.distiller import Distiller
 from drkd.engine.training_cost import _peak_memory
 from drkd.recipes.doctor.finding import Finding
+from drkd.recipes.precision import choose_precision
 from drkd.recipes.recipe import Recipe
 
 _QUIET, _LOUD = 0.01, 5.0
@@ -72,7 +73,7 @@ def take_steps(recipe: Recipe, distiller: Distiller, *, steps: int, device: torc
         distiller.monitor_interval = 1 if step < measured else 10**9
         distiller.balance.interval = 1 if step < measured else 10**9
         try:
-            with _autocast(recipe.training.precision, device):
+            with _autocast(choose_precision(recipe.training), device):
                 losses = distiller(batch)
             total = torch.stack([value.float() for value in losses.values()]).sum()
             total.backward()
