@@ -82,6 +82,11 @@ def test_every_loss_falls_and_every_term_is_heard(finished: RunResult) -> None:
         assert columns[name][-1] < columns[name][0], name
     for term in ("pixel_relation", "instance_relation", "instance"):
         assert min(columns[f"ratio/{term}"]) > 0, term
+        assert any(name.startswith(f"weight/{term}/") for name in columns), term
+    # Both sides are related by one unit whose target is a constant: nothing may shrink it to make it easy.
+    assert min(columns["target/pixel_relation"]) > 0.5 * columns["target/pixel_relation"][0] > 0
+    levels = [name for name in columns if name.startswith("weight/pixel_relation/")]
+    assert all(len(set(columns[name][-3:])) == 1 for name in levels), "frozen after the calibration"
 
 
 def test_the_teacher_is_what_it_was(finished: RunResult, teacher: Path) -> None:

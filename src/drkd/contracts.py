@@ -566,6 +566,14 @@ class KDMethod(nn.Module, ABC):
             measured: Gradient norms are measured at this pass: a term that is left out now would be taken for dead.
         """
 
+    def target_spread(self) -> dict[str, Tensor]:
+        """By full term name, the standard deviation of what the student's side is compared with, 0-d and detached.
+
+        Of the last pass that was measured (`begin_pass`), for methods that train something on the teacher's side: a
+        target that collapses is easy to meet and teaches nothing. Empty where a method does not look.
+        """
+        return {}
+
     @abstractmethod
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """Return the terms by name, unweighted: 0-d tensors of at least float32.

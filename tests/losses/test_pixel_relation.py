@@ -139,3 +139,13 @@ def test_non_local_reasoning_relates_every_pixel_to_every_other(side):
     moved[:, :, 0, 0] += 5
     before, after = loss.maps(student, teacher)[1], loss.maps(student, moved)[1]
     assert (after - before).abs().sum(dim=1).gt(0).all(), "one pixel moves, and all others hear of it"
+
+
+@SIDES
+def test_the_spread_of_the_target_is_that_of_what_is_compared_with(side):
+    torch.manual_seed(0)
+    loss = PixelRelationLoss(8, 16, nodes=4, states=8, teacher_side=side)
+    student, teacher = torch.randn(2, 8, 6, 5), torch.randn(2, 16, 6, 5)
+    expected = loss.maps(student, teacher)[1].std().item()
+    assert loss.target_spread(teacher).item() == pytest.approx(expected)
+    assert not loss.target_spread(teacher.requires_grad_()).requires_grad

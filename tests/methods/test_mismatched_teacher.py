@@ -14,9 +14,10 @@ from drkd.contracts import (
     DetectorSpec,
     FeatureLevel,
     FeatureMap,
+    KDMethod,
     NotApplicableError,
 )
-from drkd.methods import DRKD, CrossKD, MismatchedTeacher
+from drkd.methods import DRKD, Combination, CrossKD, MismatchedTeacher
 
 SPEC = DetectorSpec((FeatureLevel("p3", 16, 8.0), FeatureLevel("p4", 16, 16.0)), ("thing",))
 
@@ -82,6 +83,24 @@ def test_it_declares_what_the_method_declares():
     for name in ("needs", "teacher_needs", "weights", "minimum_boxes", "balanced", "warmup_steps", "decay"):
         assert getattr(control, name) == getattr(plain, name), name
     assert [tuple(p.shape) for p in control.parameters()] == [tuple(p.shape) for p in plain.parameters()]
+
+
+def test_targets_are_looked_at_where_gradients_are_measured():
+    plain, control = _methods()
+    both = Combination(SPEC, SPEC, methods={"plain": DRKD, "control": partial(MismatchedTeacher, method=DRKD)})
+    student, teacher, batch = _output(2, seed=1), _output(2, seed=2), _batch(2)
+    for method in (plain, control, both):
+        method(student, teacher, batch)
+        assert method.target_spread() == {}
+        for part in method.modules():
+            if isinstance(part, KDMethod):
+                part.begin_pass(0, measured=True)
+        method(student, teacher, batch)
+    assert set(plain.target_spread()) == set(control.target_spread()) == {"pixel_relation/p3", "pixel_relation/p4"}
+    assert set(both.target_spread()) == {
+        f"{name}.pixel_relation/{level}" for name in ("plain", "control") for level in ("p3", "p4")
+    }
+    assert all(value > 0 for value in both.target_spread().values())
 
 
 def test_a_method_on_predictions_is_refused():

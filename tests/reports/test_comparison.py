@@ -49,7 +49,16 @@ def write_cells(folder, *, scores=SCORES, pair="net", teacher=60.0, **changes):
             "training": {} if method == "teacher" else training,
             "distillation": {}
             if method in ("student", "teacher")
-            else {"t": {"median_gradient_ratio": 0.5, "first": 4.0, "last": 1.0 + (seed or 0)}, "t/p3": {"first": 1.0}},
+            else {
+                "t": {
+                    "median_gradient_ratio": 0.5,
+                    "first": 4.0,
+                    "last": 1.0 + (seed or 0),
+                    "target_first": 2.0,
+                    "target_last": 1.5,
+                },
+                "t/p3": {"first": 1.0},
+            },
             "recipe": {"student": {"class_path": "<b>Net</b>"}},
             "command": ["drkd", "distill", f"--seed={seed}"],
             "commit": "0123abc",
@@ -88,7 +97,8 @@ def test_statistics_agree_with_those_by_hand(tmp_path):
     assert rows["paper"].share == pytest.approx(0.0)
     assert rows["student"].rival is None and not rows["student"].to_reference
     assert math.isnan(rows["student"].share)
-    assert rows["drkd"].terms == {"t": {"median_gradient_ratio": 0.5, "first": 4.0, "last": 2.0}}
+    spread = {"target_first": 2.0, "target_last": 1.5}
+    assert rows["drkd"].terms == {"t": {"median_gradient_ratio": 0.5, "first": 4.0, "last": 2.0, **spread}}
     assert (drkd.seconds_per_step, drkd.peak_memory, drkd.extra_parameters) == (0.12, 514 * 2**20, 1500)
 
 
@@ -177,7 +187,7 @@ def test_the_report_is_complete_and_escaped(tmp_path):
         assert words in text
     assert "<b>Net" not in text
     markdown = (tmp_path / "out" / "table.md").read_text()
-    assert "## Cost of training" in markdown and "| net | drkd | t | 0.50 | 4 | 2 | -50 % |" in markdown
+    assert "## Cost of training" in markdown and "| net | drkd | t | 0.50 | 4 | 2 | -50 % | -25 % |" in markdown
     content = json.loads((tmp_path / "out" / "table.json").read_text())
     drkd = next(row for row in content["rows"] if row["method"] == "drkd")
     assert drkd["to_reference"]["ap"]["mean"] == pytest.approx(0.102)

@@ -36,12 +36,15 @@ class DistillationMonitor:
         terms: By term, its bare value summed over levels, 0-d and detached, of the last step.
         ratios: By term, gradient norm at the student's features over the task's, after weighting; 0-d, detached.
         weights: By full term name, the factor in force.
+        targets: By term, the standard deviation of what the student's side is compared with, mean over levels, at the
+            last measurement; of methods that look, see `KDMethod.target_spread`.
         silent: By term, consecutive measurements without any gradient although it could have had one.
     """
 
     terms: dict[str, Tensor] = field(default_factory=dict)
     ratios: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    targets: dict[str, Tensor] = field(default_factory=dict)
     silent: dict[str, int] = field(default_factory=dict)
 
 
@@ -269,6 +272,10 @@ class Distiller(nn.Module):
         if self.method.balanced:
             self.balance.update(task_norms, norms, frozen=not self._calibrates)
         self._note_ratios(task_norms, norms, terms, boxes=boxes, counts=counts)
+        spreads: dict[str, list[Tensor]] = {}
+        for name, value in self.method.target_spread().items():
+            spreads.setdefault(term_family(name), []).append(value)
+        self.monitor.targets = {family: torch.stack(values).mean() for family, values in spreads.items()}
 
     def _note_ratios(
         self,

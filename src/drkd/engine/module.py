@@ -105,7 +105,8 @@ class DistillationModule(LightningModule):
     """Trains the student of a `Distiller`; checkpoints hold student, method and balance, not the teacher.
 
     Logged names: ``task/*`` and ``kd/*`` (weighted, what is minimised), ``bare/*`` (terms before weighting: these must
-    fall), ``ratio/*`` (gradient norm at the student's features over the task's), ``loss``, ``val/*``.
+    fall), ``ratio/*`` (gradient norm at the student's features over the task's), ``weight/*`` (the factor in force,
+    level by level), ``target/*`` (spread of what is compared with: it must not collapse), ``loss``, ``val/*``.
 
     Args:
         distiller: What to train.
@@ -178,8 +179,9 @@ class DistillationModule(LightningModule):
         monitor = self.distiller.monitor
         for name, value in monitor.terms.items():
             self.log(f"bare/{name}", value, batch_size=len(batch))
-        for name, value in monitor.ratios.items():
-            self.log(f"ratio/{name}", value, batch_size=len(batch))
+        for kind, values in (("ratio", monitor.ratios), ("weight", monitor.weights), ("target", monitor.targets)):
+            for name, value in values.items():
+                self.log(f"{kind}/{name}", value, batch_size=len(batch))
         self.log("loss", total.detach(), prog_bar=True, batch_size=len(batch))
         return total
 

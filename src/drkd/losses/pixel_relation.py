@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -155,22 +155,30 @@ class PixelRelationLoss(nn.Module):
     def maps(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """The student's and the teacher's maps after the reasoning, both (B, Ct, H, W)."""
         student, teacher = self._inputs(student, teacher)
-        teacher_unit = self.student_unit if self.teacher_unit is None else self.teacher_unit
         if self.teacher_side == "shared":
             related = self.student_unit(self.adapter(student))
         else:
             related = self.adapter(self.student_unit(student))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.teacher_side == "joint"):
-            target = teacher_unit(teacher)
+            target = self._teacher_unit(teacher)
         return related, target
+
+    @torch.no_grad()
+    def target_spread(self, teacher: Tensor) -> Tensor:
+        """Standard deviation over all cells and channels of the teacher's map after the reasoning, 0-d float32."""
+        teacher = standardise(teacher.detach()) if self.normalise_features else teacher.detach()
+        return at_least_float32(self._teacher_unit(teacher)).std()
+
+    def _teacher_unit(self, teacher: Tensor) -> Tensor:
+        unit = self.student_unit if self.teacher_unit is None else self.teacher_unit
+        return cast(Tensor, unit(teacher))
 
     @torch.no_grad()
     def graph_maps(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """What the reasoning adds to the student's and to the teacher's map, for pictures; no gradient."""
         student, teacher = self._inputs(student, teacher)
         student = self.adapter(student) if self.teacher_side == "shared" else student
-        teacher_unit = self.student_unit if self.teacher_unit is None else self.teacher_unit
-        return self.student_unit(student) - student, teacher_unit(teacher) - teacher
+        return self.student_unit(student) - student, self._teacher_unit(teacher) - teacher
 
     def _inputs(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         check_maps(student, teacher, student_channels=self.student_channels, teacher_channels=self.teacher_channels)

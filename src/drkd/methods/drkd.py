@@ -190,6 +190,7 @@ class DRKD(KDMethod):
             self.needs, self.teacher_needs = self.response.needs | _FEATURES, self.response.teacher_needs | _FEATURES
             self.weights |= {f"{RESPONSE}_{name}": weight for name, weight in self.response.weights.items()}
             self.minimum_boxes |= {f"{RESPONSE}_{name}": 1 for name in self.response.weights}
+        self._looks, self._spread = False, dict[str, Tensor]()
         self.balanced = balanced
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
@@ -256,6 +257,15 @@ class DRKD(KDMethod):
             for pair in (self.instance_pairs if INSTANCE in self.weights else ())
         )
 
+    def begin_pass(self, number: int, *, measured: bool) -> None:
+        """Have the spread of the targets looked at where gradient norms are measured."""
+        del number
+        self._looks = measured and self.training
+
+    def target_spread(self) -> dict[str, Tensor]:
+        """Of the pixel relations' targets."""
+        return dict(self._spread)
+
     @classmethod
     def for_features(
         cls,
@@ -311,6 +321,8 @@ class DRKD(KDMethod):
             maps = ours[pair.student.name], theirs[pair.teacher.name]
             weights = cast(PixelRelationLoss, loss).weigh(maps[1], boxes, image_size=image_size, layout=layout)
             terms[f"{PIXEL}/{pair.name}"] = loss(*maps, weights)
+            if self._looks:
+                self._spread[f"{PIXEL}/{pair.name}"] = cast(PixelRelationLoss, loss).target_spread(maps[1])
         if not self.instance_pairs:
             return terms
         pooled = [self._pool(pair, ours, theirs, boxes, image_size, layout) for pair in self.instance_pairs]

@@ -77,15 +77,18 @@ def tabulate_terms(rows: Sequence[Row]) -> Table:
     for row in rows:
         for term, values in row.terms.items():
             first, last = values.get("first", math.nan), values.get("last", math.nan)
-            fall = f"{100 * (last / first - 1):+.0f} %" if first and not math.isnan(first + last) else "-"
+            fall = _change(first, last)
+            target = _change(values.get("target_first", math.nan), values.get("target_last", math.nan))
             ratio = _number(values.get("median_gradient_ratio", math.nan), "{:.2f}")
-            lines.append((row.pair, row.method, term, ratio, _number(first, "{:.3g}"), _number(last, "{:.3g}"), fall))
+            shown = (_number(first, "{:.3g}"), _number(last, "{:.3g}"), fall, target)
+            lines.append((row.pair, row.method, term, ratio, *shown))
     notes = (
         "Gradient ratio: norm of the term's gradient at the student's features over the task's, median over the "
-        "measurements of a run. First and last: the unweighted term, means of the first and last tenth of a run. All "
-        "are means over seeds.",
+        "measurements of a run. First and last: the unweighted term, means of the first and last tenth of a run. "
+        "Target: change of the spread of what the student is compared with, of terms that look; one that collapses is "
+        "easy to meet and teaches nothing. All are means over seeds.",
     )
-    columns = ("Pair", "Method", "Term", "Gradient ratio", "First", "Last", "Change")
+    columns = ("Pair", "Method", "Term", "Gradient ratio", "First", "Last", "Change", "Target")
     return Table(columns, tuple(lines), notes, words=3)
 
 
@@ -155,6 +158,10 @@ def _notes(rows: Sequence[Row], comparison: Comparison) -> Iterator[str]:
 
 def _distinct(cells: Sequence[Mapping[str, Any]], field: str) -> set[str]:
     return {json.dumps(cell[field], sort_keys=True).strip('"') for cell in cells if cell.get(field)}
+
+
+def _change(first: float, last: float) -> str:
+    return f"{100 * (last / first - 1):+.0f} %" if first and not math.isnan(first + last) else "-"
 
 
 def _number(value: float, form: str) -> str:

@@ -156,3 +156,10 @@ def test_terms_are_summarised_by_median_and_by_tenths(tmp_path: Path) -> None:
     assert summarise_terms(late, calibration_steps=10)["hint"]["median_gradient_ratio"] == 0.5
     # A run that ends before has nothing else to show.
     assert summarise_terms(late, calibration_steps=99)["hint"]["median_gradient_ratio"] == 7.0
+
+
+def test_the_targets_spread_is_summarised_beside_its_term(tmp_path: Path) -> None:
+    rows = [f"{step},{20 - step},{2.0 if step < 10 else 1.0}" for step in range(20)]
+    file = tmp_path / "metrics.csv"
+    file.write_text("\n".join(["step,bare/pixel,target/pixel", *rows]) + "\n")
+    assert summarise_terms(file) == {"pixel": {"first": 19.5, "last": 1.5, "target_first": 2.0, "target_last": 1.0}}

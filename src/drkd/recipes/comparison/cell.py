@@ -197,7 +197,7 @@ def collect_reason(cell: Cell, reason: str) -> dict[str, Any]:
 
 
 def summarise_terms(metrics: Path, *, calibration_steps: int = 0) -> dict[str, dict[str, float]]:
-    """Median gradient ratio, and first and last value (means of a tenth of the run), of each distillation term.
+    """Median gradient ratio, and first and last value and spread of the target (means of a tenth of the run), by term.
 
     Args:
         metrics: ``metrics.csv`` of a run.
@@ -210,7 +210,7 @@ def summarise_terms(metrics: Path, *, calibration_steps: int = 0) -> dict[str, d
         for row in csv.DictReader(file):
             early = float(row.get("step") or 0) < calibration_steps
             for name, value in row.items():
-                if value and name.startswith(("ratio/", "bare/")):
+                if value and name.startswith(("ratio/", "bare/", "target/")):
                     place = calibrating if early and name.startswith("ratio/") else columns
                     place.setdefault(name, []).append(float(value))
     found: dict[str, dict[str, float]] = {}
@@ -219,8 +219,9 @@ def summarise_terms(metrics: Path, *, calibration_steps: int = 0) -> dict[str, d
         if kind == "ratio":
             found.setdefault(term, {})["median_gradient_ratio"] = sorted(values)[len(values) // 2]
         else:
-            part = max(1, len(values) // 10)
-            found.setdefault(term, {}).update(first=sum(values[:part]) / part, last=sum(values[-part:]) / part)
+            part, name = max(1, len(values) // 10), "target_" if kind == "target" else ""
+            first, last = sum(values[:part]) / part, sum(values[-part:]) / part
+            found.setdefault(term, {}).update({f"{name}first": first, f"{name}last": last})
     return found
 
 
