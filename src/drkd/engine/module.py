@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from drkd.contracts import DetectionBatch, Detections, Detector, DrkdError
+from drkd.engine.agreement import share_buffers
 from drkd.engine.distiller import Distiller
 
 
@@ -186,7 +187,8 @@ class DistillationModule(LightningModule):
         return total
 
     def on_validation_epoch_start(self) -> None:
-        """Start a fresh evaluator."""
+        """Start a fresh evaluator, with one student in all processes."""
+        share_buffers(self.distiller.student)
         self._evaluator = self._make_evaluator() if self._make_evaluator else None
 
     def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:

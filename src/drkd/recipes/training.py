@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from drkd.adapters.checkpoint import SavedDetectorBuilder, save_student
 from drkd.contracts import Detector, DrkdError
+from drkd.engine.agreement import share_buffers
 from drkd.engine.callbacks import FiniteLossGuard, LineProgress, StudentAverage
 from drkd.engine.checkpoint_io import AtomicCheckpoints
 from drkd.engine.compilation import compile_distiller
@@ -267,6 +268,7 @@ def _finish(recipe: Recipe, folder: RunFolder, student: Detector, *, device: tor
         )
     if recipe.evaluation.split is None:
         return {}
+    share_buffers(student.to(device))
     evaluated = evaluate_detector(
         student,
         recipe.data.split(recipe.evaluation.split),
