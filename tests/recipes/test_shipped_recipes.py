@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from drkd.contracts import DrkdError
+from drkd.contracts import DrkdError, NotApplicableError
 from drkd.recipes.builtin import builtin_recipe, list_builtin, list_comparisons
 from drkd.recipes.comparison.cell import make_cells
 from drkd.recipes.comparison.definition import load_comparison
@@ -18,6 +18,8 @@ from drkd.recipes.training import distill, train
 
 ANYWHERE = {"student", "drkd", "paper", "fitnet", "pkd", "cwd", "fgd", "mgd", "nld", "fgfi", "defeat"}
 METHODS = {"compare/coco_retinanet": ANYWHERE | {"crosskd", "logit_kd"}, "compare/coco_faster_rcnn": ANYWHERE}
+# CrossKD is for one-stage pairs whose heads are of one width; this teacher is narrower than the students of digits.
+INAPPLICABLE = {("compare/digits", "retinanet", "crosskd"), ("compare/digits", "faster_rcnn", "crosskd")}
 # Those of transformers have a test file of their own, for that library is an extra.
 RUNNABLE = [name for name in list_builtin() if not name.endswith("base") and not name.startswith("transformers/")]
 
@@ -77,7 +79,12 @@ def test_every_arm_of_a_comparison_takes_one_step(
     teachers = dict.fromkeys(comparison.pairs, tiny_detector)
     for cell in first:
         small = _arguments(comparison.pairs[cell.pair].recipe, tiny_coco, teachers[cell.pair], cell.run_folder)
-        result = (train if cell.verb == "train" else distill)(load_recipe([], [*cell.arguments, *small]))
+        recipe = load_recipe([], [*cell.arguments, *small])
+        if (name, cell.pair, cell.method) in INAPPLICABLE:
+            with pytest.raises(NotApplicableError, match="CrossKD"):
+                distill(recipe)
+            continue
+        result = (train if cell.verb == "train" else distill)(recipe)
         assert (result.folder / "student.pt").is_file(), cell.name
         assert (result.folder / "training.json").is_file(), cell.name
 
