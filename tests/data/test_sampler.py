@@ -119,8 +119,16 @@ def test_evaluation_sees_every_image_once(processes: int) -> None:
     assert all(share == sorted(share) for share in flat)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_evaluation_leaves_no_process_without_an_image(count: int) -> None:
+    shares = [list(EvaluationBatchSampler(count, 4, shard=(rank, 5))) for rank in range(5)]
+
+    assert all(len(share) == 1 for share in shares)
+    assert {position for share in shares for batch in share for _, position in batch} == set(range(count))
+
+
 def test_evaluation_of_nothing_has_no_batch() -> None:
-    assert list(EvaluationBatchSampler(1, 4, shard=(1, 2))) == []
+    assert [list(EvaluationBatchSampler(0, 4, shard=(rank, 2))) for rank in range(2)] == [[], []]
 
 
 @pytest.mark.parametrize(("groups", "batch_size"), [([], 4), ([0], 0)])

@@ -115,7 +115,10 @@ class TrainBatchSampler(Sampler[Batch]):
 
 
 class EvaluationBatchSampler(Sampler[Batch]):
-    """Every image once, in order; with several processes each takes every n-th image and none is seen twice.
+    """Every image once, in order; with several processes each takes every n-th image.
+
+    None is seen twice, unless there are fewer images than processes: one without an image then detects another's again,
+    for Lightning refuses an empty loader beside full ones. The evaluator counts each image once.
 
     Args:
         count: Number of images.
@@ -127,7 +130,9 @@ class EvaluationBatchSampler(Sampler[Batch]):
         if batch_size <= 0:
             raise ValueError(f"expected a positive batch size, got {batch_size}")
         rank, processes = shard or process_shard()
-        mine = range(rank, count, processes)
+        mine: Sequence[int] = range(rank, count, processes)
+        if count and not mine:
+            mine = [rank % count]
         self._batches = [
             [(0, index) for index in mine[first : first + batch_size]] for first in range(0, len(mine), batch_size)
         ]
