@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -20,14 +21,29 @@ _BOUNDS = {
     "RetinaNet, batch norm": 0.1,
     "FCOS": 0.6,
     "Faster R-CNN": 0.05,
+    "FitNet": 1e-12,
+    "CWD": 1e-12,
+    "FGD": 1e-12,
+    "MGD": 0.12,
+    "MGD, no mask": 1e-12,
+    "NLD": 0.32,
+    "FGFI": 0.55,
+    "DeFeat": 0.16,
+    "CrossKD": 13.0,
+    "LogitKD": 0.55,
 }
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def one_and_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, tuple[Found, Found]]:
-    return compute(None), run_two(tmp_path_factory.mktemp("two"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def one_and_two(folder: Path) -> tuple[Found, tuple[Found, Found]]:
+    return compute(None), run_two(folder)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -46,3 +62,16 @@ def test_both_processes_hold_the_same_gradient(one_and_two: tuple[Found, tuple[F
     for name, found in first.items():
         assert found["gradient"].isfinite().all()
         assert found["gradient"].equal(second[name]["gradient"]), name
+
+
+@pytest.mark.usefixtures("one_and_two")
+def test_what_is_not_finite_on_one_process_is_skipped_by_both(folder: Path) -> None:
+    first, second = (torch.load(folder / f"skip{rank}.pt", weights_only=True) for rank in range(2))
+    undisturbed, skipping = first
+    assert [int(state.pop("skipped")) for state in (*first, *second)] == [0, 2, 0, 2]
+    for name, tensor in skipping.items():
+        assert tensor.isfinite().all(), name
+        assert tensor.equal(undisturbed[name]), name
+        # Running statistics are those of a process' own images.
+        assert "running" in name or tensor.equal(second[1][name]), name
+        assert second[1][name].equal(second[0][name]), name

@@ -7,22 +7,29 @@ Started with RANK set, it is one of the two processes and writes what it found t
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import distributed, nn
+from lightning import Trainer
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from drkd.adapters import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder
 from drkd.contracts import BoxTargets, DetectionBatch, DetectorBuilder, DetectorSpec, KDMethod
 from drkd.engine import Distiller
-from drkd.methods import DRKD, PKD, FeatureHint
+from drkd.engine.module import DistillationModule, Optimization
+from drkd.engine.nonfinite import NonFiniteSteps
+from drkd.methods import CWD, DRKD, FGD, FGFI, MGD, NLD, PKD, CrossKD, DeFeat, FeatureHint, FitNet, LogitKD
 
 MethodFactory = Callable[[DetectorSpec, DetectorSpec], KDMethod]
 Found = dict[str, dict[str, torch.Tensor]]
@@ -35,6 +42,7 @@ def fixed_drkd(student: DetectorSpec, teacher: DetectorSpec) -> KDMethod:
 
 def _cases() -> dict[str, tuple[DetectorBuilder, MethodFactory | None]]:
     retinanet = RetinaNetBuilder(fpn_channels=32, extra="none", **_SMALL)
+    small = RetinaNetBuilder(backbone="resnet18", fpn_channels=32, extra="none", **_SMALL)
     return {
         "RetinaNet": (retinanet, None),
         "RetinaNet, feature hint": (retinanet, lambda s, t: FeatureHint(s, t)),
@@ -43,9 +51,23 @@ def _cases() -> dict[str, tuple[DetectorBuilder, MethodFactory | None]]:
         "RetinaNet, batch norm": (RetinaNetBuilder(fpn_channels=32, extra="none", **{**_SMALL, "norm": "batch"}), None),
         "FCOS": (FCOSBuilder(fpn_channels=64, **_SMALL), None),
         "Faster R-CNN": (FasterRCNNBuilder(fpn_channels=32, representation_size=64, **_SMALL), None),
+        **{name: (small, partial(method, balanced=False)) for name, method in ALONE.items()},
     }
 
 
+# Their terms without the task's loss, which would hide them: with fixed weights they may be a millionth of it.
+ALONE: dict[str, Callable[..., KDMethod]] = {
+    "FitNet": FitNet,
+    "CWD": CWD,
+    "FGD": FGD,
+    "MGD": MGD,
+    "MGD, no mask": partial(MGD, masked_share=0.0),
+    "NLD": NLD,
+    "FGFI": FGFI,
+    "DeFeat": DeFeat,
+    "CrossKD": CrossKD,
+    "LogitKD": LogitKD,
+}
 CASES = _cases()
 
 
@@ -85,10 +107,13 @@ def distiller(name: str) -> Distiller:
     return Distiller(student, teacher, method).double().train()
 
 
-def step(module: nn.Module, batch: DetectionBatch, *, seed: int) -> dict[str, torch.Tensor]:
+def step(module: nn.Module, batch: DetectionBatch, *, seed: int, alone: bool) -> dict[str, torch.Tensor]:
     """One forward and backward pass: the losses by name, and all gradients in one vector."""
     torch.manual_seed(seed)
     losses = module(batch)
+    if alone:
+        # Times zero: every parameter must take part.
+        losses = {key: (0.0 if key.startswith("task/") else 1.0) * value for key, value in losses.items()}
     torch.stack([value.double() for value in losses.values()]).sum().backward()
     gradients = [
         (p.grad if p.grad is not None else torch.zeros_like(p)).flatten()
@@ -109,23 +134,66 @@ def compute(rank: int | None) -> Found:
             batch, module = images(4, counts), distiller(name)
             wrapped = module if rank is None else DistributedDataParallel(module)
             mine = batch if rank is None else share(batch, rank)
-            found[f"{name} / {scene}"] = step(wrapped, mine, seed=10 + (rank or 0))
+            found[f"{name} / {scene}"] = step(wrapped, mine, seed=10 + (rank or 0), alone=name in ALONE)
     return found
 
 
+class _Breaking(DistillationModule):
+    """Its loss becomes infinite at one step, by a summand without a gradient: the gradients stay finite."""
+
+    at: int | None = None
+
+    def training_step(self, batch: DetectionBatch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + math.inf if batch_idx == self.at else loss
+
+
+def skip(rank: int, *, broken: bool) -> dict[str, torch.Tensor]:
+    """The student after three steps of two processes, without and with two more that are not finite on the second."""
+    builder, _ = CASES["RetinaNet, batch norm"]
+    torch.manual_seed(0)
+    module = _Breaking(
+        Distiller(builder.build(("cat", "dog"))),
+        Optimization(optimizer="sgd", learning_rate=0.01, warmup_steps=0, milestones=()),
+    )
+    good = share(images(4, (2, 2, 2, 2)), rank)
+    good = replace(good, images=good.images.float())
+    batches = [good] * 3
+    if broken:
+        pixels = good.images.clone()
+        pixels[0, 0, 0, 0] = math.nan if rank == 1 else 0.5
+        batches = [good, replace(good, images=pixels), good, good, good]
+        module.at = 3 if rank == 1 else None
+    skipping = NonFiniteSteps(2)
+    Trainer(
+        accelerator="cpu",
+        strategy="ddp",
+        devices=2,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[skipping],
+    ).fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    state = {name: tensor for name, tensor in module.distiller.student.state_dict().items() if tensor.ndim}
+    return {**state, "skipped": torch.tensor(skipping.skipped)}
+
+
 def run_two(folder: Path) -> tuple[Found, Found]:
-    """Start both processes and return what each found."""
+    """Start both processes and return what each found; the students of `skip` are left in the folder."""
     started = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder)],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
     try:
-        errors = [process.communicate(timeout=240)[1] for process in started]
+        errors = [process.communicate(timeout=480)[1] for process in started]
     finally:
         for process in started:
             process.kill()
@@ -156,6 +224,7 @@ def main() -> None:
         store = distributed.FileStore(str(folder / "store"), 2)
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
         torch.save(compute(rank), folder / f"{rank}.pt")
+        torch.save([skip(rank, broken=broken) for broken in (False, True)], folder / f"skip{rank}.pt")
         distributed.barrier()
         distributed.destroy_process_group()
         return
