@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from drkd.contracts import DrkdError, NotApplicableError
+from drkd.engine.module import scale_rates
 from drkd.recipes.builtin import builtin_recipe, list_builtin, list_comparisons
 from drkd.recipes.comparison.cell import make_cells
 from drkd.recipes.comparison.definition import load_comparison
@@ -98,6 +99,8 @@ def test_coco_recipes_keep_the_papers_schedule(name: str) -> None:
     assert optimization.optimizer == "sgd" and optimization.momentum == 0.9
     assert optimization.weight_decay == 1e-4 and optimization.decay_all
     assert optimization.learning_rate == (0.02 if "faster_rcnn" in name else 0.01)
+    # At the paper's 16 images a step the rates are the paper's; whoever adds devices gets them in proportion.
+    assert optimization.reference_batch == 16 and scale_rates(optimization, 16) == optimization
     assert optimization.warmup_steps == 500 and optimization.warmup_factor == 0.001
     assert [round(24 * milestone) for milestone in optimization.milestones] == [16, 22]
     assert recipe.data.image_settings == {"min_size": 800, "max_size": 1333, "size_divisor": 32}
