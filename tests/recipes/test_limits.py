@@ -15,8 +15,10 @@ from drkd.contracts import DetectionBatch, Detector, DrkdError
 from drkd.engine import Distiller
 from drkd.engine.unlabelled import UnlabelledImages
 from drkd.methods import FeatureHint
+from drkd.recipes.dry_run import dry_run
 from drkd.recipes.limits import check_unlabelled
 from drkd.recipes.recipe import load_recipe
+from drkd.recipes.training import distill
 
 SMALL = {"width": 0.25, "fpn_channels": 32, "representation_size": 16}
 
@@ -42,6 +44,23 @@ def test_batch_norm_is_synchronised_on_gpus_only() -> None:
     with pytest.raises(DrkdError, match=r"training\.sync_batchnorm"):
         load_recipe(["digits/retinanet"], arguments)
     assert load_recipe(["digits/retinanet"], ["--training.strategy=ddp"]).training.strategy == "ddp"
+
+
+@pytest.mark.slow
+def test_so_it_is_where_auto_finds_none(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    arguments = ["--training.sync_batchnorm=true", "--training.strategy=ddp", "--training.devices=1"]
+    arguments += [f"--data.root={tiny_coco}", "--data.val_split=val", "--inherit=false"]
+    arguments += [f"--teacher.path={tiny_detector}", "--student.backbone_weights=null", f"--output={tmp_path / 'run'}"]
+    recipe = load_recipe(["digits/retinanet"], arguments)
+    with pytest.raises(DrkdError, match=r"training\.sync_batchnorm: .* on cpu, which training\.accelerator=auto means"):
+        distill(recipe)
+    assert not (tmp_path / "run" / "run.json").exists()
+    with pytest.raises(DrkdError, match=r"training\.sync_batchnorm: .*accelerator=auto"):
+        dry_run(recipe, kind="distill")
 
 
 def masked() -> Detector:

@@ -16,6 +16,7 @@ from drkd.engine.callbacks import FiniteLossGuard
 from drkd.engine.module import DistillationModule
 from drkd.engine.quiet import quiet_lightning
 from drkd.engine.training_cost import TrainingCost
+from drkd.recipes.limits import check_device
 from drkd.recipes.precision import choose_precision
 from drkd.recipes.recipe import Recipe
 from drkd.recipes.training import build_module, require_teacher_and_method
@@ -139,6 +140,7 @@ def dry_run(recipe: Recipe, *, kind: str, price: float | None = None) -> Project
             use_distributed_sampler=False,
             default_root_dir=scratch,
         )
+        check_device(settings, trainer.strategy.root_device)
         trainer.fit(module, datamodule=recipe.data)
     per_epoch = math.ceil(int(trainer.num_training_batches) / settings.accumulate)
     epochs = float(settings.epochs) if settings.epochs else (settings.steps or 0) / per_epoch

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from drkd.contracts import Detector, DrkdError
 from drkd.engine.unlabelled import choose_labeller
 
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     from drkd.recipes.recipe import Recipe, Training
 
 _SHARDED = ("fsdp", "deepspeed", "model_parallel")
+_NO_SYNC = ("cpu", "mps")
 
 
 def check_training(training: Training) -> None:
@@ -39,13 +42,26 @@ def check_training(training: Training) -> None:
         )
     if training.clip_norm is not None and not training.clip_norm > 0:
         raise DrkdError(f"training.clip_norm: expected a positive number or null, got {training.clip_norm}.")
-    if training.sync_batchnorm and training.accelerator == "cpu":
-        raise DrkdError("training.sync_batchnorm: PyTorch synchronises batch norm on GPUs only; leave it out on a CPU.")
+    if training.accelerator in _NO_SYNC:
+        check_device(training, torch.device(training.accelerator))
     if any(training.strategy.startswith(name) for name in _SHARDED):
         raise DrkdError(
             f"training.strategy: {training.strategy} spreads one model over the devices, and drkd needs the student "
             "whole on each: its moving average, its detections in validation and student.pt are made from it between "
             "steps. Use ddp; a detector with its teacher fits one device, and bf16-mixed halves its activations."
+        )
+
+
+def check_device(training: Training, device: torch.device) -> None:
+    """Refuse what cannot work on the device that ``accelerator`` came to, which "auto" tells only where the run is.
+
+    Raises:
+        DrkdError: For batch norms to synchronise on a device where PyTorch does not.
+    """
+    if training.sync_batchnorm and device.type in _NO_SYNC:
+        raise DrkdError(
+            f"training.sync_batchnorm: PyTorch synchronises batch norm on GPUs only, not on {device.type}, which "
+            f"training.accelerator={training.accelerator} means here; expected false."
         )
 
 

@@ -30,7 +30,7 @@ from drkd.engine.training_cost import TrainingCost
 from drkd.evaluation import CocoEvaluator
 from drkd.recipes.evaluation import evaluate_detector
 from drkd.recipes.inheritance import inherit_neck_and_head
-from drkd.recipes.limits import check_unlabelled
+from drkd.recipes.limits import check_device, check_unlabelled
 from drkd.recipes.precision import choose_precision
 from drkd.recipes.preflight import preflight
 from drkd.recipes.recipe import Recipe
@@ -215,6 +215,7 @@ def _run_until_stopped(recipe: Recipe, stops: StopsAtOnce, *, kind: str) -> RunR
     callbacks += [restoring, interruptible]
     with quiet_lightning():
         trainer = _trainer(recipe, folder, callbacks)
+    check_device(recipe.training, trainer.strategy.root_device)
     folder.start(resolved=recipe.resolved, seed=recipe.seed, kind=kind)
     try:
         if kind == "distill" and recipe.doctor and not folder.resumes:
