@@ -1,4 +1,4 @@
-"""CrossKD, LogitKD and DeFeat on real detectors, LD on predictions made by hand."""
+"""CrossKD, LogitKD, DeFeat and, where Ultralytics is installed, LD on real detectors; LD on predictions by hand too."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import copy
 import math
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
+from tests.adapters.yolos import build_yolo, lively
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drkd.adapters import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder
@@ -32,14 +34,22 @@ BOXES = [[[4.0, 5.0, 40.0, 44.0], [30.0, 20.0, 62.0, 60.0], [10.0, 30.0, 22.0, 4
 NONE = [[], []]
 COMMON = {"backbone": "resnet18", "width": 0.25, "fpn_channels": 32}
 SERVED = {"retinanet": (CrossKD, LogitKD, DeFeat), "fcos": (CrossKD, LogitKD, DeFeat), "faster_rcnn": (LogitKD, DeFeat)}
+# After a sign #, how the teacher differs from the student but for its weights.
 PAIRS = pytest.mark.parametrize(
-    ("family", "method"), [(family, method) for family, methods in SERVED.items() for method in methods]
+    ("family", "method"),
+    [
+        *((family, method) for family, methods in SERVED.items() for method in methods),
+        *((f"{family}#wide", LogitKD) for family in SERVED),
+        pytest.param("yolo", LD, marks=pytest.mark.skipif(find_spec("ultralytics") is None, reason="needs ultralytics")),
+    ],
 )
 COMPARED = [(family, method) for family in SERVED for method in (CrossKD, LogitKD) if method in SERVED[family]]
 ON_PREDICTIONS = pytest.mark.parametrize(("family", "method"), COMPARED)
 
 
 def detector(family, *, seed, classes=CLASSES, **options):
+    if family == "yolo":
+        return lively(build_yolo("yolo11n.yaml", classes)) if seed else build_yolo("yolov8n.yaml", classes)
     torch.manual_seed(seed)
     options = {**COMMON, **options}
     if family == "faster_rcnn":
@@ -64,7 +74,10 @@ def detector(family, *, seed, classes=CLASSES, **options):
 
 
 def pair(family, **options):
-    return detector(family, seed=0, **options).train(), detector(family, seed=1, **options).requires_grad_(False).eval()
+    family, _, difference = family.partition("#")
+    student = detector(family, seed=0, **options).train()
+    wider = {"fpn_channels": 64} if difference == "wide" else {}
+    return student, detector(family, seed=1, **{**options, **wider}).requires_grad_(False).eval()
 
 
 def batch_of(boxes=BOXES, *, seed=0):
@@ -145,7 +158,8 @@ def test_half_precision(family, method):
     total.backward()
     assert all(term.dtype == torch.float32 and term.isfinite() for term in terms.values())
     assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
-    assert any(p.grad is not None for p in student.model.backbone.parameters())
+    body = [p for name, p in student.model.named_parameters() if name.startswith(student.body_names)]
+    assert body and any(p.grad is not None for p in body)
 
 
 @PAIRS
@@ -310,7 +324,7 @@ def test_the_distiller_tells_drkds_response_which_passes_to_leave_out():
 @PAIRS
 @pytest.mark.parametrize("balanced", [True, False])
 def test_the_distiller_runs_three_steps(family, method, balanced):
-    student, teacher = detector(family, seed=0), detector(family, seed=1)
+    student, teacher = pair(family)
     distiller = Distiller(
         student,
         teacher,
@@ -555,7 +569,7 @@ def bins_spec(*, bins=BINS, classes=CLASSES):
 def bins_output(feature, *, seed, assignment=None):
     """Predictions of one anchor of 32 px at each cell of a map (B, 4, 8, 8), from fixed random 1x1 convolutions."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(len(CLASSES) + 4 * BINS, 4, generator=generator)
+    weight = torch.randn(len(CLASSES) + 4 * BINS, 4, generator=generator).to(feature.dtype)
     values = torch.einsum("oc,bchw->bhwo", weight, feature).flatten(1, 2)
     y, x = torch.meshgrid(torch.arange(8) * 8.0, torch.arange(8) * 8.0, indexing="ij")
     centres = torch.stack([x, y], dim=-1).view(-1, 2)
@@ -594,6 +608,39 @@ def test_ld_on_predictions_by_hand(boxes):
     sum(terms.values()).backward()
     assert feature.grad.isfinite().all() and theirs.grad is None
     assert bool(feature.grad.abs().sum() > 0) == (boxes is BOXES)
+
+
+def ld_terms(feature, theirs, *, assignment, batch):
+    """Of predictions made from the two maps, at their precision."""
+    kd = LD(bins_spec(), bins_spec())
+    student = bins_output(feature, seed=1, assignment=assignment)
+    return kd, kd(student, bins_output(theirs, seed=2), batch)
+
+
+@pytest.mark.parametrize("boxes", [BOXES, BOXES[:1], NONE], ids=["both", "one image", "none"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "last"])
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+def test_ld_in_other_precisions_and_memory_formats(precision, memory_format, boxes):
+    torch.manual_seed(0)
+    batch, count = batch_of(boxes), len(boxes)
+    maps = [torch.randn(count, 4, 8, 8) for _ in range(2)]
+    assignment = torch.full((count, 64), -1)
+    for row, own in enumerate(boxes):
+        assignment[row, 18 + 9 * row] = 0 if own else -1
+    _, expected = ld_terms(*maps, assignment=assignment, batch=batch)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    feature, theirs = (entry.to(dtype, memory_format=memory_format).requires_grad_() for entry in maps)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+        kd, terms = ld_terms(feature, theirs, assignment=assignment, batch=batch)
+    assert set(terms) == set(kd.weights)
+    close = {"rel": 1e-4, "abs": 1e-6} if precision == "float32" else {"rel": 0.1, "abs": 1e-3}
+    for name, term in terms.items():
+        assert term.ndim == 0 and term.dtype == torch.float32, name
+        assert term.item() == pytest.approx(expected[name].item(), **close), name
+        assert (term > 0) == (boxes is not NONE), name
+    sum(terms.values()).backward()
+    assert feature.grad.isfinite().all() and theirs.grad is None
+    assert bool(feature.grad.abs().sum() > 0) == (boxes is not NONE)
 
 
 def test_ld_refuses_detectors_without_bins():
