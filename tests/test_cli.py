@@ -339,6 +339,8 @@ def test_a_bug_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 1, "runs/x: no space is left"),
         (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 2, "runs/x: Permission denied"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "data.batch_size"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 1, "batch_size"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 1, "data.batch_size"),
         (RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0"), 1, "disk full"),
         (DrkdError("Caught DrkdError in worker.\nOriginal Traceback:\n  x\ndrkd.contracts.DrkdError: bad"), 2, "bad"),
         (ValueError("expected 1, got 2"), 2, "expected 1, got 2 (DRKD_TRACEBACK=1"),

@@ -11,6 +11,8 @@ FAILED, WRONG, NOT_APPLICABLE, INTERRUPTED = 1, 2, 3, 130
 """Exit codes: a fault of the machine, what the user can put right, a method that does not fit the pair, Ctrl-C."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A CPU's allocator, and libraries of a GPU that allocate beside PyTorch, report it as a plain RuntimeError.
+_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 # Where PyTorch opens the memory that a worker shares with us.
 _TAKES_OVER = os.path.join("torch", "multiprocessing", "reductions.py")  # noqa: PTH118 - an end of a name, no path
 
@@ -38,7 +40,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         )
     if isinstance(error, OSError):
         return _explain_os(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in message:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in message for sign in _NO_MEMORY):
         return FAILED, (
             "Out of memory. Use smaller batches (data.batch_size, with training.accumulate to make up for it), smaller "
             "images (data.min_size, data.max_size), or training.precision bf16-mixed."

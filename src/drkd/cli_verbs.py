@@ -78,7 +78,8 @@ def recipe_verb(kind: str) -> tuple[Callable[..., ArgumentParser], Callable[[Any
             from drkd.recipes.dry_run import dry_run
 
             for line in dry_run(instantiate(own, config), kind=kind, price=price).lines():
-                console.print(line)
+                if is_first_process():
+                    console.print(line)
             return 0
         use_case = training.train if kind == "train" else training.distill
         try:

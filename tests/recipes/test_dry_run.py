@@ -50,6 +50,26 @@ def test_a_dry_run_steps_and_writes_nothing(tiny_coco: Path, tiny_detector: Path
     assert f"costs {found.epoch_seconds / 1000:.2f}" in text and "6 times" in text
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_one_of_several_processes_prints(
+    first: bool,
+    tiny_coco: Path,
+    tiny_detector: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = Projection("cpu", 100, 10, 2.0, 10, 3.0, 50.0, 5.0, None, "", 7.0, 2, {}, None)
+    asked: list[str] = []
+    monkeypatch.setattr("drkd.recipes.dry_run.dry_run", lambda _, *, kind, price: asked.append(kind) or found)
+    monkeypatch.setattr("drkd.recipes.run_folder.is_first_process", lambda: first)
+    arguments = _recipe(tiny_coco, tiny_detector, tmp_path / "run", "--dry-run")
+    assert main(["distill", "--config=coco/paper_retinanet_r50", *arguments]) == 0
+    # All take part: the steps of several processes wait for each other.
+    assert asked == ["distill"]
+    assert bool(capsys.readouterr().out.strip()) is first
+
+
 def test_the_slower_of_step_and_loader_decides() -> None:
     def project(loader_rate: float) -> Projection:
         return Projection("cpu", 100, 10, 2.0, 10, 3.0, loader_rate, 5.0, None, "", 7.0, 2, {}, None)
