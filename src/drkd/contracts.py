@@ -547,10 +547,10 @@ class KDMethod(nn.Module, ABC):
             total_steps: Of the whole run; None, where it is not known, leaves the decay out.
 
         Raises:
-            ValueError: If ``decay`` is none of `Decay`.
+            DrkdError: If ``decay`` is none of `Decay`; a `Distiller` asks when it is built.
         """
         if self.decay not in ("none", "cosine"):
-            raise ValueError(f"Expected a decay out of none, cosine, got {self.decay!r}")
+            raise DrkdError(f"{type(self).__name__} expects a decay out of none, cosine, got {self.decay!r}.")
         factor = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
         if self.decay == "cosine" and total_steps:
             factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))

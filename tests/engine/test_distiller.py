@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from toys import ToyDetector, ToyMethod, toy_batch
 
+from drkd.contracts import DrkdError
 from drkd.engine import DeadDistillationError, Distiller, GradientBalance
 from drkd.engine.balance import gradient_norms
+from drkd.methods import Combination
 
 
 def make(channels: int = 4, **options: object) -> Distiller:
@@ -187,8 +190,17 @@ def test_weights_decay_over_a_run_of_known_length() -> None:
     assert [warmed.schedule(step, 4) for step in range(6)] == pytest.approx(
         [0.5, 0.853553, 0.5, 0.146447, 0, 0], rel=1e-4
     )
-    with pytest.raises(ValueError, match=r"none, cosine, got 'exponential'"):
-        ToyMethod(student.spec, teacher.spec, decay="exponential").schedule(0)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_decay_that_does_not_exist_is_refused_before_the_first_step(several: bool) -> None:
+    student, teacher = ToyDetector(seed=1), ToyDetector(6, seed=2)
+    method = partial(ToyMethod, decay="exponential")
+    if several:
+        # The combination's own decay is in force; a member's is wrong all the same.
+        method = partial(Combination, methods={"toy": method}, decay="none")
+    with pytest.raises(DrkdError, match=r"ToyMethod expects a decay out of none, cosine, got 'exponential'"):
+        Distiller(student, teacher, method)
 
 
 def test_a_weight_that_decayed_to_nothing_is_not_silent() -> None:

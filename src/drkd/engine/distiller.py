@@ -100,6 +100,7 @@ class Distiller(nn.Module):
 
     Raises:
         ValueError: If exactly one of teacher and method is given.
+        DrkdError: If the method, or one within it, has a ``decay`` that does not exist.
         DeadDistillationError: In forward, when a term is silent.
         DrkdError: In forward, when an image has no labels and there is no teacher.
     """
@@ -142,6 +143,9 @@ class Distiller(nn.Module):
         else:
             assert teacher is not None  # narrowed by the check above
             self.method = method(student.spec, teacher.spec)
+        for module in self.method.modules() if self.method is not None else ():
+            if isinstance(module, KDMethod):
+                module.schedule(0)  # says what is wrong with it now, not after the first batch
         self.balance = GradientBalance(calibration_steps=calibration_steps, interval=calibration_interval)
         self.monitor = DistillationMonitor()
         self.monitor_interval = monitor_interval
