@@ -28,6 +28,8 @@ class LogitKD(KDMethod):
     head classifies on its own features, a KL divergence of the softmax with the background and the difference of the
     offsets for the region's class. Both terms are means over positives; without any they are exactly zero.
 
+    Query-based heads (DETR and its kin) are not served: the queries of two models have no common order.
+
     The teacher's head is dear: with a ``share`` below 1 it looks at that part of a batch's images only, the first ones
     that have boxes. A loader that shuffles gives every image its turn. Where the share is less than one image of a
     batch, `Distiller` leaves whole passes out: the head looks at one image at every 1 / (share x batch) passes and at
