@@ -15,7 +15,9 @@ _EPS = torch.finfo(torch.float32).eps
 def quality_focal_distance(
     student: Tensor, teacher: Tensor, weight: Tensor, *, normaliser: Tensor, beta: float = 1.0
 ) -> Tensor:
-    r"""Classes of CrossKD (Wang et al., CVPR 2024, arXiv:2306.11369), a quality focal loss (arXiv:2006.04388, eq. 2).
+    r"""Classes of CrossKD (Wang et al., CVPR 2024, arXiv:2306.11369, section 3), a quality focal loss.
+
+    Its form is equation 2 of arXiv:2006.04388.
 
     .. math:: \frac{1}{n} \sum_r w_r \sum_c |\sigma(s_{rc}) - \sigma(t_{rc})|^\beta \,
               \mathrm{BCE}(\sigma(s_{rc}), \sigma(t_{rc}))
@@ -47,7 +49,7 @@ def quality_focal_distance(
 
 
 def overlap_distance(student: Tensor, teacher: Tensor, weight: Tensor, *, normaliser: Tensor) -> Tensor:
-    r"""Boxes of CrossKD (arXiv:2306.11369): :math:`\frac{1}{n} \sum_r w_r (1 - \mathrm{GIoU}(s_r, t_r))`.
+    r"""Boxes of CrossKD (arXiv:2306.11369, section 3): :math:`\frac{1}{n} \sum_r w_r (1 - \mathrm{GIoU}(s_r, t_r))`.
 
     Args:
         student: (..., 4), xyxy px, of the teacher's head on the student's features.
