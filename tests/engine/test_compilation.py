@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,5 +94,23 @@ def test_gradient_ratios_are_still_measured(method: type[KDMethod]) -> None:
     torch._dynamo.reset()
     counters.clear()
     found = step(distiller, toy_batch())[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] >= 1 and distiller.monitor.ratios
+
+
+COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+HEADERS = Path(sysconfig.get_path("include")) / "Python.h"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COMPILER or not HEADERS.is_file(), reason="inductor needs a C++ compiler and Python's headers")
+def test_what_inductor_makes_of_a_method_equals_the_eager_one() -> None:
+    student, teacher = ToyDetector(4), ToyDetector(6, seed=1)
+    distiller = Distiller(student, teacher, ToyMethod(student.spec, teacher.spec))
+    expected = step(copy.deepcopy(distiller), toy_batch())
+    compile_distiller(distiller)
+    torch._dynamo.reset()
+    counters.clear()
+    found = step(distiller, toy_batch())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] >= 1 and distiller.monitor.ratios

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from drkd.adapters import load_detector, save_student
 from drkd.contracts import DrkdError
 from drkd.engine.module import DistillationModule
 from drkd.recipes import training
 from drkd.recipes.recipe import Recipe, load_recipe
-from drkd.recipes.training import build_module, train
+from drkd.recipes.training import build_module, distill, train
 
 
 def _recipe(tiny_coco: Path, output: Path, *extra: str) -> Recipe:
@@ -128,6 +129,36 @@ def test_a_random_teacher_leaves_the_students_start_alone(tiny_coco: Path, tmp_p
     assert torch.equal(ours[head], taught[0][head])
     convolution = "head.classification_head.conv.0.0.weight"
     assert not torch.equal(taught[0][convolution], taught[1][convolution])
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_compiled_and_learns_the_same(tiny_coco: Path, tiny_detector: Path, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    options = [
+        f"--teacher.path={tiny_detector}",
+        "--training.epochs=null",
+        "--training.steps=1",
+        "--training.validate_every=0",
+        "--training.ema=null",
+        "--training.precision=32-true",
+        "--training.accelerator=cpu",
+        "--training.optimization.warmup_steps=0",
+        "--doctor=false",
+    ]
+    runs = []
+    for backend in ("null", "aot_eager"):
+        runs.append(distill(_recipe(tiny_coco, tmp_path / backend, *options, f"--training.compile={backend}")))
+        # Two backbones, and at least one pixel loss.
+        assert (counters["stats"]["unique_graphs"] >= 3) == (backend != "null")
+    plain, compiled = runs
+    assert plain.distiller.monitor.terms and plain.distiller.monitor.ratios
+    torch.testing.assert_close(compiled.distiller.monitor.terms, plain.distiller.monitor.terms, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(compiled.distiller.monitor.ratios, plain.distiller.monitor.ratios, rtol=1e-2, atol=1e-4)
+    ours, theirs = (load_detector(run.folder / "student.pt").state_dict() for run in runs)
+    assert list(ours) == list(theirs)
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_a_run_that_fails_says_so_in_its_folder(
