@@ -134,6 +134,40 @@ def test_sigterm_saves_stops_and_the_run_goes_on_from_that_step(
     assert _differences(_student(tmp_path / "run"), whole) == []
 
 
+@pytest.mark.parametrize(("accumulate", "step"), [(2, 1), (4, 0)])
+def test_a_distillation_that_accumulates_goes_on_from_within_an_epoch(
+    accumulate: int,
+    step: int,
+    tiny_coco: Path,
+    tiny_detector: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Six batches an epoch, stopped in both cases after the fourth; with four a step, an epoch's last step has two."""
+
+    def arguments(output: Path) -> list[str]:
+        options = [
+            f"--teacher.path={tiny_detector}",
+            f"--training.accumulate={accumulate}",
+            "--training.keep=last",
+            "--training.validate_every=0",
+            "--training.optimization.warmup_steps=0",
+            "--doctor=false",
+        ]
+        return ["distill", "--config=digits/retinanet", *_overrides(tiny_coco, output, *options)]
+
+    assert main(arguments(tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        _signal_in_step(step, signal.SIGTERM, patch)
+        assert main(arguments(tmp_path / "run")) == 128 + signal.SIGTERM
+    assert f"at step {step + 1}; a checkpoint of this step is saved" in capsys.readouterr().err
+    saved = AtomicCheckpoints().load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert (saved["epoch"], saved["global_step"]) == (0, step + 1)
+    assert main(arguments(tmp_path / "run")) == 0
+    assert _differences(_student(tmp_path / "run"), _student(tmp_path / "whole")) == []
+
+
 @pytest.fixture
 def requeued(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Signals for which a job was put back; without drkd's handlers a signal does nothing, rather than end pytest."""
