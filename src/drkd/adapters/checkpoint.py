@@ -312,7 +312,11 @@ def _write(file: Path, content: Mapping[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        torch.save(dict(content), aside)
+        with aside.open("wb") as stream:
+            torch.save(dict(content), stream)
+            stream.flush()
+            # On the disk before the rename: a power cut leaves the old file or the new one.
+            os.fsync(stream.fileno())
         aside.replace(file)
     finally:
         aside.unlink(missing_ok=True)

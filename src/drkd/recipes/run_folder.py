@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -64,9 +64,9 @@ def write_json(path: Path, value: Any, *, lasting: bool = True) -> None:
     write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n", lasting=lasting)
 
 
-def _remove_asides(folder: Path) -> None:
-    """Remove what writers that were killed left beside the files of a run; eight characters are tempfile's."""
-    for name in _WRITTEN:
+def remove_asides(folder: Path, names: Iterable[str]) -> None:
+    """Remove what writers that were killed left beside the files of these names; eight characters are tempfile's."""
+    for name in names:
         for file in (*folder.glob(f".{name}.????????"), *folder.glob(f".{name}.*.tmp")):
             file.unlink(missing_ok=True)
 
@@ -121,7 +121,7 @@ class RunFolder:
                 for name in ("checkpoints", "logs"):
                     shutil.rmtree(path / name, ignore_errors=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            _remove_asides(path)
+            remove_asides(path, _WRITTEN)
             # A session that was killed left its own, which is not where this one is.
             (path / "progress.json").unlink(missing_ok=True)
         except OSError as error:

@@ -88,9 +88,12 @@ def test_a_killed_comparison_goes_on(comparison_file: Path, tmp_path: Path) -> N
     _wait(lambda: len(_files(tmp_path)) >= 2)
     driver.kill()
     driver.communicate()
-    before = _files(tmp_path)
-    assert 2 <= len(before) < 7
-    assert set(before) <= set(NAMES)
+    # The writer of one may have been killed, and left it aside.
+    before = {name: content for name, content in _files(tmp_path).items() if name in NAMES}
+    assert len(before) < 7
+    left = tmp_path / "out/cells/tiny/student/.seed0.json.abcd1234"
+    left.parent.mkdir(exist_ok=True)
+    left.write_text("{")
     pids = [int(path.read_text()) for path in (tmp_path / "out" / "runs").rglob("pid")]
     _wait(lambda: not any(_lives(pid) for pid in pids), 15)
     again = _drive(comparison_file, 0.0)

@@ -32,7 +32,7 @@ from drkd.recipes.comparison.definition import Comparison
 from drkd.recipes.comparison.leash import let_go, start_leashed
 from drkd.recipes.comparison.lock import locked_folder
 from drkd.recipes.comparison.progress import Board, Task
-from drkd.recipes.run_folder import write_json
+from drkd.recipes.run_folder import remove_asides, write_json
 
 Rerun = Literal["no", "changed", "all"]
 
@@ -104,6 +104,8 @@ def compare(
             cell.file.unlink(missing_ok=True)
             shutil.rmtree(cell.run_folder, ignore_errors=True)
         _describe(comparison)
+        for cell in cells:
+            remove_asides(cell.file.parent, [cell.file.name])
         missing = [cell for cell in selected if not cell.file.exists()]
         tasks = [_task(cell) for cell in selected]
         board = Board(tasks, console or Console(stderr=True, highlight=False), jobs=comparison.jobs)
