@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from drkd.contracts import DrkdError
+from drkd.recipes.saved_state import find_misfit, is_score
 
 _DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError)
 
@@ -30,6 +33,7 @@ class Restoring(Callback):
         self._checkpoint = checkpoint
         self._needs_best = needs_best
         self._under_way = checkpoint is None
+        self._content: dict[str, Any] = {}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Have Lightning's checkpoint callbacks find their files where the run folder is now.
@@ -38,14 +42,16 @@ class Restoring(Callback):
         Lightning would forget the best score and still look for the best student in the old place.
 
         Raises:
-            DrkdError: If the best student is needed and not there.
+            DrkdError: If the best student is needed and not there, or the state of a callback does not fit.
         """
         del pl_module
+        self._content = checkpoint
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             state = checkpoint["callbacks"].get(callback.state_key)
+            self._refuse(find_misfit(callback.state_dict(), state, callback.state_key) if state is not None else None)
             if not isinstance(callback, ModelCheckpoint) or not state or callback.dirpath is None:
                 continue
-            _move(state, Path(callback.dirpath))
+            self._refuse(_move(state, Path(callback.dirpath)))
             best = state.get("best_model_path")
             if self._needs_best and callback.monitor and best and not Path(best).exists():
                 raise DrkdError(
@@ -53,10 +59,51 @@ class Restoring(Callback):
                     "training.patience). Put the file back, or start anew with --overwrite=true."
                 )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look over what is not taken over yet: counters, schedule, the optimizer's settings, the place in the data.
+
+        Raises:
+            DrkdError: If they cannot be this run's.
+        """
+        del pl_module
+        if self._under_way:
+            return
+        content = self._content
+        optimizers = [optimizer.state_dict()["param_groups"] for optimizer in trainer.optimizers]
+        schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+        saved = [entry["param_groups"] for entry in content["optimizer_states"]]
+        self._refuse(find_misfit(optimizers, saved, "optimizer_states"))
+        self._refuse(find_misfit(schedules, content["lr_schedulers"], "lr_schedulers"))
+        loops = content["loops"]["fit_loop"]
+        self._refuse(find_misfit(trainer.fit_loop.state_dict(), loops, "loops.fit_loop"))
+        places = loops["state_dict"].get("combined_loader", [])
+        self._refuse(find_misfit([{"epoch": 0, "position": 0}] * len(places), places, "loops: combined_loader"))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All is restored."""
-        del trainer, pl_module
+        """All is restored.
+
+        Raises:
+            DrkdError: If counters disagree, or the optimizer's state has other shapes than its parameters.
+        """
+        del pl_module
+        if not self._under_way:
+            step = self._content["global_step"]
+            self._refuse(
+                None if trainer.global_step == step else f"global_step is {step}, loops: {trainer.global_step}"
+            )
+            self._refuse(next(_misfits(trainer.optimizers), None))
+        self._content = {}
         self._under_way = True
+
+    def _refuse(self, reason: str | None) -> None:
+        if reason is not None:
+            raise DrkdError(self._message(reason))
+
+    def _message(self, reason: str) -> str:
+        return (
+            f"{self._checkpoint}: the run cannot go on from this checkpoint ({reason}). It belongs to another recipe "
+            "or is damaged; start anew with --overwrite=true or another --output."
+        )
 
     def __enter__(self) -> Restoring:
         return self
@@ -68,15 +115,57 @@ class Restoring(Callback):
         kept = isinstance(error, DrkdError | torch.OutOfMemoryError)
         if self._under_way or kept or not isinstance(error, _DAMAGE):
             return
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise DrkdError(self._message(_first_line(error))) from error
+
+
+@contextmanager
+def explained_by_checkpoint(path: str | Path) -> Iterator[None]:
+    """A context in which the best student is taken from its checkpoint: an error of Python is the file's fault.
+
+    Raises:
+        DrkdError: On leaving the context, instead of the error.
+    """
+    try:
+        yield
+    except DrkdError as error:
+        raise DrkdError(f"{path}: {error}") from error
+    except _DAMAGE as error:
         raise DrkdError(
-            f"{self._checkpoint}: the run cannot go on from this checkpoint ({type(error).__name__}: {reason}). It "
-            "belongs to another recipe or is damaged; start anew with --overwrite=true or another --output."
+            f"{path}: the best student cannot be taken from this checkpoint ({_first_line(error)}); it is damaged. The "
+            "last student is in last.ckpt beside it: go on with --training.keep=last and without training.patience."
         ) from error
 
 
-def _move(state: dict[str, Any], folder: Path) -> None:
-    """Change a ModelCheckpoint's state as if it had been written in another folder."""
+def _first_line(error: BaseException) -> str:
+    reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+    return f"{type(error).__name__}: {reason}"
+
+
+def _misfits(optimizers: list[torch.optim.Optimizer]) -> Iterator[str]:
+    """Where an optimizer's state is of another shape or kind than the parameter that it belongs to."""
+    states: list[tuple[Any, Any]] = [entry for optimizer in optimizers for entry in optimizer.state.items()]
+    for parameter, state in states:
+        if not isinstance(parameter, torch.Tensor):
+            continue  # of an unknown number, which nothing reads
+        for name, value in state.items() if isinstance(state, dict) else [("state", state)]:
+            whole = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if not (value is None or is_score(value) or (whole and value.layout == torch.strided)):
+                yield f"the optimizer's {name} does not fit a parameter of shape {tuple(parameter.shape)}"
+
+
+def _move(state: dict[str, Any], folder: Path) -> str | None:
+    """Change a ModelCheckpoint's state as if it had been written in another folder; what is wrong with it, if anything.
+
+    Lightning removes the file that it calls the best when there is a better one, and folders too.
+    """
+    paths = [state.get(name, "") for name in ("best_model_path", "kth_best_model_path", "last_model_path")]
+    scores = state.get("best_k_models", {})
+    wrong = next((path for path in (*paths, *scores) if path and not str(path).endswith(".ckpt")), None)
+    if wrong is not None:
+        return f"it names {str(wrong)[:80]!r}, which is no checkpoint"
+    given = [state.get(name) for name in ("best_model_score", "current_score")]
+    if not all(is_score(score) for score in (*scores.values(), *(score for score in given if score is not None))):
+        return "a score of its best students is no number"
 
     def moved(path: str) -> str:
         return str(folder / Path(path).name) if path else path
@@ -87,3 +176,4 @@ def _move(state: dict[str, Any], folder: Path) -> None:
             state[name] = moved(state[name])
     if "best_k_models" in state:
         state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
+    return None
