@@ -78,3 +78,23 @@ def test_a_session_starts_without_what_a_killed_one_left(tmp_path: Path) -> None
         (path / name).write_text("{}")
     _interrupted(path)
     assert sorted(file.name for file in path.iterdir()) == sorted([*mine, "checkpoints", "run.json"])
+
+
+def test_a_record_that_says_infinity_is_kept_without_it(tmp_path: Path) -> None:
+    folder = _interrupted(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text('{"status": "failed", "seconds": Infinity}')
+    folder.start(resolved="", seed=1, kind="train")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["sessions"] == [
+        {"status": "failed", "seconds": None}
+    ]
+
+
+@pytest.mark.parametrize("damage", ["x,0,1.5", "0.5,0,1.5", f"{'9' * 5000},0,1.5", "-,0,1.5"])
+def test_a_damaged_row_of_a_log_is_left_out(damage: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    for part, rows in (("part-000", f"0,0,1.5\n{damage}\n"), ("part-001", "1,0,1.25\n"), ("part-002", "")):
+        (tmp_path / "run" / "logs" / part).mkdir(parents=True)
+        (tmp_path / "run" / "logs" / part / "metrics.csv").write_text(f"step,epoch,loss\n{rows}")
+    (tmp_path / "run" / "logs" / "part-002" / "metrics.csv").write_text("stop,loss\n1,2\n")
+    folder.merge_metrics()
+    assert (tmp_path / "run" / "metrics.csv").read_text() == "step,epoch,loss\n0,0,1.5\n1,0,1.25\n"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -60,7 +62,7 @@ def write_text(path: Path, text: str, *, lasting: bool = True) -> None:
 
 
 def write_json(path: Path, value: Any, *, lasting: bool = True) -> None:
-    """Write JSON, indented; NaN becomes null."""
+    """Write JSON, indented; NaN and infinity become null."""
     write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n", lasting=lasting)
 
 
@@ -76,7 +78,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, float) and value != value:
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
 
@@ -208,8 +210,10 @@ class RunFolder:
         rows: list[dict[str, str]] = []
         for part in sorted((self.path / "logs").glob("part-*/metrics.csv")):
             new = _whole_rows(part)
-            first = min((int(row["step"]) for row in new if row.get("step")), default=0)
-            rows = [row for row in rows if int(row["step"] or 0) < first] + new
+            steps = [int(row["step"]) for row in new if row["step"]]
+            if steps:
+                rows = [row for row in rows if int(row["step"] or 0) < min(steps)]
+            rows += new
         if not rows:
             return
         names = sorted({name for row in rows for name in row} - {"step", "epoch"})
@@ -228,10 +232,14 @@ def is_first_process() -> bool:
 
 
 def _whole_rows(file: Path) -> list[dict[str, str]]:
-    """Rows of a log, without a last one that was cut short when its run was killed."""
+    """Rows of a log that say their step, without a last one that was cut short when its run was killed."""
     text = file.read_text(encoding="utf-8", errors="replace")
     lines = text[: text.rfind("\n") + 1].splitlines()
-    return [row for row in csv.DictReader(lines) if None not in row and None not in row.values()]
+    try:
+        rows = [row for row in csv.DictReader(lines) if None not in row and None not in row.values()]
+    except csv.Error:
+        return []
+    return [row for row in rows if re.fullmatch(r"[0-9]{0,15}", row.get("step", "-"))]
 
 
 def source_commit() -> str | None:
