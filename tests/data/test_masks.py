@@ -124,3 +124,17 @@ def test_corners_far_outside_of_the_image_cost_nothing():
     assert found[0, :5].all() and not found[0, 5:].any()
     near = [[-3.0, 1.0, 14.5, 1.0, 8.0, 12.0]]
     assert pack_segmentation(near, (10, 12)).counts == coco_mask.merge(coco_mask.frPyObjects(near, 10, 12))["counts"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"size": 40, "counts": [2400]},
+        {"size": None, "counts": [2400]},
+        {"size": [40, 60], "counts": [-5, 2405]},
+        {"size": [40, 60], "counts": [0.5, 2399.5]},
+        {"size": [40, 60], "counts": {"a": 1}},
+    ],
+)
+def test_damaged_run_lengths_are_said_to_be(value):
+    assert "run lengths" in pack_segmentation(value, (40, 60))

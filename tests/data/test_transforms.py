@@ -155,3 +155,8 @@ def test_wrong_arguments() -> None:
         collate([])
     with pytest.raises(ValueError, match="positive min_size"):
         train_transforms(min_size=[])
+
+
+def test_an_image_may_become_a_single_px():
+    image, _ = _apply(eval_transforms(min_size=1, max_size=1), [[10.0, 8.0, 30.0, 24.0]])
+    assert image.shape == (3, 1, 1)

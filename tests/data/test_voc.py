@@ -239,3 +239,10 @@ def test_elements_know_their_lines(tmp_path: Path) -> None:
         ("c", 4, ""),
     ]
     assert tree.first("b") is tree.all("b")[0] and tree.first("d") is None
+
+
+def test_a_name_too_long_for_a_file_is_no_file(voc: Path) -> None:
+    (voc / "Annotations/a.xml").write_text(document("a" * 3000))
+    (voc / "ImageSets/Main/train.txt").write_text(f"a\nb\n{'c' * 3000}\n")
+    found = [problem.message for problem in scan(voc).problems]
+    assert len(found) == 1 and "there is no annotation file" in found[0]

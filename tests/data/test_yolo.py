@@ -276,3 +276,25 @@ def test_a_label_file_of_bytes_that_are_no_text(yolo: Path) -> None:
     assert "cannot be read" in str(scan(yolo).problems[0])
     with pytest.raises(DrkdError, match="has 1 error"):
         read_source(find_sources(yolo)["train"])
+
+
+@pytest.mark.parametrize("field", ["train", "path"])
+def test_a_name_too_long_for_a_file_is_no_file(yolo: Path, field: str) -> None:
+    name = "a" * 3000
+    text = f"{_YAML}path: {name}\n" if field == "path" else _YAML.replace("images/train", name)
+    (yolo / "data.yaml").write_text(text)
+    if field == "path":
+        assert len(load_split(yolo, "train").records) == 2
+        return
+    with pytest.raises(DrkdError, match="there is no folder or text file"):
+        load_split(yolo, "train")
+
+
+def test_a_data_set_of_a_name_too_long_for_a_file_is_none(tmp_path: Path) -> None:
+    with pytest.raises(DrkdError, match="there is no such folder"):
+        find_sources(tmp_path / ("a" * 3000))
+
+
+def test_a_split_of_no_folder_is_none(yolo: Path) -> None:
+    (yolo / "data.yaml").write_text(_YAML.replace("images/val", "[]"))
+    assert list(find_sources(yolo)) == ["train"]

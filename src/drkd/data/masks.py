@@ -33,10 +33,12 @@ def pack_segmentation(value: object, size: Size) -> PackedMask | str:
         inside = [_clip(entry, size) for entry in usable]
         parts: list[Any] = coco_mask.frPyObjects(inside, height, width)
         return PackedMask(size, bytes(_counts(coco_mask.merge(parts))))
-    if not isinstance(value, dict) or list(value.get("size", ())) != [height, width]:
+    if not isinstance(value, dict) or value.get("size") not in ([height, width], (height, width)):
         return f"expected polygons, or run lengths with size [{height}, {width}]"
     counts = value.get("counts")
-    if isinstance(counts, list) and _are_numbers(counts) and sum(counts) == height * width:
+    # The library takes them for what they are not where they are negative or fractions.
+    whole = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
+    if isinstance(counts, list) and whole and sum(counts) == height * width:
         return PackedMask(size, bytes(_counts(coco_mask.frPyObjects(value, height, width))))
     if isinstance(counts, str | bytes) and counts:
         packed = PackedMask(size, counts.encode() if isinstance(counts, str) else counts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,8 @@ from drkd.data.unlabelled import put_labels_aside, read_unlabelled
 REST = "rest"
 """In place of a folder of unlabelled images: the training images that ``limit`` cuts off, their labels put aside."""
 
+# Larger images are no photographs, and would take the machine's memory.
+_LARGEST_SIDE = 32_768
 # So many unreadable images in a row are no few bad files but a disk that is gone.
 _MOST_SUBSTITUTES = 16
 
@@ -62,6 +64,14 @@ class TrainLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after that batch."""
         self.order.load_state_dict(state)
+
+
+def _check_numbers(limits: Mapping[str, tuple[float | None, int, int | None]]) -> None:
+    """Raise a DrkdError for the first number that is below its least or above its largest."""
+    for name, (value, least, largest) in limits.items():
+        if value is not None and not (least <= value and (largest is None or value <= largest)):
+            expected = f"at least {least}" if largest is None else f"{least} to {largest}"
+            raise DrkdError(f"data.{name}: expected {expected}, got {value}.")
 
 
 class DetectionDataModule(LightningDataModule):
@@ -130,6 +140,20 @@ class DetectionDataModule(LightningDataModule):
         unlabelled_share: float | None = None,
     ) -> None:
         super().__init__()
+        _check_numbers(
+            {
+                "batch_size": (batch_size, 1, None),
+                "max_size": (max_size, 1, _LARGEST_SIDE),
+                "size_divisor": (size_divisor, 1, _LARGEST_SIDE),
+                "workers": (workers, 0, 1024),
+                "limit": (limit, 1, None),
+                "val_limit": (val_limit, 1, None),
+                "horizontal_flip": (horizontal_flip, 0, 1),
+                "zoom_out": (zoom_out, 0, 1),
+                "random_crop": (random_crop, 0, 1),
+            }
+            | {f"pad_to[{place}]": (side, 1, _LARGEST_SIDE) for place, side in enumerate(pad_to or ())}
+        )
         self._substitutes = _MOST_SUBSTITUTES if unreadable == "skip" else 0
         self._train_dataset: DetectionDataset | None = None
         self._root = root

@@ -37,7 +37,9 @@ class ResizeKeepRatio(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Resize an image or its boxes (called by torchvision)."""
-        return self._call_kernel(functional.resize, inpt, size=list(params["size"]), antialias=True)
+        size = list(params["size"])
+        # PyTorch's antialiased resize of bytes fails where a single px is left.
+        return self._call_kernel(functional.resize, inpt, size=size, antialias=size != [1, 1])
 
 
 def resized_size(size: Size, min_size: int, max_size: int) -> Size:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from drkd.contracts import DrkdError
 from drkd.data.formats import coco_layout, voc, yolo
-from drkd.data.formats.source import FormatName, SplitScan, SplitSource
+from drkd.data.formats.source import FormatName, SplitScan, SplitSource, is_file, is_folder
 from drkd.data.problem import raise_errors
 from drkd.data.split import DatasetSplit
 
@@ -38,7 +38,7 @@ def find_sources(root: Path, *, format: FormatChoice = "auto") -> dict[str, Spli
         DrkdError: If there is no such folder, no split in it, or files of several formats.
     """
     root = Path(root)
-    if not root.exists() or (root.is_file() and root.suffix.lower() not in (".yaml", ".yml")):
+    if not is_folder(root) and not (is_file(root) and root.suffix.lower() in (".yaml", ".yml")):
         raise DrkdError(f"{root}: there is no such folder; expected a data set in COCO, YOLO or VOC format.")
     chosen = {name: entry for name, entry in _FORMATS.items() if format in ("auto", name)}
     if not chosen:

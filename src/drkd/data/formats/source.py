@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -153,6 +154,26 @@ def leads_out(name: str) -> bool:
     """Whether a file name that a data set gives is absolute or climbs out of its folder."""
     parts = PurePosixPath(name.replace("\\", "/"))
     return parts.is_absolute() or ".." in parts.parts or Path(name).is_absolute() or "\0" in name
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that is too long for one names none."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; a name that is too long for one names none."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def shorten(value: object) -> str:

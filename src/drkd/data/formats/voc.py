@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drkd.contracts import DrkdError, Size
-from drkd.data.formats.source import BoxRows, Findings, SplitScan, SplitSource, leads_out, shorten, split_name
+from drkd.data.formats.source import BoxRows, Findings, SplitScan, SplitSource, is_file, leads_out, shorten, split_name
 from drkd.data.formats.xml import Element, parse_xml
 from drkd.data.image import IMAGE_SUFFIXES, read_image_size
 from drkd.data.split import DatasetSplit
@@ -128,9 +128,9 @@ class _Scanner:
                 continue
             file = source.root / "Annotations" / f"{identifier}.xml"
             # Lists of one class have a flag after the name; names themselves may have spaces.
-            if not file.is_file() and (match := re.fullmatch(r"(.+?)\s+(-1|0|1)", identifier)):
+            if not is_file(file) and (match := re.fullmatch(r"(.+?)\s+(-1|0|1)", identifier)):
                 file = source.root / "Annotations" / f"{match[1]}.xml"
-            if not file.is_file():
+            if not is_file(file):
                 found.report(source.file, f"line {line}", "", f"there is no annotation file {file}")
             elif file in files:
                 text = f"'{identifier}' is listed twice; it is used once"
@@ -157,7 +157,7 @@ class _Scanner:
         for other in find(self._source.root).values():
             files = sorted(other.file.glob("*.xml")) if other.file.is_dir() else self._listed_elsewhere(other.file)
             for file in files:
-                if file in own or not file.is_file():
+                if file in own or not is_file(file):
                     continue
                 own.add(file)
                 try:
@@ -181,7 +181,7 @@ class _Scanner:
         options = [folder / name] if name else []
         # Renamed images keep the name of their XML file.
         options += [folder / f"{annotation.file.stem}{suffix}" for suffix in (".jpg", *sorted(IMAGE_SUFFIXES))]
-        path = next((path for path in options if path.is_file()), None)
+        path = next((path for path in options if is_file(path)), None)
         if path is None:
             self._found.report(annotation.file, where, "filename", f"there is no image file {options[0]}")
         return path

@@ -17,6 +17,8 @@ from drkd.data.formats.source import (
     Findings,
     SplitScan,
     SplitSource,
+    is_file,
+    is_folder,
     shorten,
     split_name,
 )
@@ -89,7 +91,7 @@ def read_data_yaml(file: Path) -> DataYaml:
     splits: dict[str, list[str]] = {}
     for key, value in content.items():
         name = split_name(key) if isinstance(key, str) else None
-        if name is None or value is None or value == "":
+        if name is None or value in (None, "", []):
             continue
         entries = [value] if isinstance(value, str) else value
         if not isinstance(entries, list) or not all(isinstance(entry, str) and entry for entry in entries):
@@ -185,7 +187,7 @@ def _base_folder(file: Path, content: dict[Any, Any]) -> Path:
     if not isinstance(path, str):
         raise DrkdError(f"{file}: field 'path': expected a folder, got {shorten(path)}.")
     folder = file.parent / path.replace("\\", "/")
-    if folder.is_dir():
+    if is_folder(folder):
         return folder
     if Path(path).is_absolute():
         raise DrkdError(f"{file}: field 'path': there is no folder {path}.")
@@ -195,10 +197,12 @@ def _base_folder(file: Path, content: dict[Any, Any]) -> Path:
 
 def _resolve(data: DataYaml, entry: str) -> Path:
     """An entry of a split. A leading "../" that leads nowhere is dropped: exports of Roboflow have one too many."""
-    path = data.base / entry
-    if not path.exists() and entry.startswith("../") and (data.base / entry.removeprefix("../")).exists():
-        return data.base / entry.removeprefix("../")
-    return path
+    path, shorter = data.base / entry, data.base / entry.removeprefix("../")
+    return shorter if not _is_there(path) and _is_there(shorter) else path
+
+
+def _is_there(path: Path) -> bool:
+    return is_file(path) or is_folder(path)
 
 
 def _image_folder(data: DataYaml, entries: list[str]) -> Path:
@@ -231,7 +235,7 @@ class _Scanner:
             if (other := label_files.setdefault(label_file, path)) != path:
                 text = f"has the label file of {other.name} too"
                 self._found.report(data.file, f"image {self._show(path)}", "", text, severity="warning")
-            if label_file.is_file():
+            if is_file(label_file):
                 present += 1
                 self._read_labels(label_file, len(paths) - 1, size)
         self._report_orphans(label_files)
@@ -257,13 +261,13 @@ class _Scanner:
         images: dict[Path, None] = {}
         for entry in data.splits.get(self._name, []):
             path = _resolve(data, entry)
-            if path.is_dir():
+            if is_folder(path):
                 listed = [
                     file
                     for file in sorted(path.rglob("*"))
                     if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
                 ]
-            elif path.suffix.lower() == ".txt" and path.is_file():
+            elif path.suffix.lower() == ".txt" and is_file(path):
                 listed = self._read_list(path)
             else:
                 found.report(data.file, "", self._name, f"there is no folder or text file {path}")
@@ -297,7 +301,7 @@ class _Scanner:
             ]
             if not inside:
                 self._found.report(file, f"line {number}", "", f"'{name}' leads out of the data set {self._data.base}")
-            elif (path := next((path for path in inside if path.is_file()), None)) is None:
+            elif (path := next((path for path in inside if is_file(path)), None)) is None:
                 self._found.report(file, f"line {number}", "", f"there is no image file {inside[-1]}")
             else:
                 listed.append(path)
