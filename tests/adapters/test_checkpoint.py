@@ -18,7 +18,7 @@ from drkd.adapters import (
     save_student,
     wrap_torchvision,
 )
-from drkd.adapters.checkpoint import read_preprocessing
+from drkd.adapters.checkpoint import read_category_ids, read_preprocessing
 from drkd.contracts import DrkdError
 
 CLASSES = ("cat", "dog", "cup")
@@ -224,3 +224,52 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         save_student(saved, SMALL.build(CLASSES), builder=SMALL, image_settings=SETTINGS)
     assert saved.read_bytes() == before and [file.name for file in saved.parent.iterdir()] == ["student.pt"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("class_names", ["cat", 3, "cup"], "class_names: expected a list of names"),
+        ("label_ids", [0, "x", 2], "label_ids: expected a number"),
+        ("label_ids", [0], "label_ids: expected a number for each of 3"),
+        ("preprocessing", [], "preprocessing: expected keys"),
+        ("preprocessing", {**SETTINGS, "min_size": float("inf")}, "preprocessing.min_size: expected px"),
+        ("preprocessing", {**SETTINGS, "max_size": 2**31}, "preprocessing.max_size: expected px"),
+        ("preprocessing", {**SETTINGS, "size_divisor": 0}, "preprocessing.size_divisor: expected px"),
+        ("build", "x", "build: expected keys"),
+        ("builder", 3, "builder: expected keys"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(saved, field, value, expected):
+    content = torch.load(saved, weights_only=True)
+    torch.save({**content, field: value}, saved)
+    for read in (load_detector, read_preprocessing, read_category_ids):
+        with pytest.raises(DrkdError, match=rf"student\.pt: {expected}"):
+            read(saved)
+
+
+@pytest.mark.parametrize("extra", [[], {"category_ids": ["cat"]}, {"category_ids": {"cat": float("inf")}}])
+def test_category_ids_are_numbers(saved, extra):
+    torch.save({**torch.load(saved, weights_only=True), "extra": extra}, saved)
+    with pytest.raises(DrkdError, match=r"student\.pt: extra\.category_ids: expected a number"):
+        read_category_ids(saved)
+
+
+def test_arguments_of_the_builder_are_of_its_types(saved):
+    content = torch.load(saved, weights_only=True)
+    content["builder"]["init_args"]["detections_per_image"] = "x"
+    torch.save(content, saved)
+    with pytest.raises(DrkdError, match=r"builder\.init_args\.detections_per_image: expected int, got 'x'"):
+        load_detector(saved)
+
+
+def test_a_file_sends_nobody_to_other_files_or_the_network(saved):
+    content = torch.load(saved, weights_only=True)
+    content["builder"]["init_args"].update(weights="../elsewhere.pt", backbone_weights="imagenet")
+    torch.save(content, saved)
+    assert load_detector(saved).spec.class_names == CLASSES
+
+
+def test_a_name_too_long_for_a_file_is_one_paragraph():
+    with pytest.raises(DrkdError, match="cannot be read"):
+        load_detector("a" * 3000)

@@ -292,3 +292,22 @@ def test_a_checkpoint_that_holds_code_is_refused(tmp_path):
     torch.save({"state_dict": {}, "meta": MMDetectionBuilder}, tmp_path / "a.pth")
     with pytest.raises(DrkdError, match="could run code"):
         MMDetectionBuilder(path=str(tmp_path / "a.pth")).build(("cat",))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("backbone.layer1.0.conv2.weight", lambda tensor: None),
+        ("backbone.layer1.0.conv2.weight", lambda tensor: tensor.flatten()[:1].reshape(())),
+        ("backbone.layer1.0.conv2.weight", lambda tensor: tensor.new_zeros(0)),
+        ("neck.lateral_convs.0.conv.weight", lambda tensor: tensor.flatten()),
+        ("backbone.layer4.0.bn1.weight", lambda tensor: tensor.to_sparse()),
+    ],
+)
+def test_damage_is_one_paragraph(name, change, tmp_path):
+    state = draw_state(small_retinanet())
+    state[name] = change(state[name])
+    path = save({key: value for key, value in state.items() if value is not None}, tmp_path / "damaged.pth")
+    with pytest.raises(DrkdError, match=r"damaged\.pth: ") as caught:
+        MMDetectionBuilder(path=path, part="features").build(("cat",))
+    assert "\n" not in str(caught.value)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drkd.adapters.argument_types import find_mistyped
 from drkd.adapters.damage import explained_by_file
 from drkd.adapters.hooked_builder import LIBRARY as HOOKS
 from drkd.adapters.hooked_builder import describe_hooked, rebuild_hooked
@@ -44,6 +45,8 @@ _BUILDERS |= {
     f"drkd.adapters.{builder.__name__}": builder for builder in (MaskRCNNBuilder, SSD300Builder, SSDLiteBuilder)
 }
 _KEYS = ("state_dict", "build", "builder", "class_names", "label_ids", "preprocessing")
+# Larger images are no photographs, and would take the machine's memory.
+_LARGEST_SIDE = 32_768
 
 
 @dataclass(frozen=True)
@@ -194,8 +197,11 @@ def read_category_ids(path: str | Path) -> dict[str, int]:
     Raises:
         DrkdError: If the file cannot be read or was not written by drkd.
     """
-    ids = _read(path).get("extra", {}).get("category_ids", {})
-    return {str(name): int(number) for name, number in ids.items()}
+    extra = _read(path).get("extra", {})
+    ids = extra.get("category_ids", {}) if isinstance(extra, Mapping) else None
+    if not isinstance(ids, Mapping) or not all(type(number) is int for number in ids.values()):
+        raise DrkdError(f"{path}: extra.category_ids: expected a number for each class, got {_shown(ids)}.")
+    return {str(name): number for name, number in ids.items()}
 
 
 def _describe(
@@ -257,7 +263,33 @@ def _read(path: str | Path) -> dict[str, Any]:
             f"{path}: holds a model of your own, which drkd cannot rebuild: build it, then fill it with "
             "drkd.adapters.load_state(model, path) and wrap it."
         )
+    _check_content(path, content)
     return dict(content)
+
+
+def _check_content(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Refuse a file whose plain values are of kinds that fail later, or far from here."""
+    names, labels, settings = content["class_names"], content["label_ids"], content["preprocessing"]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise DrkdError(f"{path}: class_names: expected a list of names, got {_shown(names)}.")
+    if not isinstance(labels, list) or len(labels) != len(names) or not all(type(label) is int for label in labels):
+        raise DrkdError(f"{path}: label_ids: expected a number for each of {len(names)} classes, got {_shown(labels)}.")
+    if not isinstance(settings, Mapping):
+        raise DrkdError(f"{path}: preprocessing: expected keys with values, got {_shown(settings)}.")
+    for field in ("min_size", "max_size", "size_divisor"):
+        value = settings.get(field)
+        if type(value) is not int or not 1 <= value <= _LARGEST_SIDE:
+            raise DrkdError(
+                f"{path}: preprocessing.{field}: expected px from 1 to {_LARGEST_SIDE}, got {_shown(value)}."
+            )
+    for field in ("build", "builder"):
+        if not isinstance(content[field], Mapping):
+            raise DrkdError(f"{path}: {field}: expected keys with values, got {_shown(content[field])}.")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _read_builder(path: str | Path, entry: Mapping[str, Any]) -> _Builder:
@@ -266,7 +298,12 @@ def _read_builder(path: str | Path, entry: Mapping[str, Any]) -> _Builder:
     if builder is None:
         raise DrkdError(f"{path}: asks for builder {class_path!r}; expected one of {', '.join(_BUILDERS)}.")
     try:
-        return builder(**{name: _tuples(value) for name, value in entry["init_args"].items()})
+        arguments = {name: _tuples(value) for name, value in entry["init_args"].items()}
+        # The file's own weights are what it is for: it has no business with other files, or with a network.
+        arguments.update({name: None for name in ("weights", "backbone_weights") if name in arguments})
+        if (wrong := find_mistyped(builder, arguments)) is not None:
+            raise DrkdError(f"{path}: builder.init_args.{wrong}.")
+        return builder(**arguments)
     except (TypeError, KeyError, AttributeError) as error:
         raise DrkdError(f"{path}: its builder does not fit this version of drkd ({error}).") from error
 

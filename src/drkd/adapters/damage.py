@@ -27,8 +27,8 @@ def explained_by_file(
         except _DAMAGE as error:
             reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
             raise DrkdError(
-                f"{path}: the checkpoint does not describe a detector that can be built; it is damaged, or another "
-                f"version of drkd wrote it ({type(error).__name__}: {reason})."
+                f"{path}: the checkpoint does not describe a detector that can be built; it is damaged, or of another "
+                f"version than is known here ({type(error).__name__}: {reason})."
             ) from error
 
     return wrapped

@@ -16,6 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from drkd.adapters.damage import explained_by_file
 from drkd.adapters.labels import coco_categories
 from drkd.adapters.mmdetection_parts import (
     AlignedRoIPool,
@@ -80,7 +81,10 @@ class MMDetectionBuilder(DetectorBuilder):
         Raises:
             DrkdError: If the file cannot be read, is of another kind of detector, or its weights do not fit.
         """
-        state = read_state(self.path)
+        return _build(self.path, self, class_names)
+
+    def build_from(self, state: Mapping[str, Tensor], class_names: Sequence[str]) -> Detector:
+        """Build the detector from tensors by MMDetection's names; see `build`."""
         plan = read_architecture(state, self.path)
         if self.part == "features":
             state = {name: value for name, value in state.items() if name.startswith(("backbone.", "neck."))}
@@ -199,6 +203,11 @@ class MMDetectionBuilder(DetectorBuilder):
             **shared,
         )
         return model
+
+
+@explained_by_file
+def _build(path: str, builder: MMDetectionBuilder, class_names: Sequence[str]) -> Detector:
+    return builder.build_from(read_state(path), class_names)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,11 @@ def read_checkpoint(path: str | Path) -> Any:
         DrkdError: If the file is missing, cut short, no checkpoint, or holds objects that would run code.
     """
     file = shipped_checkpoint(path)
-    if not file.is_file():
+    try:
+        found = file.is_file()
+    except OSError as error:  # the name is too long for one, say
+        raise DrkdError(f"{str(file)[:200]}: the checkpoint file cannot be read ({error.strerror}).") from error
+    if not found:
         raise DrkdError(f"{file}: no such checkpoint file.")
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
