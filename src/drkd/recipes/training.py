@@ -28,6 +28,7 @@ from drkd.engine.nonfinite import NonFiniteSteps
 from drkd.engine.quiet import quiet_lightning
 from drkd.engine.training_cost import TrainingCost
 from drkd.evaluation import CocoEvaluator
+from drkd.recipes.building import explained_by_recipe
 from drkd.recipes.evaluation import evaluate_detector
 from drkd.recipes.inheritance import inherit_neck_and_head
 from drkd.recipes.limits import check_device, check_unlabelled
@@ -35,7 +36,7 @@ from drkd.recipes.precision import choose_precision
 from drkd.recipes.preflight import preflight
 from drkd.recipes.recipe import Recipe
 from drkd.recipes.requeue import requeue, under_slurm
-from drkd.recipes.restoring import Restoring
+from drkd.recipes.restoring import Restoring, explained_by_checkpoint
 from drkd.recipes.run_folder import RunFolder, is_first_process, write_json
 from drkd.recipes.teacher_assembly import build_teacher, build_teachers, short_side
 
@@ -96,8 +97,9 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
     """
     names = recipe.data.class_names
     lightning.seed_everything(recipe.seed, verbose=False)
-    student = recipe.student.build(names)
-    student.expect_image_size(short_side(recipe.data.image_settings))
+    with explained_by_recipe("student"):
+        student = recipe.student.build(names)
+        student.expect_image_size(short_side(recipe.data.image_settings))
     teacher: Detector | dict[str, Detector] | None = None
     method = None
     if kind == "distill" or recipe.inherit:
@@ -111,20 +113,21 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
         method = recipe.method
     else:
         teacher = None
-    distiller = Distiller(
-        student,
-        teacher,
-        method,
-        calibration_steps=recipe.training.calibration_steps,
-        monitor_interval=recipe.training.monitor_interval,
-        accumulate=recipe.training.accumulate,
-        teacher_weights=(
-            {name: entry.weight for name, entry in (recipe.teachers or {}).items()}
-            if isinstance(teacher, dict)
-            else None
-        ),
-        unlabelled=recipe.training.unlabelled,
-    )
+    with explained_by_recipe("method" if method is not None else "training"):
+        distiller = Distiller(
+            student,
+            teacher,
+            method,
+            calibration_steps=recipe.training.calibration_steps,
+            monitor_interval=recipe.training.monitor_interval,
+            accumulate=recipe.training.accumulate,
+            teacher_weights=(
+                {name: entry.weight for name, entry in (recipe.teachers or {}).items()}
+                if isinstance(teacher, dict)
+                else None
+            ),
+            unlabelled=recipe.training.unlabelled,
+        )
     if distiller.teacher is not None:
         check_unlabelled(recipe, student=student, teacher=distiller.teacher)
     if recipe.training.compile is not None:
@@ -174,16 +177,18 @@ def assemble_teacher(recipe: Recipe) -> Detector | dict[str, Detector] | None:
                 "teachers: the recipe names several teachers, so leave out teacher, class_map and teacher_size (each "
                 "entry of teachers has its own)."
             )
-        return dict(build_teachers(recipe.teachers, names, image_settings=settings))
+        with explained_by_recipe("teachers"):
+            return dict(build_teachers(recipe.teachers, names, image_settings=settings))
     if recipe.teacher is None:
         return None
-    return build_teacher(
-        recipe.teacher,
-        names,
-        image_settings=settings,
-        class_map=recipe.class_map,
-        teacher_size=recipe.teacher_size,
-    )
+    with explained_by_recipe("teacher"):
+        return build_teacher(
+            recipe.teacher,
+            names,
+            image_settings=settings,
+            class_map=recipe.class_map,
+            teacher_size=recipe.teacher_size,
+        )
 
 
 def _run(recipe: Recipe, *, kind: str) -> RunResult:
@@ -295,12 +300,16 @@ def _restore(
                 "training.keep: the run ended before its first validation, so there is no best student; the last one "
                 "is in the checkpoint. Lower training.validate_every, or train for longer."
             )
-        saved = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
-        module.load_state_dict(saved["state_dict"], strict=False)
-        states = [state for key, state in saved["callbacks"].items() if key.startswith("StudentAverage")]
-        if average is not None and states:
-            average.load_state_dict(states[0])
-    if average is not None:
+        saved = AtomicCheckpoints().load_checkpoint(best.best_model_path)
+        with explained_by_checkpoint(best.best_model_path):
+            module.on_load_checkpoint(saved)  # which compares the names
+            module.load_state_dict(saved["state_dict"], strict=False)
+            states = [state for key, state in saved["callbacks"].items() if str(key).startswith("StudentAverage")]
+            if average is not None and states:
+                average.load_state_dict(states[0])
+            if average is not None:
+                average.apply_to(module)
+    elif average is not None:
         average.apply_to(module)
 
 
