@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "robustness"))
 
-from fuzz import campaign, guarded
+from fuzz import KINDS, campaign
+from mutations import Watch, guarded, mutate_value
 
 from drkd.contracts import DrkdError
 from drkd.data.formats.coco import read_coco
@@ -51,13 +55,42 @@ _DOCUMENTS = st.fixed_dictionaries(
 )
 
 
+# A kind whose inputs are runs, models or recipes has fewer of them: all take half a minute.
+_CHEAP = ("coco", "yolo", "voc", "image", "checkpoint")
+_DEAR = {"recipe": 10, "build": 6, "comparison": 4, "student": 15, "teacher": 15, "mmdetection": 4, "resume": 6}
+
+
 def test_mutated_files_work_or_are_refused(tmp_path: Path) -> None:
+    assert set(KINDS) == {*_CHEAP, *_DEAR}
     (tmp_path / "work").mkdir()
-    outcomes = campaign(tmp_path / "work", count=40, seed=7)
+    shares = dict.fromkeys(_CHEAP, 1.0) | {kind: count / 40 for kind, count in _DEAR.items()}
+    outcomes = campaign(tmp_path / "work", count=40, seed=7, kinds=shares)
     assert {kind: set(counter) - {"works", "refused"} for kind, counter in outcomes.items()} == {
-        kind: set() for kind in ("annotations", "recipe", "student", "checkpoint", "image")
+        kind: set() for kind in KINDS
     }
-    assert all(counter["refused"] for counter in outcomes.values())
+    assert all(outcomes[kind]["refused"] for kind in _CHEAP)
+    assert outcomes["resume"]["works"] + outcomes["resume"]["refused"] == _DEAR["resume"]
+
+
+def test_the_watch_sees_what_is_written_and_started_outside(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    watch = Watch(tmp_path / "work")
+    watch.active = True
+    (tmp_path / "work" / "inside.txt").write_text("x")
+    (tmp_path / "outside.txt").write_text("x")
+    (tmp_path / "folder").mkdir()
+    subprocess.run([sys.executable, "-c", ""], check=True)
+    watch.active = False
+    (tmp_path / "after.txt").write_text("x")
+    seen = [entry.partition(" ")[0] for entry in watch.seen]
+    assert seen == ["open", "os.mkdir", "subprocess.Popen"]
+
+
+def test_a_mutated_value_is_another_one_and_the_first_is_as_it_was() -> None:
+    value = {"a": [1, {"b": torch.zeros(3)}], "c": "x"}
+    for seed in range(60):
+        mutate_value(random.Random(seed), value)
+    assert value["a"][0] == 1 and torch.equal(value["a"][1]["b"], torch.zeros(3)) and value["c"] == "x"
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
