@@ -41,8 +41,17 @@ def test_state_of_another_kind_is_named(own: Any, saved: Any, place: str) -> Non
 
 
 def test_state_of_the_same_kind_passes() -> None:
-    own = {"a": 0, "b": 0.5, "c": None, "d": [], "e": torch.tensor(float("inf")), "f": "", "new": 1}
-    saved = {"a": 7, "b": 1, "c": torch.tensor(0.5), "d": [1, 2], "e": torch.tensor(0.5), "f": "y", "old": object()}
+    own = {"a": 0, "b": 0.5, "c": None, "d": [], "e": torch.tensor(float("inf")), "f": "", "new": 1, "g": float("inf")}
+    saved = {
+        "a": 7,
+        "b": 1,
+        "c": torch.tensor(0.5),
+        "d": [1, 2],
+        "e": torch.tensor(0.5),
+        "f": "y",
+        "old": object(),
+        "g": float("inf"),
+    }
     assert find_misfit(own, saved, "x") is None
 
 
@@ -130,6 +139,12 @@ def test_a_whole_checkpoint_passes() -> None:
     _restore(_Trainer())
 
 
+def test_an_optimizers_own_shapes_are_its_own() -> None:
+    trainer = _Trainer()
+    trainer.optimizers[0].state[trainer.optimizers[0].param_groups[0]["params"][0]]["exp_avg_sq_row"] = torch.zeros(2)
+    _restore(trainer)
+
+
 def _change(trainer: Any, what: str) -> None:
     content = trainer.content
     fit = content["loops"]["fit_loop"]
@@ -145,12 +160,16 @@ def _change(trainer: Any, what: str) -> None:
         content["optimizer_states"][0]["param_groups"][0]["lr"] = "x"
     elif what == "schedule":
         content["lr_schedulers"][0]["base_lrs"] = None
+    elif what == "bare":
+        trainer.optimizers[0].state[trainer.optimizers[0].param_groups[0]["params"][0]] = "x"
     else:
         value = torch.zeros(2, 3).to_sparse() if what == "sparse" else torch.zeros(7)
         trainer.optimizers[0].state[trainer.optimizers[0].param_groups[0]["params"][0]]["momentum_buffer"] = value
 
 
-@pytest.mark.parametrize("what", ["step", "counter", "place", "optimizers", "rate", "schedule", "sparse", "shape"])
+@pytest.mark.parametrize(
+    "what", ["step", "counter", "place", "optimizers", "rate", "schedule", "sparse", "shape", "bare"]
+)
 def test_what_would_fail_steps_later_or_never_end_is_refused_first(what: str) -> None:
     trainer = _Trainer()
     _change(trainer, what)

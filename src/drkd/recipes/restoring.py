@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from drkd.contracts import DrkdError
 from drkd.recipes.saved_state import find_misfit, is_score
 
+# What optimizers keep of each parameter in its own shape; Adafactor's rows and columns, say, have others.
+_AS_LARGE = ("momentum_buffer", "exp_avg", "max_exp_avg_sq", "square_avg", "sum")
 _DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError)
 
 
@@ -147,9 +149,11 @@ def _misfits(optimizers: list[torch.optim.Optimizer]) -> Iterator[str]:
     for parameter, state in states:
         if not isinstance(parameter, torch.Tensor):
             continue  # of an unknown number, which nothing reads
-        for name, value in state.items() if isinstance(state, dict) else [("state", state)]:
+        entries = state if isinstance(state, dict) else {_AS_LARGE[0]: state}
+        for name in entries.keys() & set(_AS_LARGE):
+            value = entries[name]
             whole = isinstance(value, torch.Tensor) and value.shape == parameter.shape
-            if not (value is None or is_score(value) or (whole and value.layout == torch.strided)):
+            if not (value is None or (whole and value.layout == torch.strided)):
                 yield f"the optimizer's {name} does not fit a parameter of shape {tuple(parameter.shape)}"
 
 
