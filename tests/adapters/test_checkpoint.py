@@ -217,7 +217,7 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
     before = saved.read_bytes()
 
     def fail(_, file):
-        Path(file).write_bytes(b"half")
+        file.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)

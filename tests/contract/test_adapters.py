@@ -35,7 +35,10 @@ from drkd.methods import DRKD, PKD
 FEATURES, LOSSES, BOTH = (frozenset[Want](want) for want in (["features"], ["losses"], ["features", "losses"]))
 # Learns from the teachers that cannot learn themselves.
 STUDENT = "drkd.adapters.torchvision.RetinaNetBuilder"
-ARGUMENTS = {"Combination": {"methods": {"relations": DRKD, "features": PKD}}}
+ARGUMENTS = {
+    "Combination": {"methods": {"relations": DRKD, "features": PKD}},
+    "MismatchedTeacher": {"method": DRKD},
+}
 SIZES = [(64, 96), (64, 96), (50, 96), (64, 70)]
 # Neither the first nor the last: a shift of labels by one is seen both ways.
 LABEL = 1

@@ -27,7 +27,10 @@ CONFIG: dict[str, Any] = {
     "num_queries": 20,
     "num_denoising": 5,
 }
-ARGUMENTS = {"Combination": {"methods": {"relations": DRKD, "features": PKD}}}
+ARGUMENTS = {
+    "Combination": {"methods": {"relations": DRKD, "features": PKD}},
+    "MismatchedTeacher": {"method": DRKD},
+}
 EXPORTED = [getattr(drkd.methods, name) for name in drkd.methods.__all__]
 METHODS = [entry for entry in EXPORTED if isinstance(entry, type) and issubclass(entry, KDMethod)]
 ON_FEATURES = [method for method in METHODS if method.needs == {"features"}]

@@ -38,8 +38,11 @@ class ResizeKeepRatio(v2.Transform):
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Resize an image or its boxes (called by torchvision)."""
         size = list(params["size"])
-        # PyTorch's antialiased resize of bytes fails where a single px is left.
-        return self._call_kernel(functional.resize, inpt, size=size, antialias=size != [1, 1])
+        if size == [1, 1] and isinstance(inpt, tv_tensors.Image):
+            # PyTorch's resize of bytes fails where a single px is left.
+            pixel = inpt.float().mean(dim=(-2, -1), keepdim=True).round().to(inpt.dtype)
+            return tv_tensors.wrap(pixel, like=inpt)
+        return self._call_kernel(functional.resize, inpt, size=size, antialias=True)
 
 
 def resized_size(size: Size, min_size: int, max_size: int) -> Size:
