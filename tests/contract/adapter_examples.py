@@ -30,7 +30,8 @@ class Example:
         arguments: Of the builder, such that the detector is small and detects something untrained (threshold 0); or a
             function of an empty folder that returns them, for what reads files.
         needs: Optional package without which the case is skipped.
-        learning_rate: Of Adam, with which the task losses fall in 20 steps.
+        learning_rate: Of Adam, with which the task losses fall in these steps.
+        steps: How many; more for a detector whose losses rise at first, or where 20 steps depend on the CPU's rounding.
         images: How many images these steps are on; fewer for a detector that is large whatever its arguments.
         load: More arguments of `load_detector`, and of `SavedDetectorBuilder`, for its saved file.
         lacks: What a detector of this builder cannot do by its nature, and why: no losses (it only teaches), no
@@ -42,6 +43,7 @@ class Example:
     arguments: dict[str, Any] | Callable[[Path], dict[str, Any]]
     needs: str | None = None
     learning_rate: float = 2e-3
+    steps: int = 20
     images: int = 8
     load: dict[str, Any] | None = None
     lacks: dict[Ability, str] = field(default_factory=dict)
@@ -144,10 +146,11 @@ EXAMPLES: dict[str, Example] = {
         },
         needs="transformers",
         learning_rate=3e-3,
+        steps=60,
     ),
     "drkd.adapters.transformers.PretrainedDetrBuilder": Example(_published, needs="transformers"),
     "drkd.adapters.ultralytics.UltralyticsBuilder": Example(
-        {"model": "yolo11n.yaml", "score_threshold": 0.0}, needs="ultralytics", learning_rate=1e-2
+        {"model": "yolo11n.yaml", "score_threshold": 0.0}, needs="ultralytics", learning_rate=1e-2, steps=60
     ),
     "drkd.adapters.mmdetection.MMDetectionBuilder": Example(_mmdetection, lacks={"loading": _NOT_LOADED}),
     "drkd.adapters.mmdetection.MMDetectionBuilder#features": Example(

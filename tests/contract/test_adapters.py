@@ -128,13 +128,13 @@ def detector(builder: DetectorBuilder) -> Detector:
 
 @pytest.fixture(scope="module")
 def trained(path: str, builder: DetectorBuilder) -> tuple[Detector, list[float]]:
-    """A detector after 20 steps on some images whose boxes are all of one class, and the task loss of each step."""
+    """A detector after some steps on some images whose boxes are all of one class, and the task loss of each step."""
     require(path, "losses")
     detector = build(builder).train()
     batch = make_batch([*SIZES, *SIZES][: EXAMPLES[path].images])
     optimizer = torch.optim.Adam([p for p in detector.parameters() if p.requires_grad], lr=EXAMPLES[path].learning_rate)
     losses = []
-    for step in range(20):
+    for step in range(EXAMPLES[path].steps):
         torch.manual_seed(step)
         loss = total(detector(batch, want=LOSSES))
         optimizer.zero_grad()
