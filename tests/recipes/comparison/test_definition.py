@@ -130,3 +130,11 @@ def test_the_example_of_the_documentation_is_a_comparison(comparison_file: Path,
     assert cells["wide/drkd/0"].settings["student"]["init_args"]["width"] == 0.5
     assert cells["birds/short/0"].settings["training"]["epochs"] == 6
     assert cells["birds/pkd/2"].settings["method"]["init_args"]["weight"] == 0.5
+
+
+@pytest.mark.parametrize(("key", "value"), [("reference", None), ("seeds", [0, None]), ("jobs", None)])
+def test_null_is_no_number_and_no_method(key: str, value: object, comparison_file: Path) -> None:
+    content = yaml.safe_load(comparison_file.read_text())
+    comparison_file.write_text(yaml.safe_dump({**content, key: value}))
+    with pytest.raises(DrkdError, match=key):
+        load_comparison(comparison_file)
