@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,6 +22,7 @@ from fuzz import KINDS, campaign
 from mutations import Watch, guarded, mutate_value
 
 from drkd.contracts import DrkdError
+from drkd.data.dataset import load_split
 from drkd.data.formats.coco import read_coco
 from drkd.recipes import prediction
 from drkd.recipes.prediction import predict
@@ -100,6 +102,41 @@ def test_any_annotations_work_or_are_refused(document: dict[str, Any], tmp_path:
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "1.png")
     (tmp_path / "a.json").write_text(json.dumps(document))
     assert guarded(lambda: read_coco(tmp_path / "a.json", tmp_path / "images")) in ("works", "refused")
+
+
+_WORDS = st.sampled_from(["0", "1", "0.5", "0.25", "-1", "nan", "1e400", "x", "\x00", "²", "1_0"]) | st.text(max_size=3)
+_NAMES = st.lists(st.text(max_size=3), max_size=3) | st.dictionaries(st.integers(0, 3), st.text(max_size=3), max_size=3)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lines=st.lists(st.lists(_WORDS, max_size=8), max_size=4),
+    content=_mostly({"names": _NAMES, "train": st.just("images"), "nc": _IDS, "path": st.just("."), "kpt_shape": _IDS}),
+)
+def test_any_yolo_files_work_or_are_refused(lines: list[list[str]], content: dict[str, Any], tmp_path: Path) -> None:
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "1.png")
+    (tmp_path / "labels" / "1.txt").write_text("\n".join(map(" ".join, lines)), encoding="utf-8", errors="replace")
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
+    assert guarded(lambda: load_split(tmp_path, "train")) in ("works", "refused")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    words=st.lists(st.tuples(st.sampled_from(["filename", "name", "difficult", "xmin", "width"]), _WORDS), max_size=6),
+    listed=st.lists(_WORDS, max_size=3),
+)
+def test_any_voc_files_work_or_are_refused(words: list[tuple[str, str]], listed: list[str], tmp_path: Path) -> None:
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "JPEGImages" / "1.png")
+    fields = "".join(f"<{tag}>{word}</{tag}>" for tag, word in words)
+    text = f"<annotation>{fields}<size>{fields}</size><object>{fields}<bndbox>{fields}</bndbox></object></annotation>"
+    (tmp_path / "Annotations" / "1.xml").write_text(text, encoding="utf-8", errors="replace")
+    lines = "\n".join(["1", *listed])
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text(lines, encoding="utf-8", errors="replace")
+    assert guarded(lambda: load_split(tmp_path, "train")) in ("works", "refused")
 
 
 @pytest.mark.parametrize("name", ["../x.png", "a/../../x.png", "/etc/passwd", "..\\x.png", "C:\\x.png\0"])
