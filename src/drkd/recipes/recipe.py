@@ -14,6 +14,7 @@ from drkd.data.module import DetectionDataModule
 from drkd.engine.module import Optimization
 from drkd.engine.unlabelled import UnlabelledImages
 from drkd.recipes.limits import check_training
+from drkd.recipes.null_values import refuse_nulls
 from drkd.recipes.recipe_error import readable
 from drkd.recipes.recipe_file import RecipeFile
 from drkd.recipes.teacher_assembly import WeightedTeacher
@@ -212,8 +213,9 @@ def instantiate(parser: ArgumentParser, config: Namespace) -> Recipe:
     """Turn a parsed recipe into objects.
 
     Raises:
-        DrkdError: If a value is out of its range.
+        DrkdError: If a value is out of its range, or null where it must not be.
     """
+    refuse_nulls(parser, config)
     resolved = parser.dump(config, skip_unset=False)
     try:
         built = parser.instantiate(config)

@@ -15,6 +15,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from drkd.contracts import DrkdError
 from drkd.recipes.builtin import builtin_recipe
+from drkd.recipes.null_values import refuse_nulls
 from drkd.recipes.recipe_error import readable
 from drkd.recipes.recipe_file import find_recipe, recipe_chain
 
@@ -159,6 +160,10 @@ def instantiate(parser: ArgumentParser, config: Namespace) -> Comparison:
     Raises:
         DrkdError: Naming file and field.
     """
+    try:
+        refuse_nulls(parser, config)
+    except DrkdError as error:
+        raise DrkdError(f"{source_of(config)}: {error}") from None
     built = parser.instantiate(config)
     comparison = Comparison(**{item.name: built[item.name] for item in fields(Comparison)})
     comparison = replace(

@@ -1,0 +1,60 @@
+"""Null where there is a default and the type has no place for it is refused with the key's name."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from drkd.contracts import DrkdError
+from drkd.recipes.recipe import load_recipe
+
+_RECIPE: dict[str, Any] = {
+    "student": {"class_path": "drkd.adapters.RetinaNetBuilder", "init_args": {"width": 0.25}},
+    "method": {"class_path": "drkd.methods.DRKD", "init_args": {"nodes": 4}},
+    "data": {"root": "data", "pad_to": None},
+    "training": {"steps": 2, "epochs": None, "optimization": {"backbone_learning_rate": None}},
+    "evaluation": {"split": None},
+    "output": "run",
+}
+
+
+def _load(keys: list[str], folder: Path) -> None:
+    content = copy.deepcopy(_RECIPE)
+    place = content
+    for key in keys[:-1]:
+        place = place.setdefault(key, {})
+    place[keys[-1]] = None
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    load_recipe([folder / "recipe.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("data.batch_size", "data.batch_size"),
+        ("data.format", "data.format"),
+        ("training.accumulate", "training.accumulate"),
+        ("training.precision", "training.precision"),
+        ("training.optimization.gamma", "training.optimization.gamma"),
+        ("training.optimization", "training.optimization"),
+        ("evaluation.area_scale", "evaluation.area_scale"),
+        ("evaluation", "evaluation"),
+        ("overwrite", "overwrite"),
+        ("student.init_args.fpn_channels", "student.fpn_channels"),
+        ("method.init_args.nodes", "method.nodes"),
+    ],
+)
+def test_null_is_refused_with_its_key(key: str, named: str, tmp_path: Path) -> None:
+    with pytest.raises(DrkdError, match=rf"^{named}: expected .*, got null"):
+        _load(key.split("."), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key", ["training.ema", "student.init_args.backbone_weights", "teacher", "class_map", "method"]
+)
+def test_null_that_means_something_passes(key: str, tmp_path: Path) -> None:
+    _load(key.split("."), tmp_path)
