@@ -168,6 +168,14 @@ def test_the_average_equals_its_definition(tmp_path: object) -> None:
     torch.testing.assert_close(average.state_dict()["average"]["module.model.head.bias"], expected)
 
 
+def test_an_infinite_mask_stays_one_in_the_average(tmp_path: object) -> None:
+    ours, average = module(), StudentAverage(0.5)
+    mask = torch.tensor([0.0, float("-inf")])
+    ours.distiller.student.model.register_buffer("mask", mask.clone())
+    trainer(tmp_path, average, max_epochs=2).fit(ours, loader())
+    assert torch.equal(average.state_dict()["average"]["module.model.mask"], mask)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path: object) -> None:
     with pytest.raises(DrkdError, match=r"became NaN or infinite at step \d+.*learning_rate"):
         trainer(tmp_path, FiniteLossGuard(), max_epochs=20).fit(module(learning_rate=1e30), loader())

@@ -19,7 +19,8 @@ from drkd.engine.module import DistillationModule
 class StudentAverage(Callback):
     """Exponential moving average of the student, used for validation and for what is saved as the student.
 
-    Lightning's own averaging copies the whole module, teacher included; this one copies the student only.
+    Lightning's own averaging copies the whole module, teacher included; this one copies the student only. Buffers that
+    hold an infinity, such as a mask, are taken as they are: an infinity has no average.
 
     Args:
         decay: Share of the old average kept at a step, in (0, 1), once training is under way. Early on the share is
@@ -31,6 +32,7 @@ class StudentAverage(Callback):
             raise DrkdError(f"training.ema: expected a decay in (0, 1), got {decay}")
         self.decay = decay
         self._average: AveragedModel | None = None
+        self._copied: list[tuple[Tensor, Tensor]] = []
         self._saved: dict[str, Any] | None = None
         self._swapped: dict[str, Tensor] | None = None
 
@@ -47,6 +49,8 @@ class StudentAverage(Callback):
         if self._saved is not None:
             self._average.load_state_dict(self._saved)
             self._saved = None
+        ours = dict(self._average.module.named_buffers())
+        self._copied = [(ours[name], value) for name, value in student.named_buffers() if not value.isfinite().all()]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -59,6 +63,8 @@ class StudentAverage(Callback):
         decay = min(self.decay, (1 + step) / (10 + step))
         self._average.multi_avg_fn = get_ema_multi_avg_fn(decay)
         self._average.update_parameters(_student(pl_module))
+        for ours, value in self._copied:
+            ours.copy_(value)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate the average."""
