@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -29,6 +29,10 @@ PredictionKind = Literal["anchors", "default_boxes", "points", "regions"]
 
 Decay = Literal["none", "cosine"]
 """How a method grows quieter over a run; see `KDMethod.schedule`."""
+
+
+LARGEST_SIDE = 32_768
+"""Longest side of an image that a recipe or a file may ask for, px: more is no photograph, and takes the memory."""
 
 
 class DrkdError(ValueError):
@@ -566,13 +570,29 @@ class KDMethod(nn.Module, ABC):
             measured: Gradient norms are measured at this pass: a term that is left out now would be taken for dead.
         """
 
+    def inner_methods(self) -> dict[str, KDMethod]:
+        """The methods whose terms this one returns, by what it puts before their names; none for most."""
+        return {}
+
     def target_spread(self) -> dict[str, Tensor]:
         """By full term name, the standard deviation of what the student's side is compared with, 0-d and detached.
 
         Of the last pass that was measured (`begin_pass`), for methods that train something on the teacher's side: a
         target that collapses is easy to meet and teaches nothing. Empty where a method does not look.
         """
-        return {}
+        return self._of_inner_methods(lambda method: method.target_spread())
+
+    def shared_counts(self) -> dict[str, Tensor]:
+        """By full term name, the count, 0-d and detached, that the last `forward` divided the term by, or 1 where less.
+
+        Of terms whose count is meant to be a mean over all processes, as positive anchors in many detectors' losses:
+        in training `Distiller` replaces it by that mean, lest a process with few outweigh the others. Empty for most.
+        """
+        return self._of_inner_methods(lambda method: method.shared_counts())
+
+    def _of_inner_methods(self, ask: Callable[[KDMethod], dict[str, Tensor]]) -> dict[str, Tensor]:
+        answers = {prefix: ask(method) for prefix, method in self.inner_methods().items()}
+        return {f"{prefix}{term}": value for prefix, answer in answers.items() for term, value in answer.items()}
 
     @abstractmethod
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:

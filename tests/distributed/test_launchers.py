@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -47,6 +48,10 @@ def _check(run: Path, data: Path, errors: str, *, limit: int | None = None) -> N
     alone = evaluate(run / "student.pt", data=str(data), workers=0, batch_size=1, device="cpu", limit=limit, **size)
     together = json.loads((run / "evaluation.json").read_text())
     assert together["ar_100"] > 0 or limit is not None
+    # Nothing was trained between the last validation and the end.
+    with (run / "metrics.csv").open(newline="") as file:
+        validated = [row["val/ap"] for row in csv.DictReader(file) if row["val/ap"]]
+    assert float(validated[-1]) == pytest.approx(together["ap"], abs=1e-6)
     assert together["ar_100"] == pytest.approx(alone.metrics["ar_100"], abs=1e-6)
     assert together["ap"] == pytest.approx(alone.metrics["ap"], abs=1e-6)
 

@@ -29,7 +29,8 @@ _BOUNDS = {
     "NLD": 0.32,
     "FGFI": 0.55,
     "DeFeat": 0.16,
-    "CrossKD": 13.0,
+    "CrossKD": 0.35,
+    "CrossKD, no align": 1e-6,
     "LogitKD": 0.55,
 }
 

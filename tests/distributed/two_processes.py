@@ -66,6 +66,7 @@ ALONE: dict[str, Callable[..., KDMethod]] = {
     "FGFI": FGFI,
     "DeFeat": DeFeat,
     "CrossKD": CrossKD,
+    "CrossKD, no align": partial(CrossKD, align=False),
     "LogitKD": LogitKD,
 }
 CASES = _cases()

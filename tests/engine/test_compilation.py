@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from toys import ToyDetector, ToyMethod, toy_batch
 from drkd.adapters import RetinaNetBuilder
 from drkd.contracts import BoxTargets, DetectionBatch, KDMethod
 from drkd.engine.compilation import compile_distiller
-from drkd.engine.distiller import Distiller
-from drkd.methods import DRKD
+from drkd.engine.distiller import Distiller, MethodFactory
+from drkd.methods import DRKD, MismatchedTeacher
 
 
 def step(distiller: Distiller, batch: DetectionBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -28,11 +29,11 @@ def step(distiller: Distiller, batch: DetectionBatch) -> tuple[dict[str, Tensor]
     return {name: value.detach() for name, value in losses.items()}, gradients
 
 
-def small_distiller() -> Distiller:
+def small_distiller(method: MethodFactory = DRKD) -> Distiller:
     torch.manual_seed(0)
     builder = RetinaNetBuilder(width=0.25, fpn_channels=32, extra="none", stages=(4,))
     student, teacher = builder.build(["cat"]), builder.build(["cat"])
-    return Distiller(student, teacher, DRKD(student.spec, teacher.spec))
+    return Distiller(student, teacher, method(student.spec, teacher.spec))
 
 
 def small_batch(boxes: int) -> DetectionBatch:
@@ -43,8 +44,9 @@ def small_batch(boxes: int) -> DetectionBatch:
     return DetectionBatch(torch.rand(2, 3, 64, 64), ((64, 64),) * 2, ((64, 64),) * 2, (target, target), (0, 1))
 
 
-def test_a_compiled_step_equals_the_eager_one() -> None:
-    eager = small_distiller()
+@pytest.mark.parametrize("method", [DRKD, partial(MismatchedTeacher, method=DRKD)], ids=["plain", "within another"])
+def test_a_compiled_step_equals_the_eager_one(method: MethodFactory) -> None:
+    eager = small_distiller(method)
     compiled = copy.deepcopy(eager)
     compile_distiller(compiled, backend="eager")
     assert list(compiled.state_dict()) == list(eager.state_dict())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 from toys import ToyDetector, ToyMethod, toy_batch
 
 from drkd.contracts import DetectionBatch, Detections, DetectorOutput, DrkdError
 from drkd.engine import Distiller
 from drkd.engine.unlabelled import UnlabelledImages, choose_labeller, detect_targets, split_batch
+from drkd.methods import Combination
 
 _BOXES = [[1.0, 2.0, 11.0, 22.0], [3.0, 3.0, 30.0, 30.0], [0.0, 0.0, 9.0, 9.0], [5.0, 5.0, 5.5, 20.0]]
 _SCORES = [0.9, 0.8, 0.5, 0.95]
@@ -102,6 +105,48 @@ def test_without_pseudo_labels_the_task_is_that_of_the_labelled_images_alone() -
     assert distiller.method.shown == [[[truth] * 2] * 2, [_BOXES[:3]] * 2]
     # The teacher labelled the unlabelled images only.
     assert [shown.image_ids for shown in distiller.teacher.detected] == [(1, 3)]
+
+
+class CountingMethod(BoxMethod):
+    """Divides its term by its boxes, and says so."""
+
+    def shared_counts(self) -> dict[str, Tensor]:
+        return {"near/p3": torch.tensor(self.count)}
+
+    def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict:
+        self.count = sum(map(len, batch.boxes))
+        return {name: term / max(self.count, 1) for name, term in super().forward(student, teacher, batch).items()}
+
+
+@pytest.mark.parametrize(("labelled", "inner"), [((True, True), False), ((True, False), False), ((True, True), True)])
+def test_a_shared_count_is_a_mean_over_processes_asked_for_once_a_pass(
+    labelled: tuple[bool, ...], inner: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many parts the images of one process are in, or the processes would wait for each other."""
+    calls: list[float] = []
+
+    def add_the_other(total: Tensor) -> None:
+        calls.append(float(total))
+        total += 9 / 2  # another process with nine boxes
+
+    def build() -> Distiller:
+        torch.manual_seed(3)
+        method = partial(Combination, methods={"one": CountingMethod}) if inner else CountingMethod
+        return Distiller(ToyDetector(seed=1), SureDetector(sees=False), method)
+
+    batch = mixed(labelled)
+    own = build()(batch)
+    # The count is an integer: the mean must be none.
+    boxes = sum(map(len, batch.boxes))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", add_the_other)
+    shared, name = build()(batch), "kd/one.near" if inner else "kd/near"
+    assert calls == [boxes / 2]
+    assert shared[name].item() == pytest.approx(own[name].item() * boxes / ((boxes + 9) / 2), rel=1e-6)
+    # Nobody else is asked outside training.
+    build().eval()(batch)
+    assert len(calls) == 1
 
 
 def test_terms_are_means_over_all_images() -> None:

@@ -59,11 +59,11 @@ def _backbone(detector: Detector) -> nn.Module:
 
 
 def _parts(method: KDMethod) -> Iterator[nn.Module]:
-    """The modules that read maps of fixed sizes, of all members; a whole method where it does not say which."""
-    members, parts = getattr(method, "members", None), getattr(method, "pixel_losses", None)
-    if isinstance(members, nn.ModuleDict):
-        for member in members.values():
-            yield from _parts(cast(KDMethod, member))
+    """The modules that read maps of fixed sizes, of all inner methods; a whole method where it does not say which."""
+    inner, parts = method.inner_methods(), getattr(method, "pixel_losses", None)
+    if inner:
+        for member in inner.values():
+            yield from _parts(member)
     elif isinstance(parts, nn.ModuleList):
         yield from parts
     else:

@@ -57,12 +57,14 @@ class _Seen:
         losses: The student's task losses, where asked for.
         features: The student's feature maps.
         terms: The method's bare terms.
+        counts: See `KDMethod.shared_counts`.
     """
 
     images: int
     losses: Mapping[str, Tensor]
     features: list[Tensor]
     terms: Mapping[str, Tensor]
+    counts: Mapping[str, Tensor]
 
 
 def _average(parts: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
@@ -70,6 +72,21 @@ def _average(parts: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, T
     if len(parts) == 1:
         return dict(parts[0][0])
     return {name: torch.stack([share * terms[name] for terms, share in parts]).sum() for name in parts[0][0]}
+
+
+def _share_counts(terms: Mapping[str, Tensor], counts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The terms that have a count, with its mean over the processes in its place; see `KDMethod.shared_counts`.
+
+    One collective a pass, whatever the images: all processes have the same terms.
+    """
+    names = list(counts[0])
+    if not names or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return {}
+    values = torch.stack([terms[name] for name in names])
+    own = torch.stack([torch.stack([part[name] for part in counts]).sum() for name in names]).to(values.dtype)
+    mean = own / torch.distributed.get_world_size()
+    torch.distributed.all_reduce(mean)
+    return dict(zip(names, values * (own.clamp_min(1) / mean.clamp_min(1)), strict=True))
 
 
 class Distiller(nn.Module):
@@ -192,6 +209,8 @@ class Distiller(nn.Module):
         seen = [self._see(part, losses=part is parts[0]) for part in parts]
         features = [feature for part in seen for feature in part.features]
         terms = _average([(part.terms, part.images / len(batch)) for part in seen])
+        if self.training:
+            terms |= _share_counts(terms, [part.counts for part in seen])
         # Parts whose task loss counts come first. Where none does, the losses are multiplied by zero rather than left
         # out: every parameter must take part in every step of every process, and names must stay the same.
         counts = parts[0].counts
@@ -213,7 +232,13 @@ class Distiller(nn.Module):
         with torch.no_grad():
             teacher = self.teacher(part.batch, want=teacher_needs)
         terms = self.method(student, teacher, part.batch)
-        return _Seen(len(part.batch), student.losses, [level.tensor for level in student.features], terms)
+        return _Seen(
+            len(part.batch),
+            student.losses,
+            [level.tensor for level in student.features],
+            terms,
+            self.method.shared_counts(),
+        )
 
     @property
     def _step(self) -> int:

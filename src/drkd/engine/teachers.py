@@ -88,13 +88,9 @@ class PerTeacher(KDMethod):
         first = next(iter(methods.values()))
         self.balanced, self.warmup_steps, self.decay = first.balanced, first.warmup_steps, first.decay
 
-    def target_spread(self) -> dict[str, Tensor]:
-        """The members', renamed as their terms are."""
-        return {
-            f"{name}.{term}": value
-            for name, member in self.members.items()
-            for term, value in cast(KDMethod, member).target_spread().items()
-        }
+    def inner_methods(self) -> dict[str, KDMethod]:
+        """The members."""
+        return {f"{name}.": cast(KDMethod, member) for name, member in self.members.items()}
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The terms of all."""

@@ -75,13 +75,9 @@ class Combination(KDMethod):
         self.warmup_steps = first.warmup_steps if warmup_steps is None else warmup_steps
         self.decay = first.decay if decay is None else decay
 
-    def target_spread(self) -> dict[str, Tensor]:
-        """The members', renamed as their terms are."""
-        return {
-            f"{name}.{term}": value
-            for name, member in self.members.items()
-            for term, value in cast(KDMethod, member).target_spread().items()
-        }
+    def inner_methods(self) -> dict[str, KDMethod]:
+        """The members."""
+        return {f"{name}.": cast(KDMethod, member) for name, member in self.members.items()}
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The members' terms, renamed."""

@@ -31,6 +31,8 @@ class CrossKD(KDMethod):
     head makes of the student's features (see `quality_focal_distance` and `overlap_distance`). Anchors that the
     student's assignment ignores count for nothing; both terms are divided by the number of its positives.
 
+    In training on several devices that number is its mean over the processes, as the authors'.
+
     Deviations: that number is at least 1 (a batch without positives would be divided by 1e-7); the statistics of
     ``align`` are constants; FCOS's boxes follow RetinaNet's equations, and its centerness is left alone.
 
@@ -102,6 +104,11 @@ class CrossKD(KDMethod):
         self.balanced = balanced
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
+        self._positives: Tensor | None = None
+
+    def shared_counts(self) -> dict[str, Tensor]:
+        """The positives, for both terms."""
+        return {} if self._positives is None else dict.fromkeys(("classification", "box"), self._positives)
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The terms ``classification`` and ``box``."""
@@ -118,7 +125,8 @@ class CrossKD(KDMethod):
         counted = (assignment != -2).float()
         # Of a box whose class the teacher does not know, it has no box to teach.
         taught = (positive | (assignment == -1)).float()
-        normaliser = positive.sum().clamp_min(1)
+        self._positives = positive.sum()
+        normaliser = self._positives.clamp_min(1)
         logits = [self.classes.logits(entry.logits) for entry in (found, target)]
         with full_precision(target.boxes):
             confidence = at_least_float32(logits[1].detach()).sigmoid().amax(dim=2)

@@ -53,9 +53,9 @@ class MismatchedTeacher(KDMethod):
         self.balanced = self.method.balanced
         self.warmup_steps, self.decay = self.method.warmup_steps, self.method.decay
 
-    def target_spread(self) -> dict[str, Tensor]:
-        """The method's."""
-        return self.method.target_spread()
+    def inner_methods(self) -> dict[str, KDMethod]:
+        """The method, whose names stay."""
+        return {"": self.method}
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The method's terms, under its names."""
