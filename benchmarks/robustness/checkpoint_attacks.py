@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from mutations import ODD, MakesFolder, guarded, mutate_bytes, mutate_value
+from mutations import ODD, MakesFolder, guarded, mutate_bytes, mutate_value, tiny_detectors
 from PIL import Image
 
 from drkd.adapters import MMDetectionBuilder, RetinaNetBuilder, SavedDetectorBuilder, save_student
@@ -145,11 +145,7 @@ class CheckpointAttacks:
 def _run_recipe(data: Path, teacher: Path) -> dict[str, Any]:
     """A distillation with all that a checkpoint can hold: average, balance, best student, schedule; stops mid-epoch."""
     return {
-        "student": {
-            "class_path": "drkd.adapters.RetinaNetBuilder",
-            "init_args": {"width": 0.125, "fpn_channels": 32, "extra": "none", "stages": [3, 4]},
-        },
-        "teacher": {"class_path": "drkd.adapters.SavedDetectorBuilder", "init_args": {"path": str(teacher)}},
+        **tiny_detectors(teacher),
         "method": {"class_path": "drkd.methods.DRKD", "init_args": {"nodes": 4, "states": 8, "warmup_steps": 0}},
         "data": {"root": str(data), "batch_size": 1, "min_size": 32, "max_size": 64, "workers": 0},
         "training": {

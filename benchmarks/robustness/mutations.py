@@ -48,6 +48,19 @@ class MakesFolder:
         return os.mkdir, (str(self.place),)
 
 
+def tiny_detectors(teacher: Path) -> dict[str, Any]:
+    """The student and the teacher of a recipe, as small as they can be.
+
+    Args:
+        teacher: A saved detector.
+    """
+    student = {"width": 0.125, "fpn_channels": 32, "extra": "none", "stages": [3, 4]}
+    return {
+        "student": {"class_path": "drkd.adapters.RetinaNetBuilder", "init_args": student},
+        "teacher": {"class_path": "drkd.adapters.SavedDetectorBuilder", "init_args": {"path": str(teacher)}},
+    }
+
+
 def mutate_bytes(chance: random.Random, content: bytes) -> bytes:
     """Flip, cut, repeat or insert bytes."""
     changed = bytearray(content)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from mutations import ODD, guarded, mutate_bytes, mutate_value
+from mutations import ODD, guarded, mutate_bytes, mutate_value, tiny_detectors
 
 from drkd.recipes.comparison.cell import make_cells
 from drkd.recipes.comparison.definition import load_comparison
@@ -30,11 +30,7 @@ class RecipeAttacks:
         self._file = folder / "input.yaml"
         self.marker = folder / "ran"
         self._recipe: dict[str, Any] = {
-            "student": {
-                "class_path": "drkd.adapters.RetinaNetBuilder",
-                "init_args": {"width": 0.125, "fpn_channels": 32, "extra": "none", "stages": [3, 4]},
-            },
-            "teacher": {"class_path": "drkd.adapters.SavedDetectorBuilder", "init_args": {"path": str(teacher)}},
+            **tiny_detectors(teacher),
             "method": {"class_path": "drkd.methods.DRKD", "init_args": {"warmup_steps": 3, "nodes": 4}},
             "data": {
                 **{"root": str(data), "batch_size": 2, "min_size": [32, 40], "max_size": 64, "pad_to": [32, 64]},

@@ -13,46 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
+import drkd.methods
 from drkd.adapters import FasterRCNNBuilder, RetinaNetBuilder
 from drkd.contracts import BoxTargets, DetectionBatch, Detector, KDMethod
 from drkd.engine.distiller import Distiller
-from drkd.methods import (
-    CWD,
-    DRKD,
-    FGD,
-    FGFI,
-    LD,
-    MGD,
-    NLD,
-    PKD,
-    CrossKD,
-    DeFeat,
-    FeatureHint,
-    FitNet,
-    LogitKD,
-    PaperDRKD,
-    ReleasedDRKD,
-)
 
+# LD needs box distributions, which these detectors lack: it lands among the impossible, with the reason.
+_NAMES = (
+    *("DRKD", "PaperDRKD", "ReleasedDRKD", "FeatureHint", "FitNet", "PKD", "CWD", "FGD"),
+    *("MGD", "NLD", "FGFI", "DeFeat", "CrossKD", "LogitKD", "LD"),
+)
 METHODS: dict[str, Callable[..., KDMethod]] = {
-    "DRKD": DRKD,
+    **{name: getattr(drkd.methods, name) for name in _NAMES},
     # The response terms need the teacher's head, which the floor leaves out.
-    "DRKD-response": partial(DRKD, response_weight=1.0),
-    "PaperDRKD": PaperDRKD,
-    "ReleasedDRKD": ReleasedDRKD,
-    "FeatureHint": FeatureHint,
-    "FitNet": FitNet,
-    "PKD": PKD,
-    "CWD": CWD,
-    "FGD": FGD,
-    "MGD": MGD,
-    "NLD": NLD,
-    "FGFI": FGFI,
-    "DeFeat": DeFeat,
-    "CrossKD": CrossKD,
-    "LogitKD": LogitKD,
-    # Its heads have box distributions: it lands among what these detectors cannot have, with the reason.
-    "LD": LD,
+    "DRKD-response": partial(drkd.methods.DRKD, response_weight=1.0),
 }
 # With a response, DRKD asks the teacher's head in every second pass of a batch of 2 (`response_share`): timed by twos.
 STEPS_A_ROUND = 2

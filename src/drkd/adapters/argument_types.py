@@ -18,11 +18,16 @@ def find_mistyped(kind: type, arguments: Mapping[str, Any]) -> str | None:
     hints = typing.get_type_hints(kind)
     for name, value in arguments.items():
         if name in hints and not _fits(value, hints[name]):
-            text = repr(value)
             hint = hints[name]
             declared = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-            return f"{name}: expected {declared}, got {text if len(text) <= 60 else text[:57] + '...'}"
+            return f"{name}: expected {declared}, got {shown(value)}"
     return None
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """A value for a message, cut to so many characters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _fits(value: Any, hint: Any) -> bool:

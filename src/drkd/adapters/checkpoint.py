@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drkd.adapters.argument_types import find_mistyped
+from drkd.adapters.argument_types import find_mistyped, shown
 from drkd.adapters.damage import explained_by_file
 from drkd.adapters.hooked_builder import LIBRARY as HOOKS
 from drkd.adapters.hooked_builder import describe_hooked, rebuild_hooked
@@ -30,7 +30,7 @@ from drkd.adapters.ultralytics_checkpoint import describe_ultralytics, rebuild_u
 from drkd.adapters.ultralytics_detector import UltralyticsDetector
 from drkd.adapters.weights import fill, load_state, read_checkpoint
 from drkd.adapters.zoo import freeze_zoo
-from drkd.contracts import Detector, DetectorBuilder, DrkdError
+from drkd.contracts import LARGEST_SIDE, Detector, DetectorBuilder, DrkdError
 
 __all__ = ["FORMAT", "SavedDetectorBuilder", "load_detector", "load_state", "save_student"]
 
@@ -45,8 +45,6 @@ _BUILDERS |= {
     f"drkd.adapters.{builder.__name__}": builder for builder in (MaskRCNNBuilder, SSD300Builder, SSDLiteBuilder)
 }
 _KEYS = ("state_dict", "build", "builder", "class_names", "label_ids", "preprocessing")
-# Larger images are no photographs, and would take the machine's memory.
-_LARGEST_SIDE = 32_768
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,7 @@ def read_category_ids(path: str | Path) -> dict[str, int]:
     extra = _read(path).get("extra", {})
     ids = extra.get("category_ids", {}) if isinstance(extra, Mapping) else None
     if not isinstance(ids, Mapping) or not all(type(number) is int for number in ids.values()):
-        raise DrkdError(f"{path}: extra.category_ids: expected a number for each class, got {_shown(ids)}.")
+        raise DrkdError(f"{path}: extra.category_ids: expected a number for each class, got {shown(ids)}.")
     return {str(name): number for name, number in ids.items()}
 
 
@@ -271,25 +269,18 @@ def _check_content(path: str | Path, content: Mapping[str, Any]) -> None:
     """Refuse a file whose plain values are of kinds that fail later, or far from here."""
     names, labels, settings = content["class_names"], content["label_ids"], content["preprocessing"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise DrkdError(f"{path}: class_names: expected a list of names, got {_shown(names)}.")
+        raise DrkdError(f"{path}: class_names: expected a list of names, got {shown(names)}.")
     if not isinstance(labels, list) or len(labels) != len(names) or not all(type(label) is int for label in labels):
-        raise DrkdError(f"{path}: label_ids: expected a number for each of {len(names)} classes, got {_shown(labels)}.")
+        raise DrkdError(f"{path}: label_ids: expected a number for each of {len(names)} classes, got {shown(labels)}.")
     if not isinstance(settings, Mapping):
-        raise DrkdError(f"{path}: preprocessing: expected keys with values, got {_shown(settings)}.")
+        raise DrkdError(f"{path}: preprocessing: expected keys with values, got {shown(settings)}.")
     for field in ("min_size", "max_size", "size_divisor"):
         value = settings.get(field)
-        if type(value) is not int or not 1 <= value <= _LARGEST_SIDE:
-            raise DrkdError(
-                f"{path}: preprocessing.{field}: expected px from 1 to {_LARGEST_SIDE}, got {_shown(value)}."
-            )
+        if type(value) is not int or not 1 <= value <= LARGEST_SIDE:
+            raise DrkdError(f"{path}: preprocessing.{field}: expected px from 1 to {LARGEST_SIDE}, got {shown(value)}.")
     for field in ("build", "builder"):
         if not isinstance(content[field], Mapping):
-            raise DrkdError(f"{path}: {field}: expected keys with values, got {_shown(content[field])}.")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+            raise DrkdError(f"{path}: {field}: expected keys with values, got {shown(content[field])}.")
 
 
 def _read_builder(path: str | Path, entry: Mapping[str, Any]) -> _Builder:

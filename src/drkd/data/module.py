@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from drkd.contracts import DetectionBatch, DrkdError, ImageRecord, Size
+from drkd.contracts import LARGEST_SIDE, DetectionBatch, DrkdError, ImageRecord, Size
 from drkd.data.dataset import DetectionDataset, find_splits, load_split
 from drkd.data.digits import EMBEDDED, build_digits
 from drkd.data.formats.reading import FormatChoice
@@ -25,8 +25,6 @@ from drkd.data.unlabelled import put_labels_aside, read_unlabelled
 REST = "rest"
 """In place of a folder of unlabelled images: the training images that ``limit`` cuts off, their labels put aside."""
 
-# Larger images are no photographs, and would take the machine's memory.
-_LARGEST_SIDE = 32_768
 # So many unreadable images in a row are no few bad files but a disk that is gone.
 _MOST_SUBSTITUTES = 16
 
@@ -143,8 +141,8 @@ class DetectionDataModule(LightningDataModule):
         _check_numbers(
             {
                 "batch_size": (batch_size, 1, None),
-                "max_size": (max_size, 1, _LARGEST_SIDE),
-                "size_divisor": (size_divisor, 1, _LARGEST_SIDE),
+                "max_size": (max_size, 1, LARGEST_SIDE),
+                "size_divisor": (size_divisor, 1, LARGEST_SIDE),
                 "workers": (workers, 0, 1024),
                 "limit": (limit, 1, None),
                 "val_limit": (val_limit, 1, None),
@@ -152,7 +150,7 @@ class DetectionDataModule(LightningDataModule):
                 "zoom_out": (zoom_out, 0, 1),
                 "random_crop": (random_crop, 0, 1),
             }
-            | {f"pad_to[{place}]": (side, 1, _LARGEST_SIDE) for place, side in enumerate(pad_to or ())}
+            | {f"pad_to[{place}]": (side, 1, LARGEST_SIDE) for place, side in enumerate(pad_to or ())}
         )
         self._substitutes = _MOST_SUBSTITUTES if unreadable == "skip" else 0
         self._train_dataset: DetectionDataset | None = None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def choose_precision(training: Training) -> str:
     """Lightning's precision: what the recipe says; for "auto" bf16-mixed on a GPU that computes it, otherwise 32-true.
 
-    On a CPU bf16 is emulated or no faster, and on older GPUs it is emulated. Distances, relations and the norms of
+    CPUs keep float32, and so do GPUs that only emulate bf16. Distances, relations and the norms of
     gradients are computed in float32 whatever the precision.
     """
     if training.precision != "auto":

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drkd.adapters.argument_types import shown
+
 _LARGEST = 1e300
 
 
@@ -67,5 +69,4 @@ def _name(value: Any, *, any_value: bool = False) -> str:
         return f"a tensor of {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if any_value:
         return "a count" if type(value) is int else f"a {type(value).__name__}"
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return shown(value, 40)

@@ -155,13 +155,9 @@ def _starting_point(recipe: Recipe, teacher: Detector) -> Detector:
     builder = recipe.teacher
     if not isinstance(builder, SavedDetectorBuilder) or not builder.random_weights:
         return teacher
-    return build_teacher(
-        replace(builder, random_weights=False),
-        recipe.data.class_names,
-        image_settings=recipe.data.image_settings,
-        class_map=recipe.class_map,
-        teacher_size=recipe.teacher_size,
-    )
+    trained = assemble_teacher(replace(recipe, teacher=replace(builder, random_weights=False)))
+    assert isinstance(trained, Detector)  # one teacher is named, so one is built
+    return trained
 
 
 def assemble_teacher(recipe: Recipe) -> Detector | dict[str, Detector] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -158,18 +158,17 @@ def leads_out(name: str) -> bool:
 
 def is_file(path: Path) -> bool:
     """Whether there is such a file; a name that is too long for one names none."""
-    try:
-        return path.is_file()
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return False
-        raise
+    return _ask(path.is_file)
 
 
 def is_folder(path: Path) -> bool:
     """Whether there is such a folder; a name that is too long for one names none."""
+    return _ask(path.is_dir)
+
+
+def _ask(question: Callable[[], bool]) -> bool:
     try:
-        return path.is_dir()
+        return question()
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             return False

@@ -321,13 +321,11 @@ def _check(comparison: Comparison, *, source: str) -> None:
                     "since folders are called so."
                 )
     if comparison.reference not in comparison.methods:
-        hint = nearest(str(comparison.reference), list(comparison.methods))
+        hint = nearest(comparison.reference, list(comparison.methods))
         raise DrkdError(f"{source}: reference: there is no method '{comparison.reference}'{hint}")
-    # null passes for a number where the file is read.
-    numbers = all(isinstance(seed, int) and seed >= 0 for seed in comparison.seeds or ())
-    if not comparison.seeds or not numbers or len(set(comparison.seeds)) < len(comparison.seeds):
+    if not comparison.seeds or len(set(comparison.seeds)) < len(comparison.seeds) or min(comparison.seeds) < 0:
         raise DrkdError(f"{source}: seeds: expected different numbers of at least 0, got {comparison.seeds}.")
-    if not isinstance(comparison.jobs, int) or comparison.jobs < 1:
+    if comparison.jobs < 1:
         raise DrkdError(f"{source}: jobs: expected at least 1, got {comparison.jobs}.")
     groups = {"": comparison.overrides}
     groups |= {f"pairs.{name}.": pair.overrides for name, pair in comparison.pairs.items()}
