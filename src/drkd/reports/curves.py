@@ -161,7 +161,8 @@ def _draw_terms(axes: Axes, terms: Mapping[str, Curve]) -> None:
         axes.set_yscale("log")
         label_decades(axes.yaxis)
     axes.set_xlabel("step")
-    axes.legend(loc="upper right")
+    # Curves may pass behind it: a short run's are flat, wherever they lie.
+    axes.legend(loc="upper right", frameon=True, facecolor="white", edgecolor="none", framealpha=0.85)
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:
