@@ -22,12 +22,12 @@ _RECIPE: dict[str, Any] = {
 }
 
 
-def _load(keys: list[str], folder: Path) -> None:
+def _load(keys: list[str], folder: Path, value: Any = None) -> None:
     content = copy.deepcopy(_RECIPE)
     place = content
     for key in keys[:-1]:
         place = place.setdefault(key, {})
-    place[keys[-1]] = None
+    place[keys[-1]] = value
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     load_recipe([folder / "recipe.yaml"])
 
@@ -51,6 +51,21 @@ def _load(keys: list[str], folder: Path) -> None:
 def test_null_is_refused_with_its_key(key: str, named: str, tmp_path: Path) -> None:
     with pytest.raises(DrkdError, match=rf"^{named}: expected .*, got null"):
         _load(key.split("."), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.min_size", [32, None]),
+        ("data.pad_to", [32, None]),
+        ("training.optimization.milestones", [0.5, None]),
+        ("student.init_args.stages", [3, None]),
+    ],
+)
+def test_null_in_a_list_is_refused_too(key: str, value: list[float | None], tmp_path: Path) -> None:
+    """By jsonargparse itself, which lets it pass only in place of a default."""
+    with pytest.raises(DrkdError, match=rf"{key.rpartition('.')[2]}.*None"):
+        _load(key.split("."), tmp_path, value)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Union
 
 from jsonargparse import ArgumentParser, Namespace
@@ -38,9 +38,6 @@ def _look(value: Any, hint: Any, place: str) -> None:
     if value is None:
         if not _allows_null(hint):
             raise DrkdError(f"{place}: expected a value, got null. Leave it out for its default.")
-    elif isinstance(value, list | tuple):
-        for index, entry in enumerate(value):
-            _look(entry, _entry_hint(hint, index), f"{place}[{index}]")
     elif isinstance(value, Mapping | Namespace):
         entries = vars(value) if isinstance(value, Namespace) else value
         arguments, path = entries.get("init_args"), entries.get("class_path")
@@ -52,17 +49,6 @@ def _look(value: Any, hint: Any, place: str) -> None:
         else:
             for name, entry in entries.items():
                 _look(entry, Any, f"{place}.{name}")
-
-
-def _entry_hint(hint: Any, index: int) -> Any:
-    """Type of an entry of a list or tuple of this type; any where it cannot be told."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        found = (_entry_hint(part, index) for part in parts)
-        return next((entry for entry in found if entry is not Any), Any)
-    if origin is tuple and Ellipsis not in parts:
-        return parts[index] if index < len(parts) else Any
-    return parts[0] if isinstance(origin, type) and issubclass(origin, Sequence) and parts else Any
 
 
 def _allows_null(hint: Any) -> bool:
