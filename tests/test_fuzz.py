@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "robustness"))
 
 from fuzz import KINDS, campaign
+from library_attacks import LibraryAttacks
 from mutations import Watch, guarded, mutate_value
 
 from drkd.contracts import DrkdError
@@ -59,19 +62,41 @@ _DOCUMENTS = st.fixed_dictionaries(
 
 # A kind whose inputs are runs, models or recipes has fewer of them: all take half a minute.
 _CHEAP = ("coco", "yolo", "voc", "image", "checkpoint")
-_DEAR = {"recipe": 10, "build": 6, "comparison": 4, "student": 15, "teacher": 15, "mmdetection": 4, "resume": 6}
+_DEAR = {
+    **{"recipe": 10, "build": 6, "comparison": 4, "student": 15, "teacher": 15, "mmdetection": 4, "resume": 6},
+    **{"transformers": 6, "ultralytics": 6, "hooks": 20},
+}
+# Extras, which an installation may lack.
+_LACKING = {kind for kind in ("transformers", "ultralytics") if importlib.util.find_spec(kind) is None}
 
 
 def test_mutated_files_work_or_are_refused(tmp_path: Path) -> None:
     assert set(KINDS) == {*_CHEAP, *_DEAR}
     (tmp_path / "work").mkdir()
-    shares = dict.fromkeys(_CHEAP, 1.0) | {kind: count / 40 for kind, count in _DEAR.items()}
+    shares = dict.fromkeys(_CHEAP, 1.0) | {kind: count / 40 for kind, count in _DEAR.items() if kind not in _LACKING}
     outcomes = campaign(tmp_path / "work", count=40, seed=7, kinds=shares)
     assert {kind: set(counter) - {"works", "refused"} for kind, counter in outcomes.items()} == {
-        kind: set() for kind in KINDS
+        kind: set() for kind in shares
     }
     assert all(outcomes[kind]["refused"] for kind in _CHEAP)
     assert outcomes["resume"]["works"] + outcomes["resume"]["refused"] == _DEAR["resume"]
+
+
+def test_files_of_other_libraries_work_whole_and_are_not_trusted_unasked(tmp_path: Path) -> None:
+    attacks = LibraryAttacks(tmp_path, random.Random(0))
+    for kind in {"transformers", "ultralytics", "hooks"} - _LACKING:
+        attacks.prepare(kind)
+        shutil.copy(tmp_path / "whole.pt", tmp_path / f"{kind}.pt")
+        found = predict(
+            *(tmp_path / f"{kind}.pt", tmp_path / "shown.png"),
+            output=tmp_path / kind,
+            threshold=0.0,
+            device="cpu",
+            trust_code=kind == "hooks",
+        )
+        assert found.images == 1
+    with pytest.raises(DrkdError, match="calls functions that the file names"):
+        predict(tmp_path / "hooks.pt", tmp_path / "shown.png", output=tmp_path / "no", device="cpu")
 
 
 def test_the_watch_sees_what_is_written_and_started_outside(tmp_path: Path) -> None:

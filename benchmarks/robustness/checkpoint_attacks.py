@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from mutations import ODD, MakesFolder, guarded, mutate_bytes, mutate_value, tiny_detectors
+from mutations import ODD, MakesFolder, guarded, mutate_bytes, mutate_value, tiny_detectors, write_damaged
 from PIL import Image
 
 from drkd.adapters import MMDetectionBuilder, RetinaNetBuilder, SavedDetectorBuilder, save_student
@@ -129,17 +129,7 @@ class CheckpointAttacks:
             distill(load_recipe([self._recipe], overrides))
 
     def _damaged(self, content: Any, file: Path, *, bytes_share: float = 0.4) -> Path:
-        """Write content with other values, or whole with other bytes."""
-        chance = self._chance
-        changed = content
-        damage_bytes = chance.random() < bytes_share
-        if not damage_bytes:
-            for _ in range(chance.choice((1, 1, 2))):
-                changed = mutate_value(chance, changed, self._odd)
-        torch.save(changed, file)
-        if damage_bytes:
-            file.write_bytes(mutate_bytes(chance, file.read_bytes()))
-        return file
+        return write_damaged(self._chance, content, file, self._odd, bytes_share=bytes_share)
 
 
 def _run_recipe(data: Path, teacher: Path) -> dict[str, Any]:

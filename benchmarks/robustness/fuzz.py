@@ -24,6 +24,7 @@ from pathlib import Path
 
 from checkpoint_attacks import CheckpointAttacks, write_student
 from data_attacks import DataAttacks
+from library_attacks import LibraryAttacks
 from mutations import Watch, guarded
 from recipe_attacks import RecipeAttacks
 
@@ -33,6 +34,7 @@ __all__ = ["KINDS", "campaign", "guarded"]
 
 HERE = Path(__file__).resolve().parent
 KINDS: dict[str, float] = {
+    **{"transformers": 0.5, "ultralytics": 0.5, "hooks": 0.5},
     **{"resume": 0.2, "mmdetection": 0.5, "checkpoint": 1.0, "student": 0.8, "teacher": 0.8},
     **{"comparison": 0.5, "build": 0.5, "recipe": 0.5},
     **{"coco": 1.0, "yolo": 1.0, "voc": 1.0, "image": 1.0},
@@ -59,15 +61,18 @@ def campaign(
     # Each kind has a source of its own, so that it can be run alone.
     recipes = RecipeAttacks(folder, random.Random(seed), data=root, teacher=teacher)
     checkpoints = CheckpointAttacks(folder, random.Random(seed), data=root, teacher=teacher)
+    libraries = LibraryAttacks(folder, random.Random(seed))
     watch = watch or Watch(folder)
     before = {path for path in folder.parent.rglob("*") if folder not in (path, *path.parents)}
     outcomes: dict[str, Counter[str]] = {}
     for kind, share in (kinds or KINDS).items():
-        owner = next(owner for owner in (data, recipes, checkpoints) if hasattr(owner, f"try_{kind}"))
+        owner = next(owner for owner in (data, recipes, checkpoints, libraries) if hasattr(owner, f"try_{kind}"))
         owner._chance.seed(f"{kind} {seed}")
         attack: Callable[[], str] = getattr(owner, f"try_{kind}")
         if kind == "resume":
             checkpoints.prepare()
+        if owner is libraries:
+            libraries.prepare(kind)
         outcomes[kind] = Counter()
         for _ in range(max(1, round(count * share))):
             watch.active = True

@@ -17,6 +17,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from drkd.adapters.damage import explained_by_file
+from drkd.adapters.detection_options import check_detection_options
 from drkd.adapters.labels import coco_categories
 from drkd.adapters.mmdetection_parts import (
     AlignedRoIPool,
@@ -69,6 +70,7 @@ class MMDetectionBuilder(DetectorBuilder):
     detections_per_image: int = 100
 
     def __post_init__(self) -> None:
+        check_detection_options(vars(self))
         choices = {"part": ("detector", "features"), "style": ("pytorch", "caffe")}
         choices["extra_convs"] = ("input", "output", None)  # type: ignore[assignment]
         for name, allowed in choices.items():

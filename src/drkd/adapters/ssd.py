@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
+from drkd.adapters.detection_options import check_detection_options
 from drkd.adapters.torchvision_detector import TorchvisionDetector
 from drkd.adapters.weights import load_state, read_state
 from drkd.contracts import DetectorBuilder, DrkdError
@@ -48,6 +49,7 @@ class SSDBuilder(DetectorBuilder):
     nms_threshold: float = 0.45
 
     def __post_init__(self) -> None:
+        check_detection_options(vars(self))
         if self.width <= 0:
             raise DrkdError(f"width: expected a positive number, got {self.width}.")
         if self.backbone_weights == "imagenet" and self.width != 1:

@@ -17,6 +17,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from drkd.adapters.backbones import BackbonePlan, build_backbone
+from drkd.adapters.detection_options import check_detection_options
 from drkd.adapters.labels import WITH_BACKGROUND
 from drkd.adapters.torchvision_detector import TorchvisionDetector, wrap_torchvision
 from drkd.adapters.weights import load_state
@@ -78,6 +79,7 @@ class PyramidBuilder(DetectorBuilder):
     nms_threshold: float = 0.5
 
     def __post_init__(self) -> None:
+        check_detection_options(vars(self))
         stages = tuple(self.stages)
         if stages not in {tuple(range(first, last + 1)) for first in range(1, 5) for last in range(first, 5)}:
             raise DrkdError(f"stages: expected successive stages within 1..4, such as (2, 3, 4), got {stages}.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from drkd.adapters.detection_options import check_detection_options
 from drkd.adapters.transformers_backbone import (
     BackboneChoice,
     backbone_of,
@@ -68,6 +69,7 @@ class DetrBuilder(DetectorBuilder):
 
     def __post_init__(self) -> None:
         check_family(self.model_type, source="model_type")
+        check_detection_options(vars(self))
         if self.backbone is not None and "backbone_config" in self.config:
             raise DrkdError("backbone: expected it or config.backbone_config, got both.")
         if self.config.get("two_stage") and self.weights is None:
@@ -159,6 +161,7 @@ class PretrainedDetrBuilder(DetectorBuilder):
     def __post_init__(self) -> None:
         if self.head not in ("own", "new"):
             raise DrkdError(f"head: expected own or new, got {self.head!r}.")
+        check_detection_options(vars(self))
         path = Path(self.name)
         if path.is_file() or (path.is_absolute() and not path.is_dir()):
             raise DrkdError(

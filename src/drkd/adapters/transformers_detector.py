@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drkd.adapters.detection_options import check_detection_options
 from drkd.adapters.transformers_backbone import body_of
 from drkd.adapters.transformers_encoder import EncoderTap, probe_maps
 from drkd.adapters.transformers_labels import find_labels, model_labels
@@ -20,6 +21,7 @@ from drkd.contracts import (
     Detector,
     DetectorOutput,
     DetectorSpec,
+    DrkdError,
     FeatureLevel,
     FeatureMap,
     Want,
@@ -49,7 +51,7 @@ class TransformersDetector(Detector):
 
     Raises:
         ValueError: If the model is of another kind, or the labels do not fit its head.
-        DrkdError: If transformers is not installed.
+        DrkdError: If transformers is not installed, or a threshold or number of detections is out of range.
     """
 
     _mean: Tensor
@@ -83,6 +85,7 @@ class TransformersDetector(Detector):
                 f"expected a model for images of any size, got one with anchors for {config.anchor_image_size} px: "
                 "set model.config.anchor_image_size = None first"
             )
+        check_detection_options({"score_threshold": score_threshold, "detections_per_image": detections_per_image})
         self.model = model
         self.label_ids = tuple(label_ids)
         self.score_threshold = score_threshold
@@ -132,8 +135,8 @@ class TransformersDetector(Detector):
             want: Any of "features" and "losses".
 
         Raises:
-            ValueError: If something else is wanted, the model misses classes (losses), or the batch's sides are no
-                multiples of the coarsest stride or too small for the queries.
+            DrkdError: If the batch's sides are no multiples of the coarsest stride or too small for the queries.
+            ValueError: If something else is wanted, or the model misses classes (losses).
         """
         if want - _POSSIBLE:
             raise ValueError(f"want: expected any of {sorted(_POSSIBLE)} of this model, got {sorted(want)}")
@@ -152,7 +155,8 @@ class TransformersDetector(Detector):
         """Detections in px of the original images, by the library's own post-processing.
 
         Raises:
-            ValueError: In train mode, or if the batch's sides do not suit the encoder.
+            DrkdError: If the batch's sides do not suit the encoder.
+            ValueError: In train mode.
         """
         if self.training:
             raise ValueError("detect needs eval mode: call .eval() first")
@@ -198,16 +202,16 @@ class TransformersDetector(Detector):
             return
         stride = round(self.spec.levels[-1].stride)
         if height % stride or width % stride:
-            raise ValueError(
-                f"expected images padded to multiples of {stride} px, which the encoder's upsampling needs, got "
-                f"{height} x {width}: set data.size_divisor to a multiple of {stride}"
+            raise DrkdError(
+                f"Expected images padded to multiples of {stride} px, which the encoder's upsampling needs, got "
+                f"{height} x {width}: set data.size_divisor to a multiple of {stride}."
             )
         places = sum(round(height / level.stride) * round(width / level.stride) for level in self.spec.levels)
         queries = int(_untyped(self.model).config.num_queries)
         if decode and places < queries:
-            raise ValueError(
-                f"expected images with at least {queries} places in the pyramid, for the model's {queries} queries are "
-                f"chosen from them, got {places} ({height} x {width} px): enlarge the images or lower num_queries"
+            raise DrkdError(
+                f"Expected images with at least {queries} places in the pyramid, for the model's {queries} queries are "
+                f"chosen from them, got {places} ({height} x {width} px): enlarge the images or lower num_queries."
             )
 
     def _targets(self, batch: DetectionBatch) -> list[dict[str, Tensor]]:

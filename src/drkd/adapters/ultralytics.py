@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from drkd.adapters.detection_options import check_detection_options
 from drkd.adapters.ultralytics_checkpoint import read_plain
 from drkd.adapters.ultralytics_detector import (
     UltralyticsDetector,
@@ -59,11 +60,7 @@ class UltralyticsBuilder(DetectorBuilder):
     def __post_init__(self) -> None:
         if self.head not in ("new", "own"):
             raise DrkdError(f"head: expected new or own, got {self.head!r}.")
-        if not (0 <= self.score_threshold <= 1 and 0 <= self.nms_threshold <= 1):
-            raise DrkdError(
-                "score_threshold and nms_threshold: expected numbers in [0, 1], "
-                f"got {self.score_threshold} and {self.nms_threshold}."
-            )
+        check_detection_options(vars(self))
         if self.head == "own" and self.weights is None:
             raise DrkdError(
                 "head: own keeps the classes of the weights, and there are none; give weights, or head: new."

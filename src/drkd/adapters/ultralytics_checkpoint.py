@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drkd.adapters.ultralytics_detector import UltralyticsDetector, model_names
+from drkd.adapters.detection_options import check_detection_options
+from drkd.adapters.ultralytics_detector import OPTIONS, UltralyticsDetector, model_names
 from drkd.adapters.ultralytics_library import ultralytics_module
 from drkd.adapters.ultralytics_models import new_model
 from drkd.adapters.weights import fill, read_checkpoint
@@ -30,7 +31,6 @@ model.names = dict(enumerate(saved["build"]["names"]))
 model.load_state_dict(saved["state_dict"])
 model.eval()
 """
-_THRESHOLDS = ("score_threshold", "nms_threshold", "detections_per_image", "several_labels")
 
 
 def describe_ultralytics(detector: UltralyticsDetector, image_settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def describe_ultralytics(detector: UltralyticsDetector, image_settings: Mapping[
             "library": LIBRARY,
             "yaml": {**model.yaml, "nc": model.model[-1].nc},
             "names": output_names(detector),
-            "options": {name: getattr(detector, name) for name in _THRESHOLDS},
+            "options": {name: getattr(detector, name) for name in OPTIONS},
         },
         "code": _CODE,
         "builder": {"class_path": "drkd.adapters.ultralytics.UltralyticsBuilder", "init_args": {}},
@@ -76,9 +76,10 @@ def rebuild_ultralytics(
         DrkdError: If Ultralytics is not installed, or the file describes no model that it can build.
     """
     build = _checked(path, content["build"])
+    check_detection_options(build["options"], source=str(path))
     model = new_model(build["yaml"], build["names"], source=str(path))
     fill(model, content["state_dict"], path)
-    options = {name: value for name, value in build["options"].items() if name in _THRESHOLDS}
+    options = {name: value for name, value in build["options"].items() if name in OPTIONS}
     return UltralyticsDetector(model, class_names, label_ids=label_ids, **options).eval()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drkd.adapters.detection_options import check_detection_options
 from drkd.adapters.ultralytics_library import ultralytics_module
 from drkd.adapters.ultralytics_losses import YoloLoss
 from drkd.adapters.ultralytics_models import require_detection
@@ -31,6 +32,9 @@ from drkd.contracts import (
 
 _PADDING = 114 / 255
 """The grey that Ultralytics pads images with, in training and prediction."""
+
+OPTIONS = ("score_threshold", "nms_threshold", "detections_per_image", "several_labels")
+"""What `UltralyticsDetector` takes besides the model and its classes, by name."""
 
 _FEATURES = frozenset[Want]({"features"})
 _ALL = frozenset[Want]({"features", "losses", "predictions", "assignment"})
@@ -56,7 +60,7 @@ class UltralyticsDetector(Detector):
             keeps the best.
 
     Raises:
-        DrkdError: If the model is of another kind.
+        DrkdError: If the model is of another kind, or a threshold or number of detections is out of range.
         ValueError: If the labels do not fit its head.
     """
 
@@ -86,6 +90,7 @@ class UltralyticsDetector(Detector):
         self.nms_threshold = nms_threshold
         self.detections_per_image = detections_per_image
         self.several_labels = several_labels
+        check_detection_options({name: getattr(self, name) for name in OPTIONS})
         self._losses: dict[torch.device, YoloLoss] = {}
         levels = _levels(head)
         missing = tuple(name for name, label in zip(class_names, label_ids, strict=True) if label < 0)

@@ -11,6 +11,7 @@ from torchvision.models import get_model, get_model_weights
 from torchvision.models.detection._utils import overwrite_eps
 
 from drkd.adapters.backbones import freeze_batch_norm
+from drkd.adapters.detection_options import check_detection_options
 from drkd.adapters.labels import coco_categories, coco_labels
 from drkd.adapters.torchvision_detector import TorchvisionDetector
 from drkd.adapters.weights import fill, read_state, update_names
@@ -63,6 +64,7 @@ class ZooBuilder(DetectorBuilder):
     detections_per_image: int = 100
 
     def __post_init__(self) -> None:
+        check_detection_options(vars(self))
         if self.name not in ZOO_NAMES:
             raise DrkdError(f"name: expected one of {', '.join(ZOO_NAMES)}, got {self.name!r}.")
         if self.head not in ("coco", "new"):
