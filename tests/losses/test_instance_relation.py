@@ -16,7 +16,7 @@ from drkd.losses import (
 from drkd.losses.relation_filter import pair_geometry
 
 SIZE = (64, 64)
-SIDES = ["joint", "shared", "frozen"]
+SIDES = ["joint", "shared", "frozen", "fixed"]
 TARGETS = [("matrix", "kl"), ("matrix", "frobenius"), ("matrix", "mse"), ("features", "mse"), ("features", "frobenius")]
 
 
@@ -86,7 +86,8 @@ def test_every_choice_is_finite_and_uses_every_parameter(side, filter_mode, targ
     assert teacher.grad is None
     assert student.grad is not None and student.grad.isfinite().all()
     for name, parameter in loss.named_parameters():
-        assert parameter.requires_grad == (not (side == "frozen" and name.startswith("teacher_relation")))
+        untrained = {"frozen": "teacher_relation", "fixed": "student_relation"}.get(side)
+        assert parameter.requires_grad == (untrained is None or not name.startswith(untrained)), name
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     if target == "matrix" and max(counts) < 2:
@@ -95,9 +96,10 @@ def test_every_choice_is_finite_and_uses_every_parameter(side, filter_mode, targ
         assert value.item() > 0 and student.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("side", ["shared", "fixed"])
 @pytest.mark.parametrize("distance", ["kl", "frobenius", "mse"])
-def test_equal_instances_give_zero_with_a_shared_side(distance):
-    loss = make_loss(4, 4, distance=distance)
+def test_equal_instances_give_zero_with_one_module_for_both_sides(distance, side):
+    loss = make_loss(4, 4, distance=distance, teacher_side=side)
     student = instances(5, 4)
     value = loss(student, student.detach().clone(), make_boxes(3, 2), image_size=SIZE)
     value.backward()

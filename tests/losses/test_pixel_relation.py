@@ -5,7 +5,7 @@ import torch
 
 from drkd.losses import GraphReasoningUnit, PixelRelationLoss
 
-SIDES = pytest.mark.parametrize("side", ["joint", "shared", "frozen"])
+SIDES = pytest.mark.parametrize("side", ["joint", "shared", "frozen", "fixed"])
 
 
 def test_unit_by_hand():
@@ -53,8 +53,9 @@ def test_teacher_features_get_no_gradient(side):
     assert teacher.grad is None and student.grad.abs().sum() > 0
     trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None for parameter in trained)
-    if side == "shared":
+    if side in ("shared", "fixed"):
         assert loss.teacher_unit is None
+        assert all(p.requires_grad == (side == "shared") for p in loss.student_unit.parameters())
     else:
         assert all(p.requires_grad == (side == "joint") for p in loss.teacher_unit.parameters())
 
@@ -149,3 +150,25 @@ def test_the_spread_of_the_target_is_that_of_what_is_compared_with(side):
     expected = loss.maps(student, teacher)[1].std().item()
     assert loss.target_spread(teacher).item() == pytest.approx(expected)
     assert not loss.target_spread(teacher.requires_grad_()).requires_grad
+
+
+def test_a_fixed_target_stays_where_it_is_while_a_shared_one_moves():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 8, 6, 5), torch.randn(2, 16, 6, 5)
+    moved = {}
+    for side in ("shared", "fixed"):
+        loss = PixelRelationLoss(8, 16, nodes=4, states=8, gain=0.3, teacher_side=side)
+        before = loss.maps(student, teacher)[1].clone()
+        optimizer = torch.optim.AdamW([p for p in loss.parameters() if p.requires_grad], lr=4e-3)
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss(student, teacher).backward()
+            optimizer.step()
+        moved[side] = (loss.maps(student, teacher)[1] - before).abs().max().item()
+    assert moved["fixed"] == 0 and moved["shared"] > 0.1
+
+
+def test_a_fixed_side_is_zero_for_equal_maps():
+    loss = PixelRelationLoss(8, 8, nodes=4, states=8, teacher_side="fixed")
+    maps = torch.randn(2, 8, 6, 5)
+    assert loss(maps, maps.clone()).item() == pytest.approx(0, abs=1e-10)

@@ -55,7 +55,7 @@ def test_terms_are_bare_scalars_of_a_fixed_set_of_names(method):
 
 @METHODS
 @pytest.mark.parametrize("boxes", [[MANY, ONE], [NONE, MANY], [ONE, ONE], [NONE, NONE]])
-@pytest.mark.parametrize("side", ["joint", "shared", "frozen"])
+@pytest.mark.parametrize("side", ["joint", "shared", "frozen", "fixed"])
 def test_gradients_are_finite_and_reach_every_parameter(method, boxes, side):
     kd, student, teacher = build(method, teacher_side=side)
     terms = kd.from_features(student, teacher, boxes, image_size=SIZE)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from drkd.losses.alignment import AdapterInit, check_maps, make_adapter
-from drkd.losses.distance import TeacherSide, full_precision
+from drkd.losses.distance import ONE_MODULE, TeacherSide, full_precision
 from drkd.losses.instance_feature import instance_distance
 from drkd.losses.instances import InstanceLayout, count_boxes
 from drkd.losses.relation_filter import FilterMode, LearnedFilter, RandomFilter, masked_out
@@ -88,8 +88,8 @@ class InstanceRelationLoss(nn.Module):
 
     Deviations from paper and released code: the logits are scaled and the embeddings narrow by default (at d = 2304
     rows are otherwise close to one-hot, and two released levels cost 42 M parameters); the learned filter, which reads
-    the teacher's instances, is one for both sides; with ``shared`` one relation module serves adapted student and
-    teacher.
+    the teacher's instances, is one for both sides; with ``shared`` and ``fixed`` one relation module serves the
+    adapted student and the teacher; ``fixed`` leaves the filter to be learned.
 
     Args:
         student_channels: Channels of the student's instances.
@@ -130,7 +130,7 @@ class InstanceRelationLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_choices(target, distance, filter_mode, teacher_side, connector)
-        shared, mixes = teacher_side == "shared", target == "features"
+        one, mixes = teacher_side in ONE_MODULE, target == "features"
 
         def relation(channels: int) -> InstanceRelation:
             width = channels * size * size
@@ -141,10 +141,12 @@ class InstanceRelationLoss(nn.Module):
         self.student_channels = student_channels
         self.teacher_channels = teacher_channels
         self.adapter: nn.Module | None = None
-        if shared or mixes:
+        if one or mixes:
             self.adapter = make_adapter(student_channels, teacher_channels, init=adapter_init)
-        self.student_relation = relation(teacher_channels if shared else student_channels)
-        self.teacher_relation = None if shared else relation(teacher_channels)
+        self.student_relation = relation(teacher_channels if one else student_channels)
+        self.teacher_relation = None if one else relation(teacher_channels)
+        if teacher_side == "fixed":
+            self.student_relation.requires_grad_(False)
         if self.teacher_relation is not None and teacher_side == "frozen":
             self.teacher_relation.requires_grad_(False)
         self.student_filter: nn.Module | None = RandomFilter() if filter_mode == "random" else None
@@ -213,7 +215,7 @@ class InstanceRelationLoss(nn.Module):
         """Flattened instances, and logarithms of the relation matrices, of student and teacher."""
         dtype = self.student_relation.row.weight.dtype
         student, teacher = student.to(dtype), teacher.detach().to(dtype).flatten(1)
-        if self.adapter is not None and self.teacher_side == "shared":
+        if self.adapter is not None and self.teacher_relation is None:
             student = self.adapter(student)
         student = student.flatten(1)
         corners = torch.cat(list(boxes)).to(student.device, non_blocking=True)
@@ -256,7 +258,7 @@ class InstanceRelationLoss(nn.Module):
         cells: tuple[int, ...],
     ) -> Tensor:
         mixed = self.student_relation.mix(instances[0], logs[0], layout=layout)
-        if self.adapter is not None and self.teacher_side != "shared":
+        if self.adapter is not None and self.teacher_relation is not None:
             mixed = self.adapter(mixed.view(mixed.shape[0], self.student_channels, *cells))
         with self._teacher_gradient():
             relation = self.student_relation if self.teacher_relation is None else self.teacher_relation
@@ -272,7 +274,7 @@ def _check_choices(target: str, distance: str, filter_mode: str, teacher_side: s
     allowed = {
         "target": (target, ("matrix", "features")),
         "filter_mode": (filter_mode, ("learned", "random", "off")),
-        "teacher_side": (teacher_side, ("joint", "shared", "frozen")),
+        "teacher_side": (teacher_side, ("joint", "shared", "frozen", "fixed")),
         "connector": (connector, ("identity", "affine")),
     }
     distances = ("frobenius", "kl", "mse") if target == "matrix" else ("frobenius", "relative", "mse")

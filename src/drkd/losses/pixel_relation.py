@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from drkd.losses.alignment import AdapterInit, check_maps, make_adapter, resample
 from drkd.losses.distance import (
+    ONE_MODULE,
     Distance,
     TeacherSide,
     at_least_float32,
@@ -31,7 +32,8 @@ class PixelRelationLoss(nn.Module):
 
     ``joint`` and ``frozen``: :math:`d(f(\phi_S(s)), \phi_T(t))`, the paper's form. ``shared``:
     :math:`d(\phi(f(s)), \phi(t))` with one unit and the target a constant, so the two sides are measured by the same
-    ruler, equal maps give exactly zero, and the target cannot be made easier. The teacher's map never gets a gradient.
+    ruler, equal maps give exactly zero, and the target cannot be made easier. ``fixed``: the same with a unit that is
+    not trained. The teacher's map never gets a gradient.
 
     Args:
         student_channels: Channels of the student's map.
@@ -81,8 +83,8 @@ class PixelRelationLoss(nn.Module):
         super().__init__()
         if not 0 <= object_share <= 1 or (object_share > 0 and distance != "mse"):
             raise ValueError(f"Expected an object share in [0, 1], 0 unless the distance is mse, got {object_share}")
-        if teacher_side not in ("joint", "shared", "frozen"):
-            raise ValueError(f"Expected a teacher side out of joint, shared, frozen, got {teacher_side!r}")
+        if teacher_side not in ("joint", "shared", "frozen", "fixed"):
+            raise ValueError(f"Expected a teacher side out of joint, shared, frozen, fixed, got {teacher_side!r}")
         if reasoning not in ("graph", "non_local", "none"):
             raise ValueError(f"Expected a reasoning out of graph, non_local, none, got {reasoning!r}")
 
@@ -104,8 +106,11 @@ class PixelRelationLoss(nn.Module):
         self.student_channels = student_channels
         self.teacher_channels = teacher_channels
         self.adapter = make_adapter(student_channels, teacher_channels, init=adapter_init)
-        self.student_unit = unit(teacher_channels if teacher_side == "shared" else student_channels)
-        self.teacher_unit = None if teacher_side == "shared" else unit(teacher_channels)
+        one = teacher_side in ONE_MODULE
+        self.student_unit = unit(teacher_channels if one else student_channels)
+        self.teacher_unit = None if one else unit(teacher_channels)
+        if teacher_side == "fixed":
+            self.student_unit.requires_grad_(False)
         if self.teacher_unit is not None and teacher_side == "frozen":
             self.teacher_unit.requires_grad_(False)
         self.distance: Distance = distance
@@ -155,7 +160,7 @@ class PixelRelationLoss(nn.Module):
     def maps(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """The student's and the teacher's maps after the reasoning, both (B, Ct, H, W)."""
         student, teacher = self._inputs(student, teacher)
-        if self.teacher_side == "shared":
+        if self.teacher_unit is None:
             related = self.student_unit(self.adapter(student))
         else:
             related = self.adapter(self.student_unit(student))
@@ -177,7 +182,7 @@ class PixelRelationLoss(nn.Module):
     def graph_maps(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """What the reasoning adds to the student's and to the teacher's map, for pictures; no gradient."""
         student, teacher = self._inputs(student, teacher)
-        student = self.adapter(student) if self.teacher_side == "shared" else student
+        student = self.adapter(student) if self.teacher_unit is None else student
         return self.student_unit(student) - student, self._teacher_unit(teacher) - teacher
 
     def _inputs(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
