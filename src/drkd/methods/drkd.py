@@ -75,7 +75,8 @@ class DRKD(KDMethod):
 
     Departures of these defaults from the paper, all for one reason (features of unlike size and norms of unlike scale
     left the distillation silently off): maps are standardised first, distances are means, weights are ratios of
-    gradient norms, one module serves both sides with a constant target, and the relation logits are scaled.
+    gradient norms, and the relation logits are scaled. And one for another: one module serves both sides and is not
+    trained, because a trained one moves the target away from the student all along (trial 14 in the repository).
 
     Args:
         student: The student's levels.
@@ -96,7 +97,8 @@ class DRKD(KDMethod):
         pixel_levels: How many of them, finest first, have pixel relations; None is all.
         instance_levels: How many of them, finest first, have the two instance terms (released: 2); None is all.
         normalise_features: `standardise` every map over batch and space once; all terms then read that.
-        teacher_side: See `TeacherSide` (released: joint).
+        teacher_side: See `TeacherSide` (released: joint). Of the pixel relations and of the embeddings of the instance
+            relations; the relation filter is learned in any case.
         adapter_init: Start of the 1x1 adapters on the student's side, see `make_adapter`.
         shared_adapter: One adapter a level, before everything else, for all three terms; False gives each term its own
             (paper, released).
@@ -145,7 +147,7 @@ class DRKD(KDMethod):
         pixel_levels: int | None = None,
         instance_levels: int | None = 2,
         normalise_features: bool = True,
-        teacher_side: TeacherSide = "shared",
+        teacher_side: TeacherSide = "fixed",
         adapter_init: AdapterInit = "identity",
         shared_adapter: bool = True,
         pixel_reasoning: PixelReasoning = "graph",
