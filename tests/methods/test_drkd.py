@@ -67,6 +67,16 @@ def test_gradients_are_finite_and_reach_every_parameter(method, boxes, side):
         assert (term.item() > 0) == (most >= kd.minimum_boxes.get(family, 0)), name
 
 
+def test_the_default_trains_adapters_and_filters_and_no_ruler():
+    kd, _, _ = build()
+    trained = {name for name, parameter in kd.named_parameters() if parameter.requires_grad}
+    assert trained and all(name.startswith("adapters.") or ".teacher_filter." in name for name in trained)
+    fixed = {name for name, parameter in kd.named_parameters() if not parameter.requires_grad}
+    assert {name.split(".")[0] for name in fixed} == {"pixel_losses", "relation_losses"}
+    shared, _, _ = build(teacher_side="shared")
+    assert all(parameter.requires_grad for parameter in shared.parameters())
+
+
 def test_forward_equals_from_features():
     kd, student, teacher = build()
     batch = DetectionBatch(
