@@ -57,6 +57,18 @@ def test_builders_of_torchvision(builder: Any, name: str, value: Any, message: s
         builder(**{name: value})
 
 
+@pytest.mark.parametrize(("name", "value", "message"), [*WRONG[:1], WRONG[3], YOLO_ONLY[0]])
+def test_a_file_of_torchvision(name: str, value: Any, message: str, tmp_path: Path) -> None:
+    builder = RetinaNetBuilder(backbone="resnet18", width=0.125, fpn_channels=32, extra="none")
+    file = tmp_path / "student.pt"
+    save_student(file, builder.build(["cat"]), builder=builder, image_settings=SETTINGS)
+    content = torch.load(file, weights_only=True)
+    content["builder"]["init_args"][name] = value
+    torch.save(content, file)
+    with pytest.raises(DrkdError, match=f"student.pt: builder.init_args[.:] ?{message.split(':')[0]}: expected"):
+        load_detector(file)
+
+
 def test_builders_of_trained_detectors() -> None:
     with pytest.raises(DrkdError, match="detections_per_image: expected"):
         MMDetectionBuilder(path="x.pth", detections_per_image=0)

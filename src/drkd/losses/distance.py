@@ -15,8 +15,9 @@ TeacherSide = Literal["joint", "shared", "frozen", "fixed"]
 """What becomes of the modules on the teacher's side.
 
 ``shared``: one module serves the adapted student and the teacher; the target is a constant to the gradient.
-``fixed``: the same, and the module keeps its random initial weights: the target is a function of the teacher's map that
-is the same from the first step to the last, and nothing but the student (and its adapter) can come closer to it.
+``fixed``: the same, and the module keeps its random initial weights. What pixel relations compare with is then a
+function of the teacher's map that is the same from the first step to the last (without batch norm); the target of
+instance relations still changes with their filter, if it is learned or random.
 ``joint``: the teacher has a module of its own that is trained by the distillation loss, as in the released code; it
 can make its own target easier. ``frozen``: the teacher has a module of its own that keeps its random initial weights,
 and the student one that is trained.

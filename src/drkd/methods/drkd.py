@@ -76,7 +76,7 @@ class DRKD(KDMethod):
     Departures of these defaults from the paper, all for one reason (features of unlike size and norms of unlike scale
     left the distillation silently off): maps are standardised first, distances are means, weights are ratios of
     gradient norms, and the relation logits are scaled. And one for another: one module serves both sides and is not
-    trained, because a trained one moves the target away from the student all along (trial 14 in the repository).
+    trained, because a trained one moves the target while the student learns (trial 14 in the repository).
 
     Args:
         student: The student's levels.
