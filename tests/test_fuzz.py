@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import shutil
@@ -20,7 +19,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "robustness"))
 
-from fuzz import KINDS, campaign
+from fuzz import KINDS, LACKING, campaign
 from library_attacks import LibraryAttacks
 from mutations import Watch, guarded, mutate_value
 
@@ -66,14 +65,12 @@ _DEAR = {
     **{"recipe": 10, "build": 6, "comparison": 4, "student": 15, "teacher": 15, "mmdetection": 4, "resume": 6},
     **{"transformers": 6, "ultralytics": 6, "hooks": 20},
 }
-# Extras, which an installation may lack.
-_LACKING = {kind for kind in ("transformers", "ultralytics") if importlib.util.find_spec(kind) is None}
 
 
 def test_mutated_files_work_or_are_refused(tmp_path: Path) -> None:
     assert set(KINDS) == {*_CHEAP, *_DEAR}
     (tmp_path / "work").mkdir()
-    shares = dict.fromkeys(_CHEAP, 1.0) | {kind: count / 40 for kind, count in _DEAR.items() if kind not in _LACKING}
+    shares = dict.fromkeys(_CHEAP, 1.0) | {kind: count / 40 for kind, count in _DEAR.items() if kind not in LACKING}
     outcomes = campaign(tmp_path / "work", count=40, seed=7, kinds=shares)
     assert {kind: set(counter) - {"works", "refused"} for kind, counter in outcomes.items()} == {
         kind: set() for kind in shares
@@ -83,12 +80,12 @@ def test_mutated_files_work_or_are_refused(tmp_path: Path) -> None:
 
 
 def test_files_of_other_libraries_work_whole_and_are_not_trusted_unasked(tmp_path: Path) -> None:
-    attacks = LibraryAttacks(tmp_path, random.Random(0))
-    for kind in {"transformers", "ultralytics", "hooks"} - _LACKING:
-        attacks.prepare(kind)
-        shutil.copy(tmp_path / "whole.pt", tmp_path / f"{kind}.pt")
+    attacks = LibraryAttacks(tmp_path)
+    for kind in {"transformers", "ultralytics", "hooks"} - LACKING:
+        attacks.begin(kind, seed=0)
+        shutil.copy(attacks.whole, tmp_path / f"{kind}.pt")
         found = predict(
-            *(tmp_path / f"{kind}.pt", tmp_path / "shown.png"),
+            *(tmp_path / f"{kind}.pt", attacks.image),
             output=tmp_path / kind,
             threshold=0.0,
             device="cpu",
@@ -96,7 +93,7 @@ def test_files_of_other_libraries_work_whole_and_are_not_trusted_unasked(tmp_pat
         )
         assert found.images == 1
     with pytest.raises(DrkdError, match="calls functions that the file names"):
-        predict(tmp_path / "hooks.pt", tmp_path / "shown.png", output=tmp_path / "no", device="cpu")
+        predict(tmp_path / "hooks.pt", attacks.image, output=tmp_path / "no", device="cpu")
 
 
 def test_the_watch_sees_what_is_written_and_started_outside(tmp_path: Path) -> None:

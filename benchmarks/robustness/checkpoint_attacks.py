@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from mutations import ODD, MakesFolder, guarded, mutate_bytes, mutate_value, tiny_detectors, write_damaged
+from attacks import Attacks
+from mutations import guarded, mutate_bytes, mutate_value, tiny_detectors
 from PIL import Image
 
 from drkd.adapters import MMDetectionBuilder, RetinaNetBuilder, SavedDetectorBuilder, save_student
@@ -36,22 +36,18 @@ def write_student(path: Path) -> Path:
     return path
 
 
-class CheckpointAttacks:
-    """One method a kind of file; each makes the next input and tries it.
+class CheckpointAttacks(Attacks):
+    """Files of detectors and of runs.
 
     Args:
         folder: Working folder.
-        chance: Source of randomness.
         data: A small data set.
         teacher: A saved detector of its classes.
     """
 
-    def __init__(self, folder: Path, chance: random.Random, *, data: Path, teacher: Path) -> None:
-        self._chance = chance
-        self._folder = folder
+    def __init__(self, folder: Path, *, data: Path, teacher: Path) -> None:
+        super().__init__(folder)
         self._file = folder / "input"
-        self.marker = folder / "ran"
-        self._odd = (*ODD, MakesFolder(self.marker))
         self._teacher = teacher
         self._saved = torch.load(teacher, weights_only=True)
         self._image = folder / "picture.png"
@@ -60,7 +56,6 @@ class CheckpointAttacks:
         self._recipe = folder / "run.yaml"
         self._run = folder / "prepared"
         self._recipe.write_text(yaml.safe_dump(_run_recipe(data, teacher)))
-        self._prepared = False
 
     def try_student(self) -> str:
         """A student.pt with other values, or other bytes, loaded and predicted with."""
@@ -97,7 +92,6 @@ class CheckpointAttacks:
 
     def try_resume(self) -> str:
         """A run folder with a damaged file, gone on with for one step."""
-        self.prepare()
         chance, run = self._chance, self._folder / "run"
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(self._run, run)
@@ -117,19 +111,15 @@ class CheckpointAttacks:
             file.write_bytes(mutate_bytes(chance, file.read_bytes()))
         return guarded(lambda: self._go_on(run, steps=_STEPS + 1, resume=True), seconds=60.0)
 
-    def prepare(self) -> None:
+    def _prepare(self, kind: str) -> None:
         """Train the run that the resumed ones are copies of."""
-        if not self._prepared:
+        if kind == "resume":
             self._go_on(self._run, steps=_STEPS, resume=False)
-            self._prepared = True
 
     def _go_on(self, run: Path, *, steps: int, resume: bool) -> None:
         overrides = [f"--output={run}", f"--training.steps={steps}", f"--resume={str(resume).lower()}"]
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             distill(load_recipe([self._recipe], overrides))
-
-    def _damaged(self, content: Any, file: Path, *, bytes_share: float = 0.4) -> Path:
-        return write_damaged(self._chance, content, file, self._odd, bytes_share=bytes_share)
 
 
 def _run_recipe(data: Path, teacher: Path) -> dict[str, Any]:

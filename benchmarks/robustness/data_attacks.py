@@ -11,6 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import yaml
+from attacks import Attacks
 from mutations import ODD, guarded, mutate_bytes, mutate_lines, mutate_value
 from PIL import Image
 
@@ -39,17 +40,11 @@ def small_coco() -> dict[str, Any]:
     }
 
 
-class DataAttacks:
-    """One method a kind of data set; each makes the next input and tries it.
+class DataAttacks(Attacks):
+    """One kind a format of data sets, and images."""
 
-    Args:
-        folder: Working folder.
-        chance: Source of randomness.
-    """
-
-    def __init__(self, folder: Path, chance: random.Random) -> None:
-        self._chance = chance
-        self._folder = folder
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
         Image.new("RGB", (40, 30), (9, 9, 9)).save(folder / "secret.png")
         self._whole = {name: folder / "whole" / name for name in ("coco", "yolo", "voc")}
         self._coco = small_coco()

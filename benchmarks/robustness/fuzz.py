@@ -12,7 +12,6 @@ and is printed. The kinds whose inputs each take long have fewer of them. The re
 from __future__ import annotations
 
 import argparse
-import random
 import resource
 import sys
 import tempfile
@@ -20,8 +19,10 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
+from attacks import Attacks
 from checkpoint_attacks import CheckpointAttacks, write_student
 from data_attacks import DataAttacks
 from library_attacks import LibraryAttacks
@@ -30,7 +31,7 @@ from recipe_attacks import RecipeAttacks
 
 from drkd.recipes.run_folder import machine, source_commit, versions, write_json
 
-__all__ = ["KINDS", "campaign", "guarded"]
+__all__ = ["KINDS", "LACKING", "campaign", "guarded"]
 
 HERE = Path(__file__).resolve().parent
 KINDS: dict[str, float] = {
@@ -40,6 +41,9 @@ KINDS: dict[str, float] = {
     **{"coco": 1.0, "yolo": 1.0, "voc": 1.0, "image": 1.0},
 }
 """Kinds of input, and the share of the count that each gets."""
+
+LACKING = {kind for kind in ("transformers", "ultralytics") if find_spec(kind) is None}
+"""Kinds whose library is not installed."""
 
 _MEMORY = 8 * 2**30
 
@@ -56,23 +60,19 @@ def campaign(
         kinds: Kinds and their shares; all by default.
         watch: Notes what is written outside the folder.
     """
-    data = DataAttacks(folder, random.Random(seed))
+    data = DataAttacks(folder)
     root, teacher = folder / "whole" / "coco", write_student(folder / "student.pt")
-    # Each kind has a source of its own, so that it can be run alone.
-    recipes = RecipeAttacks(folder, random.Random(seed), data=root, teacher=teacher)
-    checkpoints = CheckpointAttacks(folder, random.Random(seed), data=root, teacher=teacher)
-    libraries = LibraryAttacks(folder, random.Random(seed))
+    owners: tuple[Attacks, ...] = (
+        *(data, LibraryAttacks(folder)),
+        *(attacks(folder, data=root, teacher=teacher) for attacks in (RecipeAttacks, CheckpointAttacks)),
+    )
     watch = watch or Watch(folder)
     before = {path for path in folder.parent.rglob("*") if folder not in (path, *path.parents)}
     outcomes: dict[str, Counter[str]] = {}
     for kind, share in (kinds or KINDS).items():
-        owner = next(owner for owner in (data, recipes, checkpoints, libraries) if hasattr(owner, f"try_{kind}"))
-        owner._chance.seed(f"{kind} {seed}")
+        owner = next(owner for owner in owners if hasattr(owner, f"try_{kind}"))
+        owner.begin(kind, seed=seed)
         attack: Callable[[], str] = getattr(owner, f"try_{kind}")
-        if kind == "resume":
-            checkpoints.prepare()
-        if owner is libraries:
-            libraries.prepare(kind)
         outcomes[kind] = Counter()
         for _ in range(max(1, round(count * share))):
             watch.active = True
@@ -80,8 +80,8 @@ def campaign(
                 outcome = attack()
             finally:
                 watch.active = False
-            if recipes.marker.exists():
-                recipes.marker.rmdir()
+            if owner.marker.exists():
+                owner.marker.rmdir()
                 outcome = "ran code"
             if outcome not in ("works", "refused") and outcome not in outcomes[kind]:
                 print(f"{kind}: {outcome}", file=sys.stderr, flush=True)
@@ -98,7 +98,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=tuple(KINDS))
+    parser.add_argument(
+        "--kinds", nargs="+", choices=tuple(KINDS), default=[kind for kind in KINDS if kind not in LACKING]
+    )
     parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "robustness" / "fuzz.json")
     options = parser.parse_args()
     began = time.monotonic()

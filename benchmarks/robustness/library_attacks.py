@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import random
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from mutations import ODD, MakesFolder, guarded, write_damaged
+from attacks import Attacks
+from mutations import guarded
 from PIL import Image
 from torch import Tensor, nn
 
 from drkd.adapters import DetrBuilder, HookedBuilder, UltralyticsBuilder, save_student
-from drkd.contracts import Detector, DetectorBuilder
+from drkd.contracts import DetectorBuilder
 from drkd.recipes.prediction import predict
 
 _SETTINGS = {"min_size": 32, "max_size": 64, "size_divisor": 32}
@@ -39,30 +37,24 @@ _YOLO = {
 }
 
 
-class LibraryAttacks:
-    """One method a library; each makes the next input and tries it.
+class LibraryAttacks(Attacks):
+    """One kind a library.
 
     Args:
         folder: Working folder.
-        chance: Source of randomness.
+
+    Attributes:
+        whole: The undamaged file of the kind that was begun last.
+        image: What is predicted on.
     """
 
-    def __init__(self, folder: Path, chance: random.Random) -> None:
-        self._chance = chance
-        self._folder = folder
-        self._image = folder / "shown.png"
-        Image.effect_noise((40, 30), 60).convert("RGB").save(self._image)
-        marker = folder / "ran"
-        runs = f"__import__('os').mkdir({str(marker)!r})"
-        self._odd = (
-            *ODD,
-            MakesFolder(marker),
-            runs,
-            "PekingU/rtdetr_r50vd",
-            "TorchVision",
-            "torch.hub.load",
-            "os:getcwd",
-        )
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.whole = folder / "whole.pt"
+        self.image = folder / "shown.png"
+        Image.effect_noise((40, 30), 60).convert("RGB").save(self.image)
+        runs = f"__import__('os').mkdir({str(self.marker)!r})"
+        self._odd = (*self._odd, runs, "PekingU/rtdetr_r50vd", "TorchVision", "torch.hub.load", "os:getcwd")
         self._hostile = {
             **{"auto_map": {"AutoConfig": "a/b--c.D"}, "use_pretrained_backbone": True, "use_timm_backbone": True},
             **{"backbone": "PekingU/rtdetr_r50vd", "name_or_path": "a/b", "_name_or_path": "a/b", "activation": runs},
@@ -70,73 +62,62 @@ class LibraryAttacks:
             **{"torch_dtype": runs, "attn_implementation": "kernels-community/flash-attn", "weights": "/etc/passwd"},
         }
 
-    def prepare(self, kind: str) -> None:
-        """Build the whole file that a kind's inputs are damaged copies of, and import what builds it."""
-        getattr(self, f"_{kind}")
-
     def try_transformers(self) -> str:
         """An RT-DETR's student.pt, predicted with."""
-        return self._try(self._transformers)
+        return self._try()
 
     def try_ultralytics(self) -> str:
         """A YOLO's student.pt, predicted with."""
-        return self._try(self._ultralytics)
+        return self._try()
 
     def try_hooks(self) -> str:
         """The student.pt of a detector of the user's own; a file that is not trusted must be refused, whole or not."""
         trusted = self._chance.random() < 0.8
-        outcome = self._try(self._hooks, trust_code=trusted)
+        outcome = self._try(trust_code=trusted)
         if outcome == "works" and not trusted:
             return "called what a file names, without leave"
         return outcome
 
-    @cached_property
-    def _transformers(self) -> dict[str, Any]:
-        return self._save(DetrBuilder(backbone="timm/resnet10t", config=_DETR))
+    def _prepare(self, kind: str) -> None:
+        """Save the whole file, which also imports the library."""
+        torch.manual_seed(0)
+        builder = self._builder(kind)
+        detector = builder.build(["cat"])
+        extra = {"category_ids": {"cat": 3}}
+        save_student(self.whole, detector, builder=builder, image_settings=_SETTINGS, extra=extra)
 
-    @cached_property
-    def _ultralytics(self) -> dict[str, Any]:
-        description = self._folder / "yolo11n.yaml"  # its name says the scale
-        description.write_text(yaml.safe_dump(_YOLO))
-        return self._save(UltralyticsBuilder(model=str(description)))
-
-    @cached_property
-    def _hooks(self) -> dict[str, Any]:
-        functions = {name: f"{__name__}:{name}" for name in ("losses", "detections")}
-        return self._save(
-            HookedBuilder(
-                **functions,
-                factory=f"{__name__}:PointDetector",
-                layers=("body",),
-                arguments={"channels": 4},
-                image_size=(64, 64),
-            )
+    def _builder(self, kind: str) -> DetectorBuilder:
+        if kind == "transformers":
+            return DetrBuilder(backbone="timm/resnet10t", config=_DETR)
+        if kind == "ultralytics":
+            description = self._folder / "yolo11n.yaml"  # its name says the scale
+            description.write_text(yaml.safe_dump(_YOLO))
+            return UltralyticsBuilder(model=str(description))
+        return HookedBuilder(
+            factory=f"{__name__}:PointDetector",
+            losses=f"{__name__}:losses",
+            detections=f"{__name__}:detections",
+            layers=("body",),
+            arguments={"channels": 4},
+            image_size=(64, 64),
         )
 
-    def _save(self, builder: DetectorBuilder) -> dict[str, Any]:
-        torch.manual_seed(0)
-        detector: Detector = builder.build(["cat"])
-        file = self._folder / "whole.pt"
-        save_student(file, detector, builder=builder, image_settings=_SETTINGS, extra={"category_ids": {"cat": 3}})
-        content: dict[str, Any] = torch.load(file, weights_only=True)
-        return content
-
-    def _try(self, content: dict[str, Any], *, trust_code: bool = False) -> str:
+    def _try(self, *, trust_code: bool = False) -> str:
         # Weights are most of a file, and damage to them is much alike: half of the inputs leave them whole.
         file, chance = self._folder / "input.pt", self._chance
+        content = torch.load(self.whole, weights_only=True)
         if chance.random() < 0.3:
-            content = copy.deepcopy(content)
             name = chance.choice(list(self._hostile))
             chance.choice(_dicts_of([content["build"], content["builder"]]))[name] = self._hostile[name]
         if chance.random() < 0.5:
-            write_damaged(chance, content, file, self._odd, bytes_share=0.2)
+            self._damaged(content, file, bytes_share=0.2)
         else:
             rest = {name: value for name, value in content.items() if name != "state_dict"}
-            write_damaged(chance, rest, file, self._odd, bytes_share=0.0, beside={"state_dict": content["state_dict"]})
+            self._damaged(rest, file, bytes_share=0.0, beside={"state_dict": content["state_dict"]})
         output = self._folder / "predicted"
         return guarded(
             lambda: predict(
-                *(file, self._image),
+                *(file, self.image),
                 output=output,
                 threshold=0.0,
                 device="cpu",

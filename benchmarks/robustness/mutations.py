@@ -8,7 +8,7 @@ import random
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -111,36 +111,6 @@ def mutate_value(chance: random.Random, value: Any, odd: Sequence[Any] = ODD) ->
     if isinstance(changed, Tensor) and chance.random() < 0.8:
         return _mutate_tensor(chance, changed)
     return chance.choice(odd)
-
-
-def write_damaged(
-    chance: random.Random,
-    content: Any,
-    file: Path,
-    odd: Sequence[Any],
-    *,
-    bytes_share: float = 0.4,
-    beside: Mapping[str, Any] | None = None,
-) -> Path:
-    """Save content with other values, or whole with other bytes.
-
-    Args:
-        chance: Source of randomness.
-        content: What a whole file holds; left as it is.
-        file: Where to write.
-        odd: What an entry is replaced by.
-        bytes_share: Of the files, those whose bytes are changed.
-        beside: More entries, which are not changed; only where the content is still a dict.
-    """
-    changed = content
-    damage_bytes = chance.random() < bytes_share
-    if not damage_bytes:
-        for _ in range(chance.choice((1, 1, 2))):
-            changed = mutate_value(chance, changed, odd)
-    torch.save({**changed, **beside} if beside and isinstance(changed, dict) else changed, file)
-    if damage_bytes:
-        file.write_bytes(mutate_bytes(chance, file.read_bytes()))
-    return file
 
 
 def mutate_lines(chance: random.Random, lines: Sequence[str], odd: Sequence[Any] = ODD) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import yaml
+from attacks import Attacks
 from mutations import ODD, guarded, mutate_bytes, mutate_value, tiny_detectors
 
 from drkd.recipes.comparison.cell import make_cells
@@ -15,20 +15,18 @@ from drkd.recipes.recipe import load_recipe
 from drkd.recipes.training import build_module, require_teacher_and_method
 
 
-class RecipeAttacks:
-    """One method a kind of file; each makes the next input and tries it.
+class RecipeAttacks(Attacks):
+    """Recipes and comparisons.
 
     Args:
         folder: Working folder.
-        chance: Source of randomness.
         data: A small data set.
         teacher: A saved detector of its classes.
     """
 
-    def __init__(self, folder: Path, chance: random.Random, *, data: Path, teacher: Path) -> None:
-        self._chance = chance
+    def __init__(self, folder: Path, *, data: Path, teacher: Path) -> None:
+        super().__init__(folder)
         self._file = folder / "input.yaml"
-        self.marker = folder / "ran"
         self._recipe: dict[str, Any] = {
             **tiny_detectors(teacher),
             "method": {"class_path": "drkd.methods.DRKD", "init_args": {"warmup_steps": 3, "nodes": 4}},

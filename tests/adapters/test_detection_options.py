@@ -39,8 +39,8 @@ YOLO_ONLY: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("name", "value", "message"), [*WRONG, *YOLO_ONLY])
 def test_what_is_refused(name: str, value: Any, message: str) -> None:
-    with pytest.raises(DrkdError, match=f"^a.pt: {message}"):
-        check_detection_options({name: value}, source="a.pt")
+    with pytest.raises(DrkdError, match=f"^{message}"):
+        check_detection_options({name: value})
     with pytest.raises(DrkdError, match=f"^{message}"):
         UltralyticsBuilder(**{name: value})
 
@@ -57,15 +57,17 @@ def test_builders_of_torchvision(builder: Any, name: str, value: Any, message: s
         builder(**{name: value})
 
 
-@pytest.mark.parametrize(("name", "value", "message"), [*WRONG[:1], WRONG[3], YOLO_ONLY[0]])
-def test_a_file_of_torchvision(name: str, value: Any, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), [("score_threshold", -0.1), ("detections_per_image", 0), ("nms_threshold", 2**63)]
+)
+def test_a_file_of_torchvision(name: str, value: Any, tmp_path: Path) -> None:
     builder = RetinaNetBuilder(backbone="resnet18", width=0.125, fpn_channels=32, extra="none")
     file = tmp_path / "student.pt"
     save_student(file, builder.build(["cat"]), builder=builder, image_settings=SETTINGS)
     content = torch.load(file, weights_only=True)
     content["builder"]["init_args"][name] = value
     torch.save(content, file)
-    with pytest.raises(DrkdError, match=f"student.pt: builder.init_args[.:] ?{message.split(':')[0]}: expected"):
+    with pytest.raises(DrkdError, match=f"student.pt: {name}: expected"):
         load_detector(file)
 
 

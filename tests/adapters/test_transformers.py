@@ -363,9 +363,9 @@ def test_what_cannot_be_wanted_or_wrapped_is_said(make_batch: Callable[..., Dete
     assert detector(make_batch([(64, 64)]), want=frozenset()) == DetectorOutput()
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0)}
     odd = DetectionBatch.from_lists([torch.rand(3, 40, 64)], [nothing], size_divisor=8)
-    with pytest.raises(ValueError, match="multiples of 32 px"):
+    with pytest.raises(DrkdError, match="multiples of 32 px"):
         detector(odd, want=FEATURES)
-    with pytest.raises(ValueError, match=r"at least 30 places .* got 21 \(32 x 32 px\)"):
+    with pytest.raises(DrkdError, match=r"at least 30 places .* got 21 \(32 x 32 px\)"):
         detector(make_batch([(32, 32)]), want=LOSSES)
     assert len(detector.eval()(make_batch([(32, 32)]), want=FEATURES).features) == 3
     with pytest.raises(ValueError, match=r"expected a \.\.\.ForObjectDetection model of transformers"):

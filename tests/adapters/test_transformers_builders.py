@@ -249,6 +249,19 @@ def test_a_damaged_file_is_said(tmp_path: Path) -> None:
         load_detector(tmp_path / "other.pt")
 
 
+@pytest.mark.parametrize(("name", "value"), [("score_threshold", 2), ("detections_per_image", None)])
+def test_options_out_of_range_are_named_with_the_file(name: str, value: Any, tmp_path: Path) -> None:
+    detector = small()
+    with pytest.raises(DrkdError, match=f"^{name}: expected"):
+        TransformersDetector(detector.model, CLASSES, label_ids=range(3), **{name: value})
+    save_student(tmp_path / "student.pt", detector, builder=None, image_settings=SETTINGS)
+    content = torch.load(tmp_path / "student.pt", weights_only=True)
+    content["build"]["detection"][name] = value
+    torch.save(content, tmp_path / "student.pt")
+    with pytest.raises(DrkdError, match=f"student.pt: {name}: expected"):
+        load_detector(tmp_path / "student.pt")
+
+
 def test_a_files_configuration_runs_no_code_and_looks_nothing_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -292,15 +292,11 @@ def _read_builder(path: str | Path, entry: Mapping[str, Any]) -> _Builder:
         arguments = {name: _tuples(value) for name, value in entry["init_args"].items()}
         # The file's own weights are what it is for: it has no business with other files, or with a network.
         arguments.update({name: None for name in ("weights", "backbone_weights") if name in arguments})
-        wrong = find_mistyped(builder, arguments)
-        built = builder(**arguments) if wrong is None else None
-    except DrkdError as error:
-        raise DrkdError(f"{path}: builder.init_args.{error}") from error
+        if (wrong := find_mistyped(builder, arguments)) is not None:
+            raise DrkdError(f"{path}: builder.init_args.{wrong}.")
+        return builder(**arguments)
     except (TypeError, KeyError, AttributeError) as error:
         raise DrkdError(f"{path}: its builder does not fit this version of drkd ({error}).") from error
-    if built is None:
-        raise DrkdError(f"{path}: builder.init_args.{wrong}.")
-    return built
 
 
 def _compare_classes(path: str | Path, saved: Sequence[str], wanted: Sequence[str]) -> None:

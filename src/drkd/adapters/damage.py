@@ -1,4 +1,4 @@
-"""Turns what Python raises on a checkpoint that loads but makes no sense into one paragraph that names the file."""
+"""Turns whatever is raised on a checkpoint that loads but makes no sense into one paragraph that names the file."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ def explained_by_file(
     def wrapped(path: Any, /, *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
         try:
             return read(path, *arguments, **options)
-        except DrkdError:
-            raise
+        except DrkdError as error:
+            if str(path) in str(error):
+                raise
+            raise type(error)(f"{path}: {error}") from error
         except _DAMAGE as error:
             reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
             raise DrkdError(

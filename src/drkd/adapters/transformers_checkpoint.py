@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from drkd.adapters.detection_options import check_detection_options
 from drkd.adapters.transformers_detector import TransformersDetector
 from drkd.adapters.transformers_library import build_model, check_family, import_transformers
 from drkd.adapters.weights import fill
@@ -86,7 +85,6 @@ def rebuild_transformers(
     """
     build, preprocessing = content["build"], content["preprocessing"]
     check_family(str(build["family"]), source=str(path))
-    check_detection_options(build["detection"], source=str(path))
     entries = _filter(build["config"], path)
     # At the top these would name a backbone that backbone_config describes.
     entries = {name: value for name, value in entries.items() if name not in ("model_type", "backbone")}

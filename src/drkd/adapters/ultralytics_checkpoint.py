@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drkd.adapters.detection_options import check_detection_options
 from drkd.adapters.ultralytics_detector import OPTIONS, UltralyticsDetector, model_names
 from drkd.adapters.ultralytics_library import ultralytics_module
 from drkd.adapters.ultralytics_models import new_model
@@ -76,7 +75,6 @@ def rebuild_ultralytics(
         DrkdError: If Ultralytics is not installed, or the file describes no model that it can build.
     """
     build = _checked(path, content["build"])
-    check_detection_options(build["options"], source=str(path))
     model = new_model(build["yaml"], build["names"], source=str(path))
     fill(model, content["state_dict"], path)
     options = {name: value for name, value in build["options"].items() if name in OPTIONS}

@@ -124,7 +124,7 @@ class InstanceRelationLoss(nn.Module):
         embed_channels: int | None = 128,
         logit_scale: float | None = None,
         across_images: bool = False,
-        teacher_side: TeacherSide = "shared",
+        teacher_side: TeacherSide = "fixed",
         connector: Literal["identity", "affine"] = "identity",
         adapter_init: AdapterInit = "identity",
     ) -> None:

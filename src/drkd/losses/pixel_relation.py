@@ -75,7 +75,7 @@ class PixelRelationLoss(nn.Module):
         gain: float = 1.0,
         activation_before_update: bool = True,
         distance: Distance = "mse",
-        teacher_side: TeacherSide = "shared",
+        teacher_side: TeacherSide = "fixed",
         normalise_features: bool = True,
         adapter_init: AdapterInit = "identity",
         object_share: float = 0.0,
