@@ -67,12 +67,16 @@ def test_arguments_arrive():
     fgfi = loss_of(FGFI, scales=[4, 8], ratios=[1.0], threshold=0.3, anchor_style="inclusive", activation=True)[1]
     assert (fgfi.scales, fgfi.ratios, fgfi.threshold) == ((4, 8), (1.0,), 0.3)
     assert (fgfi.anchor_style, fgfi.activation) == ("inclusive", True)
-    assert list(FitNet(SPEC, SPEC, always_adapt=False).parameters()) == []
+    for adapting, by_default in ((FitNet, True), (PKD, False), (CWD, False)):
+        assert bool(list(adapting(SPEC, SPEC).parameters())) is by_default
+        assert list(adapting(SPEC, SPEC, always_adapt=False).parameters()) == []
+        shapes = [tuple(weight.shape) for weight in adapting(SPEC, SPEC, always_adapt=True).parameters()]
+        assert shapes == [(8, 8, 1, 1), (8,)] * len(adapting(SPEC, SPEC).pairs)
     with pytest.raises(ValueError, match="at least one pool"):
         NLD(SPEC, SPEC, pools=())
 
 
-@pytest.mark.parametrize("method", [CWD, FGD, FGFI, FitNet, MGD, NLD])
+@pytest.mark.parametrize("method", [CWD, FGD, FGFI, FitNet, MGD, NLD, PKD])
 def test_a_method_and_its_loss_have_the_same_defaults(method):
     defaults = inspect.signature(method).parameters
     for name, parameter in inspect.signature(type(loss_of(method)[0])).parameters.items():

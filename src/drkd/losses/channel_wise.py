@@ -22,6 +22,7 @@ class ChannelWiseLoss(nn.Module):
         student_channels: Channels of the student's map.
         teacher_channels: Channels of the teacher's map.
         temperature: tau, units of the feature, > 0.
+        always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal.
 
     Shape:
         student, teacher: see `MapAdapter`.
@@ -31,11 +32,13 @@ class ChannelWiseLoss(nn.Module):
         ValueError: If ``temperature <= 0`` or the shapes do not fit.
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int, *, temperature: float = 1.0) -> None:
+    def __init__(
+        self, student_channels: int, teacher_channels: int, *, temperature: float = 1.0, always_adapt: bool = False
+    ) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"Expected a temperature above 0, got {temperature}")
-        self.align = MapAdapter(student_channels, teacher_channels)
+        self.align = MapAdapter(student_channels, teacher_channels, always=always_adapt)
         self.temperature = temperature
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:

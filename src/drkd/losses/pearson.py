@@ -25,7 +25,8 @@ class PearsonLoss(nn.Module):
         teacher_channels: Channels of the teacher's map.
         eps: Added to the standard deviation, units of the feature.
         smallest_deviation: See above, units of the feature.
-        adapter_init: Of the 1x1 convolution that is there where the channels differ, see `make_adapter`.
+        always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal.
+        adapter_init: Its start, see `make_adapter`.
 
     Shape:
         student, teacher: see `MapAdapter`.
@@ -39,10 +40,11 @@ class PearsonLoss(nn.Module):
         *,
         eps: float = 1e-6,
         smallest_deviation: float = 3e-3,
+        always_adapt: bool = False,
         adapter_init: AdapterInit = "identity",
     ) -> None:
         super().__init__()
-        self.align = MapAdapter(student_channels, teacher_channels, init=adapter_init)
+        self.align = MapAdapter(student_channels, teacher_channels, always=always_adapt, init=adapter_init)
         self.eps = eps
         self.smallest_deviation = smallest_deviation
 

@@ -18,6 +18,8 @@ class CWD(LevelwiseMethod):
         teacher: The teacher's levels; matched to the student's by stride.
         weight: Of the term ``cwd``. None is 1 with ``balanced``, else mmrazor's 10 (another port has 5 for RetinaNet).
         temperature: tau, units of the feature.
+        always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal (authors: only where
+            they differ).
         levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
@@ -39,6 +41,7 @@ class CWD(LevelwiseMethod):
         *,
         weight: float | None = None,
         temperature: float = 1.0,
+        always_adapt: bool = False,
         levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
@@ -56,6 +59,8 @@ class CWD(LevelwiseMethod):
             decay=decay,
         )
         self.losses = nn.ModuleList(
-            ChannelWiseLoss(pair.student.channels, pair.teacher.channels, temperature=temperature)
+            ChannelWiseLoss(
+                pair.student.channels, pair.teacher.channels, temperature=temperature, always_adapt=always_adapt
+            )
             for pair in self.pairs
         )

@@ -18,7 +18,9 @@ class PKD(LevelwiseMethod):
         teacher: The teacher's levels; matched to the student's by stride.
         weight: Of the term ``pkd``. None is 1 with ``balanced``, else the authors' 10 for RetinaNet (Faster R-CNN: 6).
         finest_levels: How many levels, finest first, are distilled (authors: 4); None is all.
-        adapter_init: Start of the 1x1 convolution that is there where the channels differ, see `make_adapter`.
+        always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal (authors: only where
+            they differ).
+        adapter_init: Its start, see `make_adapter`.
         levels: Student levels to choose from, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
@@ -40,6 +42,7 @@ class PKD(LevelwiseMethod):
         *,
         weight: float | None = None,
         finest_levels: int | None = 4,
+        always_adapt: bool = False,
         adapter_init: AdapterInit = "identity",
         levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
@@ -59,5 +62,8 @@ class PKD(LevelwiseMethod):
             decay=decay,
         )
         self.losses = nn.ModuleList(
-            PearsonLoss(pair.student.channels, pair.teacher.channels, adapter_init=adapter_init) for pair in self.pairs
+            PearsonLoss(
+                pair.student.channels, pair.teacher.channels, always_adapt=always_adapt, adapter_init=adapter_init
+            )
+            for pair in self.pairs
         )
