@@ -124,7 +124,7 @@ def build_digits(cache_dir: Path | None = None, *, config: DigitsConfig = Digits
         DrkdError: If scikit-learn or scikit-image is missing, or the cache folder cannot be written.
     """
     cache = Path(cache_dir) if cache_dir is not None else default_cache()
-    target = cache / f"digits-{_fingerprint(config)}"
+    target = cache / f"digits-{fingerprint(config)}"
     if is_intact(target, config=config):
         return target
     try:
@@ -289,7 +289,8 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
-def _fingerprint(config: DigitsConfig) -> str:
+def fingerprint(config: DigitsConfig) -> str:
+    """Digest of what an embedded data set is built from: 12 hexadecimal digits."""
     text = json.dumps({"version": _VERSION, **_plain(config)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

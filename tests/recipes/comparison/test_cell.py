@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,18 @@ from fake_cell import write_run
 
 from drkd.contracts import DrkdError
 from drkd.recipes import run_folder
-from drkd.recipes.comparison.cell import Cell, collect, differences, look_up, make_cells, summarise_terms
+from drkd.recipes.comparison.cell import (
+    Cell,
+    collect,
+    differences,
+    forget,
+    is_finished,
+    look_up,
+    make_cells,
+    summarise_terms,
+)
 from drkd.recipes.comparison.definition import load_comparison
+from drkd.recipes.comparison.inputs import fingerprint_inputs
 
 
 def _cells(file: Path, *overrides: str) -> dict[str, Cell]:
@@ -103,6 +114,62 @@ def test_a_changed_setting_is_found_wherever_it_was_changed(comparison_file: Pat
     cells = _cells(comparison_file)
     for name in ("tiny/hint/0", "tiny/teacher"):
         assert look_up(cells[name]) == ("changed", ["data.max_size was 96, is 128"])
+
+
+def test_another_file_of_the_same_name_is_a_change(
+    comparison_file: Path, tmp_path: Path, tiny_coco: Path, tiny_detector: Path
+) -> None:
+    data, teacher = tmp_path / "data", tmp_path / "teacher.pt"
+    shutil.copytree(tiny_coco, data)
+    shutil.copy(tiny_detector, teacher)
+    settings = (f"--overrides.data.root={data}", f"--overrides.teacher.init_args.path={teacher}")
+    before = _cells(comparison_file, *settings)
+    assert set(before["tiny/drkd/0"].inputs) == {"teacher.init_args.path", "data.root train", "data.root val"}
+    names = ("tiny/drkd/0", "tiny/teacher", "tiny/drkd/1")
+    for name in names:
+        _measure(before[name], tmp_path)
+        before[name].inputs_file.write_text(json.dumps(dict(before[name].inputs)))
+    # As if the parent had been killed before it collected this one.
+    before["tiny/drkd/1"].file.unlink()
+    again = _cells(comparison_file, *settings)
+    assert [look_up(again[name])[0] for name in names] == ["done", "done", "missing"]
+    assert is_finished(again["tiny/drkd/1"])
+    with teacher.open("ab") as file:
+        file.write(b"0")
+    changed = _cells(comparison_file, *settings)
+    for name in names[:2]:
+        assert look_up(changed[name]) == ("changed", ["teacher.init_args.path is another file"])
+    assert not is_finished(changed["tiny/drkd/1"])
+    shutil.copy(tiny_detector, teacher)
+    labels = next(data.rglob("*val*.json"))
+    labels.write_text(labels.read_text() + " ")
+    assert look_up(_cells(comparison_file, *settings)["tiny/teacher"])[1] == ["data.root val is another file"]
+    # What was measured before files were recorded says nothing about them.
+    content = json.loads(before["tiny/teacher"].file.read_text())
+    del content["inputs"]
+    before["tiny/teacher"].file.write_text(json.dumps(content))
+    assert look_up(_cells(comparison_file, *settings)["tiny/teacher"]) == ("done", [])
+
+
+def test_embedded_data_and_shipped_teachers_have_digests() -> None:
+    settings = {"teacher.init_args.path": "drkd:digits_retinanet", "data.root": "digits", "student.weights": None}
+    found = fingerprint_inputs(settings)
+    assert set(found) == {"teacher.init_args.path", "data.root"}
+    other = fingerprint_inputs({"teacher.init_args.path": "drkd:digits_faster_rcnn", "data.root": "digits2"})
+    assert not set(found.values()) & set(other.values())
+    assert fingerprint_inputs({"teacher.init_args.path": "no/such.pt", "data.root": "no/such"}) == {}
+
+
+def test_what_is_forgotten_is_not_collected_again(
+    comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = _cells(comparison_file)["tiny/hint/0"]
+    _measure(cell, tmp_path)
+    # As if it had been killed in the middle.
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    forget(cell)
+    assert not cell.file.exists() and cell.run_folder.exists()
+    assert not is_finished(cell)
 
 
 def test_an_option_that_drkd_got_since_counts_only_where_it_is_stated() -> None:

@@ -60,6 +60,9 @@ def test_running_cells_say_where_they_are(tmp_path: Path) -> None:
     (task.cell.run_folder / "progress.json").write_text(json.dumps({"step": 7, "steps": 8, "epoch": 0}))
     task.look()
     assert task.words() == "step 7/8, epoch 1"
+    task.first = 9
+    task.look()
+    assert task.first == 7
     (task.cell.run_folder / "progress.json").write_text("{")
     task.look()
     assert task.words() == "step 7/8, epoch 1"
@@ -87,3 +90,13 @@ def test_time_left_is_estimated_from_cells_alike(tmp_path: Path, monkeypatch: py
     running = _task("drkd", 1, tmp_path, state="running", began=970.0, step=50, steps=100)
     board = Board([*tasks[:3], running], Console(file=StringIO()), jobs=2)
     assert board.seconds_left() == pytest.approx(20.0)
+    # Gone on with at step 40 of 100, half-way through the rest after 30 s: 60 s by its steps, 24 s by the cell alike.
+    resumed = _task("drkd", 1, tmp_path, state="running", began=970.0, step=70, steps=100, first=40)
+    board = Board([*tasks[:3], resumed], Console(file=StringIO()), jobs=2)
+    assert board.seconds_left() == pytest.approx((60.0 + 24.0) / 2 - 30.0)
+    alone = _task("drkd", 1, tmp_path, state="running", began=970.0, step=70, steps=100, first=40)
+    assert Board([alone], Console(file=StringIO()), jobs=2).seconds_left() == pytest.approx(30.0)
+    # Of a cell that went on after a kill only the last session's seconds are known.
+    tasks[2].content["earlier_sessions"] = 1
+    board = Board([*tasks[:3], _task("drkd", 1, tmp_path)], Console(file=StringIO()), jobs=1)
+    assert board.seconds_left() == pytest.approx(12.0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import yaml
 
 from drkd.contracts import DrkdError
 from drkd.recipes.comparison.definition import TEACHER, Arm, Comparison, Pair, flatten
+from drkd.recipes.comparison.inputs import changed_inputs, fingerprint_inputs
 from drkd.recipes.recipe import load_recipe
 from drkd.recipes.recipe_file import recipe_chain
 from drkd.recipes.run_folder import write_json
@@ -44,6 +46,7 @@ class Cell:
         settings: The resolved recipe as nested plain values.
         stated: Dotted keys that the recipe files, the comparison and its overrides state; the rest are defaults.
         output: The comparison's folder.
+        inputs: Digests of the files that the settings name, see `fingerprint_inputs`.
     """
 
     pair: str
@@ -54,6 +57,7 @@ class Cell:
     settings: Mapping[str, Any]
     stated: frozenset[str]
     output: Path
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -77,6 +81,11 @@ class Cell:
     def log(self) -> Path:
         """What the cell's process printed."""
         return self.run_folder.with_name(f"{self.run_folder.name}.log")
+
+    @property
+    def inputs_file(self) -> Path:
+        """The digests of the files that the run in the run folder began with."""
+        return self.run_folder.with_name(f"{self.run_folder.name}.inputs.json")
 
     def command(self, how: Literal["overwrite", "resume"] = "overwrite") -> tuple[str, ...]:
         """The command line, without the interpreter."""
@@ -110,17 +119,21 @@ def make_cells(comparison: Comparison, *, source: str) -> list[Cell]:
 
 
 def look_up(cell: Cell) -> tuple[State, list[str]]:
-    """Say whether the cell is measured, and which settings differ from those that it was measured with.
+    """Say whether the cell is measured, and which settings, or files that they name, differ from those then.
+
+    Cells of drkd before it kept digests of files say nothing about files.
 
     Raises:
         DrkdError: If its file is damaged.
     """
     if not cell.file.exists():
         return "missing", []
-    recorded = read_object(cell.file).get("recipe")
+    content = read_object(cell.file)
+    recorded = content.get("recipe")
     if not isinstance(recorded, Mapping):
         raise DrkdError(f"{cell.file}: field recipe should be an object. Remove the file, and the cell is measured.")
     changes = differences(recorded, cell.settings, stated=cell.stated)
+    changes += changed_inputs(content.get("inputs"), cell.inputs)
     return ("changed" if changes else "done"), changes
 
 
@@ -154,6 +167,24 @@ def can_resume(cell: Cell) -> bool:
     return status is not None and status != "finished" and (cell.run_folder / "checkpoints" / "last.ckpt").exists()
 
 
+def forget(cell: Cell) -> None:
+    """Remove what is measured of the cell, in an order that leaves nothing behind that a later run would collect.
+
+    Raises:
+        DrkdError: If a file cannot be removed.
+    """
+    try:
+        # Without it the run folder holds no finished run, whatever is left of it.
+        (cell.run_folder / "run.json").unlink(missing_ok=True)
+        cell.file.unlink(missing_ok=True)
+    except OSError as error:
+        raise DrkdError(
+            f"{error.filename}: cannot be removed ({error.strerror}), so nothing is measured anew."
+        ) from error
+    shutil.rmtree(cell.run_folder, ignore_errors=True)
+    cell.inputs_file.unlink(missing_ok=True)
+
+
 def collect(cell: Cell) -> dict[str, Any]:
     """Write the cell's file, whole or not at all, from what its run left; return its content.
 
@@ -175,6 +206,7 @@ def collect(cell: Cell) -> dict[str, Any]:
         "distillation": summarise_terms(metrics, calibration_steps=_calibration(cell)) if metrics.exists() else {},
         "command": list(cell.command()),
         "recipe": cell.settings,
+        "inputs": dict(cell.inputs),
         "seconds": run.get("seconds"),
         "earlier_sessions": len(run.get("sessions", [])),
         **{name: run.get(name) for name in _KEPT},
@@ -191,7 +223,7 @@ def collect_reason(cell: Cell, reason: str) -> dict[str, Any]:
         reason: One paragraph.
     """
     content: dict[str, Any] = {"pair": cell.pair, "method": cell.method, "seed": cell.seed, NOT_APPLICABLE: reason}
-    content |= {"command": list(cell.command()), "recipe": cell.settings}
+    content |= {"command": list(cell.command()), "recipe": cell.settings, "inputs": dict(cell.inputs)}
     write_json(cell.file, content)
     return content
 
@@ -271,7 +303,8 @@ def _make_cell(comparison: Comparison, pair: tuple[str, Pair], arm: tuple[str, A
     stated = {key for _, content in recipe_chain(pair[1].recipe) for key in _leaves(content)}
     stated |= {*_leaves(overrides), *(f"method.{key}" for key in _leaves(method))}
     verb = "distill" if method else "train"
-    return Cell(pair[0], arm[0], 0, verb, arguments, kept, frozenset(stated), comparison.output)
+    inputs = fingerprint_inputs(_leaves(kept, plain=False))
+    return Cell(pair[0], arm[0], 0, verb, arguments, kept, frozenset(stated), comparison.output, inputs)
 
 
 def _make_teacher(comparison: Comparison, name: str, pair: Pair) -> Cell | None:
@@ -282,13 +315,13 @@ def _make_teacher(comparison: Comparison, name: str, pair: Pair) -> Cell | None:
         return None
     leaves = _leaves(cell.settings, plain=False)
     kept = {key: value for key, value in leaves.items() if key.startswith(_TEACHERS_SETTINGS)}
-    return Cell(name, TEACHER, None, "teacher", cell.arguments, kept, cell.stated, comparison.output)
+    inputs = {key: value for key, value in cell.inputs.items() if key.startswith(_TEACHERS_SETTINGS)}
+    return Cell(name, TEACHER, None, "teacher", cell.arguments, kept, cell.stated, comparison.output, inputs)
 
 
 def _with_seed(cell: Cell, seed: int) -> Cell:
     settings = {**cell.settings, "seed": seed}
-    arguments = (*cell.arguments, f"--seed={seed}")
-    return Cell(cell.pair, cell.method, seed, cell.verb, arguments, settings, cell.stated, cell.output)
+    return replace(cell, seed=seed, arguments=(*cell.arguments, f"--seed={seed}"), settings=settings)
 
 
 def _recorded_status(cell: Cell) -> str | None:
@@ -302,7 +335,9 @@ def _recorded_status(cell: Cell) -> str | None:
     if cell.seed is None or not isinstance(settings, Mapping):
         return None
     kept = {key: value for key, value in settings.items() if key not in _NO_SETTINGS}
-    return None if differences(kept, cell.settings, stated=cell.stated) else status
+    began = read_object(cell.inputs_file) if cell.inputs_file.exists() else None
+    changed = differences(kept, cell.settings, stated=cell.stated) or changed_inputs(began, cell.inputs)
+    return None if changed else status
 
 
 def _option(key: str, value: Any) -> str:

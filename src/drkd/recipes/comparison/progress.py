@@ -30,6 +30,7 @@ class Task:
         began: `time.monotonic` when its process started.
         step: Optimizer steps taken, as far as they were noted.
         steps: Of how many; 0 while that is not known.
+        first: Steps taken before this session: not 0 where the run goes on from a checkpoint.
         epoch: Passes over the data completed.
         earlier: Whether it was done before this session.
     """
@@ -40,6 +41,7 @@ class Task:
     began: float = 0.0
     step: int = 0
     steps: int = 0
+    first: int = 0
     epoch: int = 0
     earlier: bool = False
 
@@ -54,6 +56,8 @@ class Task:
         try:
             noted = read_object(self.cell.run_folder / "progress.json")
             self.step, self.steps, self.epoch = (int(noted[name]) for name in ("step", "steps", "epoch"))
+            # What was noted before a kill may be ahead of the checkpoint that the run goes on from.
+            self.first = min(self.first, self.step)
         except (DrkdError, KeyError, TypeError, ValueError):
             return
 
@@ -143,18 +147,23 @@ class Board:
     def _rest(self, task: Task) -> float | None:
         now = time.monotonic()
         whole = self._expected(task.cell)
-        if task.state == "running" and task.step and task.steps:
-            elapsed = now - task.began
-            by_steps = elapsed * (task.steps / task.step)
-            # What is measured of this very cell counts more the further it is; evaluation comes on top of it.
-            share = task.step / task.steps
-            whole = by_steps if whole is None else share * by_steps + (1 - share) * whole
+        first = task.first
+        if task.state == "running" and task.steps > first:
+            # All of this session: what an earlier one did of the run takes no more time.
+            whole = None if whole is None else whole * (task.steps - first) / task.steps
+            if task.step > first:
+                elapsed = now - task.began
+                # What is measured of this very cell counts more the further it is; evaluation comes on top of it.
+                share = (task.step - first) / (task.steps - first)
+                whole = elapsed / share if whole is None else elapsed + (1 - share) * whole
         if whole is None:
             return None
         return max(0.0, whole - (now - task.began)) if task.state == "running" else whole
 
     def _expected(self, cell: Cell) -> float | None:
-        done = [(task.cell, task.seconds) for task in self.tasks if task.seconds is not None]
+        # The seconds of a run that went on after a kill are those of its last session.
+        whole = [task for task in self.tasks if not task.content.get("earlier_sessions")]
+        done = [(task.cell, task.seconds) for task in whole if task.seconds is not None]
         if cell.method == TEACHER:
             values = [seconds for other, seconds in done if other.method == TEACHER]
             return fmean(values) if values else 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from drkd.recipes.comparison.cell import (
     can_resume,
     collect,
     collect_reason,
+    forget,
     is_finished,
     look_up,
     make_cells,
@@ -101,8 +101,7 @@ def compare(
     with locked_folder(comparison.output) as lock:
         again = _find_outdated(cells, selected, rerun)
         for cell in again:
-            cell.file.unlink(missing_ok=True)
-            shutil.rmtree(cell.run_folder, ignore_errors=True)
+            forget(cell)
         _describe(comparison)
         for cell in cells:
             remove_asides(cell.file.parent, [cell.file.name])
@@ -220,7 +219,12 @@ def _work(tasks: Sequence[Task], board: Board, *, jobs: int, lock: int | None) -
 
 def _start(task: Task, environment: dict[str, str], *, lock: int | None) -> subprocess.Popen[bytes]:
     task.state, task.began = "running", time.monotonic()
-    return start_leashed(_program(task.cell), log=task.cell.log, environment=environment, lock=lock)
+    program = _program(task.cell)
+    if can_resume(task.cell):
+        task.look()
+        task.first = task.step
+    write_json(task.cell.inputs_file, dict(task.cell.inputs))
+    return start_leashed(program, log=task.cell.log, environment=environment, lock=lock)
 
 
 def _program(cell: Cell) -> list[str]:
