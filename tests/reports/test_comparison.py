@@ -118,6 +118,7 @@ def test_tables_show_them(tmp_path):
     cost = {row[1]: row[2:] for row in tabulate_cost(list(rows.values()), comparison).rows}
     assert cost["drkd"] == ("0.12 s", "1.20", "514 MiB", "1.50 k")
     assert cost["student"] == ("0.1 s", "1.00", "514 MiB", "0")
+    assert "other work" not in " ".join(tabulate_cost(list(rows.values()), comparison).notes)
     answer = judge(list(rows.values()), "net", "student")
     assert "drkd has the highest mean AP, 51.2 ± 1.2: +10.2 [+9.7, +10.7] to student, beyond chance" in answer
     assert "+3.5 [-2.3, +9.3] to the next, hint, not beyond chance with 3 seeds." in answer
@@ -148,6 +149,41 @@ def test_a_screened_method_does_not_win_with_its_one_seed(tmp_path):
     answer = judge(list(rows.values()), "net", "student")
     assert "drkd has the highest mean AP" in answer and answer.endswith("Left out, with fewer seeds: lucky.")
     assert rows["drkd"].rival == "hint" and rows["lucky"].rival == "drkd"
+    # Left out means left out: it is no "next" either.
+    rows, _ = rows_of(write_cells(tmp_path / "alone", scores={**SCORES, "hint": (58.0,), "paper": (39.0,)}))
+    answer = judge(list(rows.values()), "net", "student")
+    assert rows["drkd"].rival == "hint" and "to the next" not in answer and "best rival there" not in answer
+    assert answer.endswith(" No other method has as many seeds. Left out, with fewer seeds: hint, paper.")
+
+
+def test_every_rival_counts_and_not_the_best_alone(tmp_path):
+    # Of the best one the difference is the same in each seed; the other's is larger and not beyond chance.
+    scores = {**SCORES, "hint": (49.0, 50.2, 51.4), "paper": (49.0, 41.0, 43.0)}
+    rows, _ = rows_of(write_cells(tmp_path, scores=scores))
+    assert set(rows["drkd"].to_rivals) == {"hint", "paper"} and rows["student"].to_rivals == {}
+    to_paper = rows["drkd"].to_rivals["paper"]["ap_small"]
+    assert to_paper.mean == pytest.approx((0.01 + 0.102 + 0.094) / 3) and to_paper.low < 0
+    assert rows["drkd"].to_rivals["hint"]["ap"].low > 0
+    answer = judge(list(rows.values()), "net", "student")
+    assert "+1.0 [+1.0, +1.0] to the next, hint, beyond chance" in answer
+    assert answer.endswith("Beyond chance it is above 1 of 2 rival(s) in AP and 1 in AP_S.")
+
+
+def test_steps_are_compared_seed_by_seed(tmp_path):
+    write_cells(tmp_path)
+    for method, seconds in {"student": (0.1, 0.2, 0.1), "drkd": (0.12, 0.25, None)}.items():
+        for seed, value in enumerate(seconds):
+            cell = tmp_path / f"cells/net/{method}/seed{seed}.json"
+            content = json.loads(cell.read_text())
+            content["training"]["seconds_per_step"] = value
+            cell.write_text(json.dumps(content))
+    rows, comparison = rows_of(tmp_path)
+    # Not 0.185 over 0.133, as means of unlike seeds would have it.
+    assert rows["drkd"].step_ratio == pytest.approx((1.2 + 1.25) / 2)
+    assert rows["student"].step_ratio == 1.0 and math.isnan(rows["teacher"].step_ratio)
+    table = tabulate_cost(list(rows.values()), comparison)
+    assert {row[1]: row[3] for row in table.rows}["drkd"] in ("1.22", "1.23")
+    assert "from seed to seed (net): other work shared the machine" in " ".join(table.notes)
 
 
 def test_one_seed_has_no_interval_and_says_so(tmp_path):

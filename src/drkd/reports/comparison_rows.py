@@ -32,8 +32,11 @@ class Row:
         to_rival: Paired difference to the rival by metric.
         small_rival: The best other method by mean AP_S, which may be another one.
         to_small_rival: Paired difference to that one in AP_S; None where there is none.
+        to_rivals: By name, paired differences in AP and AP_S to every other method that is not the reference and
+            shares a seed; the best rival is not always the one that is hardest to tell apart from.
         share: Share of the teacher's lead over the reference that is recovered, in AP; NaN where there is none.
         seconds_per_step: Mean over seeds of the median step, s; NaN if not measured.
+        step_ratio: The same over the reference's, mean over the seeds that both have; NaN if there is none.
         peak_memory: Largest over seeds, bytes; NaN if not measured.
         extra_parameters: Trainable parameters of the method while training; NaN if not measured.
         terms: By distillation term, means over seeds of ``median_gradient_ratio``, ``first`` and ``last``.
@@ -49,8 +52,10 @@ class Row:
     to_rival: Mapping[str, PairedDifference]
     small_rival: str | None
     to_small_rival: PairedDifference | None
+    to_rivals: Mapping[str, Mapping[str, PairedDifference]]
     share: float
     seconds_per_step: float
+    step_ratio: float
     peak_memory: float
     extra_parameters: float
     terms: Mapping[str, Mapping[str, float]]
@@ -112,7 +117,10 @@ def summarise_comparison(comparison: Comparison) -> list[Row]:
     for pair, methods in grouped.items():
         for method in methods:
             found = [cell for cell in comparison.cells if (cell["detector"], cell["method"]) == (pair, method)]
-            rows.append(_make_row(pair, method, methods, found, comparison.reference))
+            base = [
+                cell for cell in comparison.cells if (cell["detector"], cell["method"]) == (pair, comparison.reference)
+            ]
+            rows.append(_make_row(pair, method, methods, found, base, comparison.reference))
     return rows
 
 
@@ -121,6 +129,7 @@ def _make_row(
     method: str,
     methods: Mapping[str, Mapping[str, Mapping[int, float]]],
     cells: Sequence[Mapping[str, Any]],
+    base: Sequence[Mapping[str, Any]],
     reference: str,
 ) -> Row:
     own = methods[method]
@@ -144,8 +153,14 @@ def _make_row(
         to_rival={m: compare_paired(methods[rival][m], own[m]) for m in METRICS} if rival else {},
         small_rival=small_rival,
         to_small_rival=compare_paired(methods[small_rival]["ap_small"], own["ap_small"]) if small_rival else None,
+        to_rivals={
+            name: {m: compare_paired(scores[m], own[m]) for m in ("ap", "ap_small")}
+            for name, scores in methods.items()
+            if compared and name not in (method, reference, TEACHER) and scores["ap"].keys() & own["ap"].keys()
+        },
         share=_share(methods, method, reference) if has_reference else math.nan,
         seconds_per_step=summarise(_training(cells, "seconds_per_step")).mean,
+        step_ratio=_step_ratio(cells, base),
         peak_memory=max(_training(cells, "peak_memory_bytes"), default=math.nan),
         extra_parameters=max(_training(cells, "trainable_parameters", "method"), default=math.nan),
         terms=_mean_terms(cells),
@@ -173,6 +188,15 @@ def _training(cells: Sequence[Mapping[str, Any]], *keys: str) -> list[float]:
         if isinstance(value, int | float):
             values.append(float(value))
     return values
+
+
+def _step_ratio(cells: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> float:
+    """Paired by seed: a machine's load differs from one seed to the next, and would count as the method's."""
+    ours, theirs = (
+        {cell.get("seed"): seconds[0] for cell in side if (seconds := _training([cell], "seconds_per_step"))}
+        for side in (cells, base)
+    )
+    return summarise([ours[seed] / theirs[seed] for seed in ours if theirs.get(seed)]).mean
 
 
 def _mean_terms(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -12,6 +12,9 @@ from drkd.reports.files import Evaluation
 from drkd.reports.gap import PairedDifference
 from drkd.reports.tables import Table, format_count, format_difference, format_share, format_spread
 
+_LOAD = 0.1
+"""By how much the reference's step may differ from seed to seed before times are called rough."""
+
 
 def tabulate_quality(rows: Sequence[Row], comparison: Comparison) -> Table:
     """Return the table of scores."""
@@ -47,12 +50,10 @@ def tabulate_cost(rows: Sequence[Row], comparison: Comparison) -> Table:
     for row in rows:
         if row.method == TEACHER:
             continue
-        base = next((r for r in rows if (r.pair, r.method) == (row.pair, comparison.reference)), None)
-        ratio = row.seconds_per_step / base.seconds_per_step if base and base.seconds_per_step else math.nan
         lines.append(
             (
                 *(row.pair, row.method, _number(row.seconds_per_step, "{:.3g} s")),
-                _number(ratio, "{:.2f}"),
+                _number(row.step_ratio, "{:.2f}"),
                 _number(row.peak_memory / 2**20, "{:,.0f} MiB"),
                 "-" if math.isnan(row.extra_parameters) else format_count(row.extra_parameters),
             )
@@ -62,10 +63,17 @@ def tabulate_cost(rows: Sequence[Row], comparison: Comparison) -> Table:
     machines = _distinct(comparison.cells, "machine")
     notes = [
         "Step: median seconds of forward, backward and update once training is warm, mean over seeds; loading data, "
-        f"measuring gradient ratios and validation left out. Peak memory: {' or '.join(sorted(kinds)) or 'unknown'}, "
+        f"measuring gradient ratios and validation left out. x {comparison.reference}: mean of the ratios of the seeds "
+        f"that both have. Peak memory: {' or '.join(sorted(kinds)) or 'unknown'}, "
         "largest over seeds, the teacher included. Extra parameters: trained with the student and thrown away after "
         "training; the student that comes out costs the same whatever the method."
     ]
+    loads = list(_loads(rows, comparison))
+    if loads:
+        notes.append(
+            f"Steps of {comparison.reference} differ by more than {_LOAD:.0%} from seed to seed "
+            f"({', '.join(loads)}): other work shared the machine, and ratios are rough."
+        )
     if len(machines) > 1:
         notes.append(f"Measured on {len(machines)} kinds of machine or thread counts: times are not comparable.")
     return Table(columns, tuple(lines), tuple(notes), words=2)
@@ -110,17 +118,37 @@ def judge(rows: Sequence[Row], pair: str, reference: str) -> str:
     else:
         words += f"of {len(known)} method(s), {best.method} has the highest mean AP, "
     words += f"{format_spread(best.scores['ap'])}: {format_difference(gain)} to {reference}, {_certainty(gain)}"
-    if best.rival and best.to_rival["ap"].count:
+    others = [row.method for row in known if row is not best]
+    if best.rival in others and best.to_rival["ap"].count:
         rival = best.to_rival["ap"]
         words += f"; {format_difference(rival)} to the next, {best.rival}, {_certainty(rival)}"
     words += "."
     small = best.to_small_rival
-    if small is not None and small.count and not math.isnan(small.mean):
+    if small is not None and best.small_rival in others and small.count and not math.isnan(small.mean):
         words += f" On small objects: {format_difference(small)} AP_S to the best rival there, {best.small_rival}, "
         words += f"{_certainty(small)}."
+    if others and gain.count > 1:
+        clear = [sum(best.to_rivals[name][metric].low > 0 for name in others) for metric in ("ap", "ap_small")]
+        words += f" Beyond chance it is above {clear[0]} of {len(others)} rival(s) in AP and {clear[1]} in AP_S."
+    elif not others:
+        words += " No other method has as many seeds."
     if fewer:
         words += f" Left out, with fewer seeds: {', '.join(fewer)}."
     return words
+
+
+def _loads(rows: Sequence[Row], comparison: Comparison) -> Iterator[str]:
+    """Pairs whose reference took unlike times for the same work."""
+    for row in rows:
+        if row.method == comparison.reference:
+            steps = [
+                cell["training"]["seconds_per_step"]
+                for cell in comparison.cells
+                if (cell["pair"], cell["method"]) == (row.pair, row.method)
+                and isinstance((cell.get("training") or {}).get("seconds_per_step"), int | float)
+            ]
+            if steps and max(steps) > (1 + _LOAD) * min(steps):
+                yield row.pair
 
 
 def _certainty(difference: PairedDifference) -> str:
