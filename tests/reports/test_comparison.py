@@ -234,6 +234,15 @@ def test_the_report_is_complete_and_escaped(tmp_path):
             assert np.asarray(image.convert("L")).std() > 5
 
 
+def test_a_report_of_as_many_methods_as_an_ablation_has(tmp_path):
+    scores = {"student": (40.0, 41.0), **{f"changed_{number}": (41.0 + number / 9, 42.0) for number in range(42)}}
+    page = write_comparison_report(write_cells(tmp_path / "out", scores=scores))
+    assert all(name in page.read_text() for name in scores)
+    with Image.open(tmp_path / "out" / "figures" / "scores.png") as image:
+        # One panel below the other.
+        assert 1.5 * image.height < image.width < 5 * image.height
+
+
 def test_a_report_of_a_half_measured_comparison(tmp_path):
     write_cells(tmp_path, scores={"drkd": (45.0,)}, methods=["student", "drkd"])
     assert "Nothing to compare with student yet." in write_comparison_report(tmp_path).read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from drkd.reports.figures import DISTILLED, SERIES, STUDENT, TEACHER, drawing_style, new_figure, size_label
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = {"student": STUDENT, "drkd": DISTILLED}
+_BESIDE = 7
+"""So many methods fit a narrow panel."""
 
 
 def draw_matrix(cells: Sequence[Mapping[str, Any]], *, metrics: Sequence[str] = ("ap", "ap_small")) -> Figure:
@@ -26,9 +29,16 @@ def draw_matrix(cells: Sequence[Mapping[str, Any]], *, metrics: Sequence[str] = 
     """
     scores = group_scores(cells, metrics=metrics)
     with drawing_style():
-        figure = new_figure(0.6 + 2.7 * max(1, len(scores)) * len(metrics), 3.2)
-        panels = figure.subplots(1, max(1, len(scores) * len(metrics)), squeeze=False)[0]
         wanted = [(detector, metric) for detector in scores for metric in metrics]
+        count = max(1, len(wanted))
+        methods = max((len(found) for found in scores.values()), default=1)
+        if methods <= _BESIDE:
+            figure = new_figure(0.6 + 2.7 * count, 3.2)
+            panels = figure.subplots(1, count, squeeze=False)[0]
+        else:
+            # A panel is as wide as its methods ask for, and the next is below it.
+            figure = new_figure(1.0 + 0.5 * methods, 3.6 * count)
+            panels = figure.subplots(count, 1, squeeze=False)[:, 0]
         for axes, (detector, metric) in zip(panels, wanted, strict=False):
             _draw_panel(axes, {method: list(found[metric].values()) for method, found in scores[detector].items()})
             axes.set_title(f"{detector}: {size_label(metric, None)}")
@@ -78,7 +88,7 @@ def draw_cost(costs: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
         figure = new_figure(0.6 + 3.6 * max(1, len(costs)), 3.1)
         panels = figure.subplots(1, max(1, len(costs)), squeeze=False)[0]
         for axes, (pair, by_method) in zip(panels, costs.items(), strict=False):
-            spare = (colour for colour in SERIES[2:] * 3)
+            spare = cycle(SERIES[2:])
             for method, (seconds, score) in by_method.items():
                 colour = _COLOURS.get(method) or next(spare)
                 axes.plot([seconds], [100 * score], "o", color=colour, markersize=8)
@@ -98,7 +108,8 @@ def _draw_panel(axes: Axes, values: Mapping[str, list[float]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     methods = [method for method in values if method != "teacher"]
-    spare = (colour for colour in SERIES[2:] * 3)
+    many = len(methods) > _BESIDE
+    spare = cycle(SERIES[2:])
     for place, method in enumerate(methods):
         colour = _COLOURS.get(method) or next(spare)
         points = [100 * value for value in values[method] if not math.isnan(value)]
@@ -107,12 +118,27 @@ def _draw_panel(axes: Axes, values: Mapping[str, list[float]]) -> None:
         mean = summarise(points).mean
         if not math.isnan(mean):
             axes.plot([place - 0.28, place + 0.28], [mean, mean], color=colour, linewidth=2.2, solid_capstyle="round")
-            axes.annotate(f"{mean:.1f}", (place + 0.3, mean), xytext=(2, 0), textcoords="offset points", va="center")
+            if many:  # above, since beside it is the next method
+                axes.annotate(
+                    f"{mean:.1f}",
+                    (place, max(points)),
+                    xytext=(0, 6),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize="small",
+                )
+            else:
+                axes.annotate(
+                    f"{mean:.1f}", (place + 0.3, mean), xytext=(2, 0), textcoords="offset points", va="center"
+                )
     teacher = summarise(values.get("teacher", [])).mean
     if not math.isnan(teacher):
         axes.axhline(100 * teacher, color=TEACHER, linestyle=(0, (5, 3)), linewidth=1.4)
         axes.annotate("teacher", (-0.55, 100 * teacher), xytext=(0, 3), textcoords="offset points", color=TEACHER)
     axes.set_xticks(range(len(methods)), methods)
+    if many:
+        for label in axes.get_xticklabels():
+            label.set(rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.6, len(methods) - 0.25)
     axes.margins(y=0.12)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
