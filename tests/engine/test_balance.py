@@ -24,6 +24,19 @@ def test_an_infinite_gradient_is_not_taken_for_none() -> None:
     assert norms["loud"][0].isinf()
 
 
+@pytest.mark.parametrize("first", [(float("inf"), 1.0), (1.0, float("inf")), (0.0, 1.0), (1.0, 0.0)])
+def test_a_first_measurement_that_cannot_be_used_gives_no_weight(first: tuple[float, float]) -> None:
+    balance = GradientBalance(calibration_steps=4, interval=1)
+    task, term = (torch.tensor([value]) for value in first)
+    balance.update(task, {"term": term})
+    assert float(balance.scale("term", task)) == 0.0
+    balance.update(torch.tensor([4.0]), {"term": torch.tensor([16.0])})
+    assert float(balance.scale("term", task)) == pytest.approx(0.5)
+    # And a later one changes nothing.
+    balance.update(task, {"term": term})
+    assert float(balance.scale("term", task)) == pytest.approx(0.5)
+
+
 def test_a_term_without_boxes_in_the_first_steps_is_balanced_when_they_come() -> None:
     balance = GradientBalance(calibration_steps=2, interval=1)
     task, late = torch.tensor([4.0]), torch.tensor([0.0])

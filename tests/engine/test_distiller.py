@@ -133,6 +133,27 @@ def test_no_gradient_is_no_fault_where_there_could_be_none() -> None:
         no_boxes(toy_batch((2, 0)))
 
 
+def test_all_processes_judge_silence_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One that stopped alone would leave the others waiting for it.
+    told = []
+
+    def as_another(values: torch.Tensor, op: object) -> None:
+        told.append(values.tolist())
+        values.copy_(torch.maximum(values, torch.tensor(other)))
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", as_another)
+    dead = make(dead=True, minimum_boxes=2, monitor_interval=1, dead_after=1, balanced=False)
+    other = [0, 0]  # no boxes there either
+    dead(toy_batch((1, 0)))
+    other = [2, 1]  # there it lives
+    dead(toy_batch((2, 0)))
+    other = [2, 0]  # boxes there, and dead
+    with pytest.raises(DeadDistillationError, match="an image held 2 boxes"):
+        dead(toy_batch((1, 0)))
+    assert told == [[1, 0], [2, 0], [1, 0]]
+
+
 def test_a_frozen_students_features_are_said_to_be_out_of_reach() -> None:
     distiller = make()
     distiller.student.model["body"].requires_grad_(False)

@@ -119,16 +119,14 @@ class GradientBalance(nn.Module):
         """
         for name, squared in terms.items():
             reached = ~squared.isnan()
-            pair = torch.stack(
-                [torch.where(reached, task.nan_to_num(), 0).sum().sqrt(), squared.nan_to_num().sum().sqrt()]
-            )
+            # Infinity stays that: as the largest number there is it would make a weight.
+            whole = (norms.nan_to_num(posinf=float("inf")) for norms in (task, squared))
+            pair = torch.stack([torch.where(reached, norms, 0).sum().sqrt() for norms in whole])
             pair = _mean_over_processes(pair)
             # A batch in which the term had nothing to say (no boxes) must not pull the averages down.
             usable = (pair > 0).all() & pair.isfinite().all()
-            # A resumed run's norms come from a checkpoint on the CPU.
-            old = torch.stack(
-                [norms.get(name, now).to(pair.device) for norms, now in zip(self._norms, pair, strict=True)]
-            )
+            # Nothing yet is 0, which `scale` gives no weight. A resumed run's norms come from a checkpoint on the CPU.
+            old = torch.stack([norms.get(name, torch.zeros_like(pair[0])).to(pair.device) for norms in self._norms])
             started = (old > 0).all() & old.isfinite().all()
             averaged = old if frozen else self.momentum * old + (1 - self.momentum) * pair
             kept = torch.where(started, averaged, pair)

@@ -89,6 +89,16 @@ def _share_counts(terms: Mapping[str, Tensor], counts: Sequence[Mapping[str, Ten
     return dict(zip(names, values * (own.clamp_min(1) / mean.clamp_min(1)), strict=True))
 
 
+def _over_processes(most_boxes: int, alive: Mapping[str, bool], *, like: Tensor) -> tuple[int, dict[str, bool]]:
+    """The most boxes of an image on any process, and whether a term lives on any; ``like`` is on their device."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return most_boxes, dict(alive)
+    values = torch.tensor([most_boxes, *alive.values()], dtype=torch.int64, device=like.device)
+    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+    boxes, *lives = values.tolist()
+    return boxes, dict(zip(alive, map(bool, lives), strict=True))
+
+
 class Distiller(nn.Module):
     r"""Distillation as a plain module for any training loop: ``losses = distiller(batch); sum(losses.values())``.
 
@@ -328,15 +338,21 @@ class Distiller(nn.Module):
         if counts:
             # Beside the task's gradient on the maps that the term reaches: what the balance holds the term to.
             self.monitor.ratios = {
-                family: (value / torch.where(reached[family], task.nan_to_num(), 0).sum().clamp_min(1e-30)).sqrt()
+                family: (
+                    value / torch.where(reached[family], task.nan_to_num(posinf=float("inf")), 0).sum().clamp_min(1e-30)
+                ).sqrt()
                 for family, value in squared.items()
             }
-        self._guard(dict(zip(squared, torch.stack(list(squared.values())).tolist(), strict=True)), boxes)
+        self._guard(dict(zip(squared, torch.stack(list(squared.values())).tolist(), strict=True)), boxes, like=task)
 
-    def _guard(self, squared: Mapping[str, float], boxes: Sequence[Tensor]) -> None:
-        """Stop a run whose distillation is silently off (one host sync a measurement, none at other steps)."""
+    def _guard(self, squared: Mapping[str, float], boxes: Sequence[Tensor], *, like: Tensor) -> None:
+        """Stop a run whose distillation is silently off (one host sync a measurement, none at other steps).
+
+        All processes judge alike: one that stopped alone would leave the others waiting for it.
+        """
         assert self.method is not None  # only called with a method
-        most_boxes = max((len(entry) for entry in boxes), default=0)
+        alive = {family: 0 < value < float("inf") for family, value in squared.items()}
+        most_boxes, alive = _over_processes(max((len(entry) for entry in boxes), default=0), alive, like=like)
         for family, value in squared.items():
             could = (
                 self.method.weights.get(family, 1.0) > 0
@@ -345,7 +361,7 @@ class Distiller(nn.Module):
             )
             if not could:
                 continue
-            dead = not 0 < value < float("inf")
+            dead = not alive[family]
             self.monitor.silent[family] = self.monitor.silent.get(family, 0) + 1 if dead else 0
             if self.monitor.silent[family] >= self.dead_after:
                 raise DeadDistillationError(
