@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from drkd.adapters import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder
 from drkd.adapters.torchvision_predictions import RegionRecorder
 from drkd.contracts import (
+    BoxTargets,
     DensePredictions,
     DetectionBatch,
     DetectorOutput,
@@ -26,7 +27,7 @@ from drkd.contracts import (
     PredictionLayout,
 )
 from drkd.engine import Distiller
-from drkd.losses import bin_divergence
+from drkd.losses import align_scale, bin_divergence
 from drkd.methods import DRKD, LD, Combination, CrossKD, DeFeat, FeatureHint, LogitKD
 
 CLASSES = ("cat", "dog", "cup")
@@ -498,6 +499,31 @@ def test_crosskd_learns_no_box_of_a_class_that_the_teacher_does_not_know():
     assert background["box"] > 0
 
 
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_crosskd_hands_the_teacher_nothing_that_its_activation_cannot_give(family):
+    student, teacher = (entry.eval() for entry in pair(family))
+    kd, batch = CrossKD(student.spec, teacher.spec), batch_of()
+    ours, theirs = outputs(kd, student, teacher, batch)
+    seen = []
+
+    def tail(classification, regression, *, after):
+        seen.extend([*classification, *regression])
+        return theirs.head_tail(classification, regression, after=after)
+
+    kd(ours, replace(theirs, head_tail=tail), batch)
+    place = kd.after - 1
+    plain = [
+        align_scale(one, two)
+        for one, two in zip(
+            ours.head_features.classification[place], theirs.head_features.classification[place], strict=True
+        )
+    ]
+    # Alignment alone goes below what a ReLU gives.
+    assert min(entry.min() for entry in plain) < 0
+    assert seen and all(entry.min() >= 0 for entry in seen)
+    torch.testing.assert_close(seen[0], plain[0].clamp_min(0))
+
+
 def test_crosskd_defaults_are_the_authors():
     retinanet, fcos = detector("retinanet", seed=0).spec, detector("fcos", seed=0).spec
     kd = CrossKD(retinanet, retinanet, balanced=False)
@@ -644,6 +670,56 @@ def test_ld_in_other_precisions_and_memory_formats(precision, memory_format, box
     assert bool(feature.grad.abs().sum() > 0) == (boxes is not NONE)
 
 
+def test_ld_leaves_out_the_classes_where_there_is_one():
+    """A softmax over one class is 1 whatever the logit: the term would be silent, and the run stopped for it."""
+    one, feature = CLASSES[:1], torch.randn(1, 4, 8, 8)
+    kd = LD(bins_spec(classes=one), bins_spec(classes=one))
+    assert set(kd.weights) == {"localization", "valuable_region"}
+    assignment = torch.full((1, 64), -1)
+    assignment[0, 27] = 0
+    outputs = [bins_output(feature, seed=seed, assignment=assignment) for seed in (1, 2)]
+    outputs = [
+        replace(entry, predictions=replace(entry.predictions, logits=entry.predictions.logits[..., :1]))
+        for entry in outputs
+    ]
+    terms = kd(*outputs, batch_of(BOXES[:1]))
+    assert set(terms) == set(kd.weights) and terms["localization"] > 0
+    assert set(LD(bins_spec(), bins_spec(classes=one)).weights) == set(kd.weights)
+
+
+@pytest.mark.parametrize("side", [40.0, 96.0, 110.0, 200.0, 300.0])
+def test_ld_finds_a_valuable_region_around_points_as_around_anchors(side):
+    """Cells of one stride, as a YOLO has them, overlap a box of many strides too little to be worth anything."""
+    spec = bins_spec()
+    points = replace(spec, predictions=replace(spec.predictions, kind="points"))
+    grids = [torch.cartesian_prod(*[torch.arange(0.0, 640.0, stride)] * 2) for stride in (8.0, 16.0, 32.0)]
+    cells = torch.cat(
+        [torch.cat([grid, grid + stride], 1) for grid, stride in zip(grids, (8.0, 16.0, 32.0), strict=True)]
+    )
+    box = torch.tensor([[300.0 - side / 2, 300.0 - side / 2, 300.0 + side / 2, 300.0 + side / 2]])
+    batch = DetectionBatch(
+        torch.zeros(1, 3, 640, 640),
+        ((640, 640),),
+        ((640, 640),),
+        (BoxTargets(box, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.bool)),),
+        (0,),
+    )
+
+    def output(seed):
+        generator = torch.Generator().manual_seed(seed)
+        bins = torch.randn(1, len(cells), 4, BINS, generator=generator)
+        dense = DensePredictions(
+            torch.zeros(1, len(cells), len(CLASSES)), torch.zeros(1, len(cells), 4), cells, (len(cells),), bins=bins
+        )
+        return DetectorOutput(predictions=dense, assignment=torch.full((1, len(cells)), -1))
+
+    kd = LD(points, points)
+    assert kd(output(1), output(2), batch)["valuable_region"] > 0
+    kd.points = False
+    assert (kd(output(1), output(2), batch)["valuable_region"] > 0) == (side == 40.0)
+    assert kd.minimum_boxes["valuable_region"] > 1000
+
+
 def test_ld_refuses_detectors_without_bins():
     plain = detector("retinanet", seed=0).spec
     with pytest.raises(DrkdError, match=r"got 0 bins from the student \(retinanet\).*CrossKD or LogitKD"):
@@ -714,3 +790,17 @@ def test_drkds_default_is_the_relations_alone_and_quieter_for_two_stages(family,
     shares = {distance: DRKD(student.spec, teacher.spec, pixel_distance=distance) for distance in ("mse", "relative")}
     found = {distance: own.pixel_losses[0].object_share for distance, own in shares.items()}
     assert found == {"mse": 0.5, "relative": 0.0}
+
+
+def test_defeat_puts_boxes_on_levels_by_their_size_in_strides():
+    student, teacher = pair("retinanet")
+    whole, scaled = (DeFeat(student.spec, teacher.spec, size_per_stride=number) for number in (14.0, 2.0))
+    scaled.load_state_dict(whole.state_dict())
+    batch = batch_of()
+    ours, theirs = outputs(whole, student, teacher, batch)
+    plain, other = (kd(ours, theirs, batch) for kd in (whole, scaled))
+    changed = [name for name in plain if plain[name].item() != other[name].item()]
+    # From the finest level, which had them all, to a coarser one.
+    assert len(changed) >= 2 and next(iter(plain)) in changed
+    with pytest.raises(ValueError, match="size_per_stride above 0"):
+        DeFeat(student.spec, teacher.spec, size_per_stride=0.0)

@@ -34,7 +34,9 @@ class CrossKD(KDMethod):
     In training on several devices that number is its mean over the processes, as the authors'.
 
     Deviations: that number is at least 1 (a batch without positives would be divided by 1e-7); the statistics of
-    ``align`` are constants; FCOS's boxes follow RetinaNet's equations, and its centerness is left alone.
+    ``align`` are constants; maps are aligned as they are after the activation, and then not left below what that gives
+    (0 after a ReLU), which the rest of a head never meets; FCOS's boxes follow RetinaNet's equations, and its
+    centerness is left alone.
 
     Args:
         student: The student; its head must be as wide as the teacher's.
@@ -44,7 +46,7 @@ class CrossKD(KDMethod):
         after: Convolutions of the student's head that come before the teacher's; None is the authors' (RetinaNet 3,
             FCOS 2).
         beta: Focusing of the classes, see `quality_focal_distance`.
-        align: Give the student's maps the scale of the teacher's first, see `align_scale`; as the authors' code does.
+        align: Give the student's maps the scale of the teacher's first, see `align_scale`.
         balanced: Whether weights are gradient ratios, see `KDMethod`.
         warmup_steps: See `KDMethod`.
         decay: See `KDMethod`.
@@ -148,10 +150,16 @@ class CrossKD(KDMethod):
         if self.align:
             theirs = [branch[place] for branch in _branches(teacher)]
             ours = [
-                [align_scale(one, two).to(two.dtype) for one, two in zip(own, other, strict=True)]
+                [_align(one, two) for one, two in zip(own, other, strict=True)]
                 for own, other in zip(ours, theirs, strict=True)
             ]
         return ours[0], ours[1]
+
+
+def _align(student: Tensor, teacher: Tensor) -> Tensor:
+    """The student's map at the scale of the teacher's, without values that the teacher's activation cannot give."""
+    lowest = teacher.detach().amin().clamp_max(0.0)
+    return torch.maximum(align_scale(student, teacher).to(teacher.dtype), lowest)
 
 
 def _branches(output: DetectorOutput) -> list[tuple[tuple[torch.Tensor, ...], ...]]:

@@ -33,6 +33,8 @@ class DeFeat(KDMethod):
         background_weight: Within that term; same (VOC: 12).
         region_weight: Of the term ``regions``; None is 1 where both detectors are two-stage, else 0. 0 leaves it out.
         temperature: Of the region classes, > 0.
+        size_per_stride: A box belongs to a level from this many of its strides on, see `choose_levels`; the authors' 14
+            is for images of 800 px, and puts every box of a small image on the finest level.
         levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether weights are gradient ratios, see `KDMethod`.
@@ -54,6 +56,7 @@ class DeFeat(KDMethod):
         background_weight: float = 16.0,
         region_weight: float | None = None,
         temperature: float = 1.0,
+        size_per_stride: float = 14.0,
         levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
@@ -68,6 +71,8 @@ class DeFeat(KDMethod):
             )
         if temperature <= 0:
             raise ValueError(f"Expected a temperature above 0, got {temperature}")
+        if size_per_stride <= 0:
+            raise ValueError(f"Expected a size_per_stride above 0, got {size_per_stride}")
         self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
         self.adapters = nn.ModuleList(
             nn.Conv2d(pair.student.channels, pair.teacher.channels, kernel_size=3, padding=1) for pair in self.pairs
@@ -75,6 +80,7 @@ class DeFeat(KDMethod):
         self.foreground_weight = foreground_weight
         self.background_weight = background_weight
         self.temperature = temperature
+        self.size_per_stride = size_per_stride
         self.weights = {"decoupled": choose_weight(weight, balanced=balanced, plain=1.0)}
         self.minimum_boxes = {} if background_weight > 0 else {"decoupled": 1}
         self.classes: TeacherClasses | None = None
@@ -106,7 +112,8 @@ class DeFeat(KDMethod):
         """One term a level, ``decoupled/<level>``, and ``regions`` for two-stage pairs."""
         ours, theirs = maps_by_name(student.features), maps_by_name(teacher.features)
         corners = torch.cat(batch.boxes) if batch.boxes else batch.images.new_zeros(0, 4)
-        chosen = choose_levels(corners, [pair.student.stride for pair in self.pairs])
+        strides = [pair.student.stride for pair in self.pairs]
+        chosen = choose_levels(corners, strides, cells=self.size_per_stride)
         terms: dict[str, Tensor] = {}
         for place, (pair, adapter) in enumerate(zip(self.pairs, self.adapters, strict=True)):
             feature, target = ours[pair.student.name], theirs[pair.teacher.name]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+import torch
 from torch import Tensor
 
 from drkd.contracts import Decay, DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, NotApplicableError, Want
@@ -12,19 +15,23 @@ from drkd.methods.term_weights import choose_weight
 
 # What the authors divide by: the four sides, and 16 in the valuable region.
 _MAIN, _VALUABLE = 4.0, 16.0
+# Sides of the authors' anchors, in strides.
+_ANCHOR = 8.0
 
 
 class LD(KDMethod):
     """Localization distillation (LD, Zheng et al., CVPR 2022, arXiv:2102.12252), see `bin_divergence`.
 
     The bins of positive anchors, weighted by the student's largest class probability; those of the valuable region
-    (see `valuable_region`), weighted by its value; and the classes of positive anchors, as a softmax over classes.
+    (see `valuable_region`), weighted by its value; and the classes of positive anchors, as a softmax over classes. With
+    one class (or one that both know) that softmax says nothing, and the term is left out.
 
     Ultralytics' YOLOs up to 12 predict bins; no head of torchvision does, nor YOLO26. A detector of your own that fills
     ``DensePredictions.bins`` is served too.
 
     Deviation: the valuable region takes one ``positive_overlap`` for all boxes, where the authors' assigner has one for
-    each, and leaves out anchors that are positive.
+    each, and leaves out anchors that are positive. Heads that predict at points (YOLO) have no anchors; the region is
+    then found with squares of 8 strides around the points, as large as the authors' anchors.
 
     Args:
         student: The student, with as many bins as the teacher.
@@ -76,7 +83,8 @@ class LD(KDMethod):
                 "heads that predict each side as one number, as all of torchvision's do, have 0. Use CrossKD or "
                 f"LogitKD, or {ON_FEATURES}."
             )
-        require_layouts(student, teacher, method="LD", kinds=("anchors", "points"))
+        ours, _ = require_layouts(student, teacher, method="LD", kinds=("anchors", "points"))
+        self.points = ours.kind == "points"
         require_same_grid(student, teacher, method="LD")
         self.classes = TeacherClasses(student, teacher, method="LD")
         self.temperature = temperature
@@ -88,13 +96,16 @@ class LD(KDMethod):
             "valuable_region": choose_weight(valuable_weight, balanced=balanced, plain=0.25),
             "classification": choose_weight(class_weight, balanced=balanced, plain=10.0),
         }
-        self.minimum_boxes = dict.fromkeys(self.weights, 1)
+        if self.classes.count == 1:
+            del self.weights["classification"]
+        # No number of boxes promises a valuable region: one may fit every anchor that is near it too well or too badly.
+        self.minimum_boxes = {**dict.fromkeys(self.weights, 1), "valuable_region": sys.maxsize}
         self.balanced = balanced
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
-        """The terms ``localization``, ``valuable_region`` and ``classification``."""
+        """The terms ``localization``, ``valuable_region`` and, of several classes, ``classification``."""
         ours, theirs, assignment = student.predictions, teacher.predictions, student.assignment
         if ours is None or theirs is None or assignment is None or ours.bins is None or theirs.bins is None:
             raise ValueError("Expected a student with predictions, bins and assignment, and a teacher with bins")
@@ -102,7 +113,7 @@ class LD(KDMethod):
         with full_precision(ours.logits):
             confidence = positive * at_least_float32(ours.logits.detach()).sigmoid().amax(dim=2)
             value = (1.0 - positive) * valuable_region(
-                ours.anchors.float(),
+                _around_centres(ours.anchors.float()) if self.points else ours.anchors.float(),
                 batch.boxes,
                 positive_overlap=self.positive_overlap,
                 share=self.valuable_share,
@@ -117,11 +128,20 @@ class LD(KDMethod):
             )
             for weight, normaliser in ((confidence, _MAIN), (value, _VALUABLE))
         )
-        classes = bin_divergence(
+        terms = {"localization": main, "valuable_region": valuable}
+        if "classification" not in self.weights:
+            return terms
+        terms["classification"] = bin_divergence(
             self.classes.student_logits(ours.logits),
             self.classes.logits(theirs.logits),
             positive,
             temperature=self.class_temperature,
             normaliser=positive.sum().clamp_min(1.0),
         )
-        return {"localization": main, "valuable_region": valuable, "classification": classes}
+        return terms
+
+
+def _around_centres(cells: Tensor) -> Tensor:
+    """(A, 4) cells of one stride to squares of the authors' anchors' size around their centres."""
+    centres, sides = (cells[:, :2] + cells[:, 2:]) / 2, cells[:, 2:] - cells[:, :2]
+    return torch.cat([centres - _ANCHOR / 2 * sides, centres + _ANCHOR / 2 * sides], dim=1)
