@@ -21,7 +21,7 @@ def test_lists_become_a_padded_batch_in_one_frame() -> None:
 
 
 def test_wrong_lists_are_refused() -> None:
-    image, target = torch.zeros(3, 8, 8), {"boxes": torch.zeros(1, 4), "labels": torch.tensor([0])}
+    image, target = torch.zeros(3, 8, 8), {"boxes": torch.tensor([[1.0, 2.0, 3.0, 4.0]]), "labels": torch.tensor([0])}
     with pytest.raises(ValueError, match="one target an image"):
         DetectionBatch.from_lists([image, image], [target])
     with pytest.raises(ValueError, match="below first_label=1"):
@@ -33,3 +33,30 @@ def test_shapes_are_checked() -> None:
         DetectionBatch(torch.zeros(1, 1, 8, 8), ((8, 8),), ((8, 8),), (), (0,))
     with pytest.raises(ValueError, match=r"boxes \(N, 4\)"):
         BoxTargets(torch.zeros(2, 4), torch.zeros(1, dtype=torch.long), torch.zeros(2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("images", "changes", "message"),
+    [
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), {}, r"image 0: expected floats in \[0, 1\], got torch.uint8"),
+        (torch.full((1, 3, 32, 32), 200.0), {}, r"image 0: expected values in \[0, 1\], got larger"),
+        (torch.zeros(1, 1, 32, 32), {}, r"image 0: expected a tensor \(3, H, W\), got \(1, 32, 32\)"),
+        (["a.jpg"], {}, r"image 0: expected a tensor \(3, H, W\), got str"),
+        (None, {"labels": None}, "target 0: expected tensors boxes and labels, got none called labels"),
+        (None, {"labels": torch.ones(1)}, r"target 0: expected integer labels \(N,\), got \(1,\) of torch.float32"),
+        (None, {"boxes": torch.ones(2, 4)}, r"target 0: expected boxes \(1, 4\), got \(2, 4\)"),
+        (None, {"boxes": torch.tensor([[20.0, 20.0, 5.0, 6.0]])}, "target 0: expected boxes as xyxy .* xywh"),
+        (None, {"boxes": torch.full((1, 4), float("nan"))}, "target 0: expected boxes as xyxy .* NaN"),
+        (None, {"boxes": torch.tensor([[0.1, 0.2, 0.5, 1.0]])}, "target 0: expected boxes in px, .* relative"),
+    ],
+)
+def test_lists_that_are_not_as_described_are_refused(images, changes, message):
+    target = {"boxes": torch.tensor([[2.0, 3.0, 20.0, 30.0]]), "labels": torch.tensor([0])} | changes
+    with pytest.raises(ValueError, match=message):
+        DetectionBatch.from_lists(torch.rand(1, 3, 32, 32) if images is None else images, [target])
+
+
+def test_a_tensor_of_images_and_no_boxes_of_any_shape_are_taken():
+    empty = {"boxes": torch.tensor([]), "labels": torch.zeros(0, dtype=torch.int64)}
+    batch = DetectionBatch.from_lists(torch.rand(2, 3, 32, 40), [empty, empty])
+    assert [tuple(boxes.shape) for boxes in batch.boxes] == [(0, 4), (0, 4)]

@@ -32,7 +32,13 @@ def test_the_three_lines(boxes: list[Tensor]) -> None:
     assert isinstance(student, RetinaNet)
     assert isinstance(teacher, FCOS)
     targets = [{"boxes": box, "labels": torch.ones(len(box), dtype=torch.int64)} for box in boxes]
-    scope = {"student": student, "teacher": teacher, "images": list(torch.rand(2, 3, 64, 64)), "targets": targets}
+    scope = {
+        "student": student,
+        "teacher": teacher,
+        "names": ["cat", "dog"],
+        "images": list(torch.rand(2, 3, 64, 64)),
+        "targets": targets,
+    }
     exec(_block("import DRKD"), scope)
     kinds = {name.split("/")[0] for name in scope["losses"]}
     assert kinds == {"task", "kd"}

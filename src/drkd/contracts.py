@@ -122,6 +122,36 @@ class BoxTargets:
         )
 
 
+# Brighter than any image in [0, 1], or standardised, and darker than most of one byte a channel.
+_BRIGHTEST = 16.0
+
+
+def _check_listed(image: Tensor, target: Mapping[str, Tensor], number: int) -> None:
+    """Refuse what `DetectionBatch.from_lists` cannot take, naming the image by its place."""
+    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3:
+        shown = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"image {number}: expected a tensor (3, H, W), got {shown}")
+    if not image.is_floating_point():
+        raise ValueError(f"image {number}: expected floats in [0, 1], got {image.dtype}; divide bytes by 255")
+    absent = [name for name in ("boxes", "labels") if not isinstance(target.get(name), Tensor)]
+    if absent:
+        raise ValueError(f"target {number}: expected tensors boxes and labels, got none called {absent[0]}")
+    boxes, labels = target["boxes"], target["labels"]
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise ValueError(f"target {number}: expected integer labels (N,), got {tuple(labels.shape)} of {labels.dtype}")
+    if boxes.numel() != 4 * len(labels) or (len(labels) and boxes.ndim != 2):
+        raise ValueError(f"target {number}: expected boxes ({len(labels)}, 4), got {tuple(boxes.shape)}")
+    if image.device.type == "cpu" and image.numel() and float(image[:, ::16, ::16].amax()) > _BRIGHTEST:
+        raise ValueError(f"image {number}: expected values in [0, 1], got larger ones; divide bytes by 255")
+    if boxes.device.type == "cpu" and len(labels):
+        if not bool((boxes[:, 2:] >= boxes[:, :2]).all()):
+            raise ValueError(
+                f"target {number}: expected boxes as xyxy with x1 <= x2 and y1 <= y2; are they xywh, or NaN?"
+            )
+        if float(boxes.amax()) <= 1 < min(image.shape[1:]):
+            raise ValueError(f"target {number}: expected boxes in px, got none that reaches past 1; are they relative?")
+
+
 @dataclass(frozen=True)
 class DetectionBatch:
     """A padded batch of images with their targets, in one pixel frame.
@@ -177,10 +207,13 @@ class DetectionBatch:
             size_divisor: The batch's sides are padded to multiples of it, px.
 
         Raises:
-            ValueError: If images and targets are not as described, or a label lies below ``first_label``.
+            ValueError: If images and targets are not as described, or a label lies below ``first_label``. Values of
+                tensors on a GPU are not looked at, since that would wait for it.
         """
-        if len(images) != len(targets) or not images:
+        if len(images) != len(targets) or not len(images):
             raise ValueError(f"expected one target an image and at least one, got {len(images)} and {len(targets)}")
+        for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+            _check_listed(image, target, number)
         sizes = tuple((int(image.shape[-2]), int(image.shape[-1])) for image in images)
         height, width = (-(-max(side) // size_divisor) * size_divisor for side in zip(*sizes, strict=True))
         padded = images[0].new_zeros(len(images), 3, height, width)
@@ -192,7 +225,7 @@ class DetectionBatch:
                 raise ValueError(f"a label lies below first_label={first_label}")
             ignore = torch.zeros_like(labels, dtype=torch.bool)
             masks = target["masks"].bool() if "masks" in target else None
-            found.append(BoxTargets(target["boxes"].float(), labels, ignore, masks))
+            found.append(BoxTargets(target["boxes"].float().reshape(-1, 4), labels, ignore, masks))
         return cls(padded, sizes, sizes, tuple(found), tuple(range(len(images))))
 
     def __len__(self) -> int:

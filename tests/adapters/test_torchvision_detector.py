@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.models.detection import KeypointRCNN, RetinaNet, fasterrcnn_mobilenet_v3_large_fpn
 
-from drkd.adapters import RetinaNetBuilder, TorchvisionDetector, wrap_torchvision
+from drkd.adapters import FasterRCNNBuilder, RetinaNetBuilder, TorchvisionDetector, wrap_torchvision
 from drkd.contracts import BoxTargets, DrkdError
 
 CLASSES = ("cat", "dog", "cup")
@@ -101,7 +101,7 @@ def test_features_are_the_specs(builder, make_batch):
 def test_the_dry_run_leaves_statistics_and_modes_alone():
     model = RetinaNetBuilder(backbone="resnet18", width=0.25, fpn_channels=16).build(CLASSES).model.train()
     before = copy.deepcopy(model.state_dict())
-    wrap_torchvision(model)
+    wrap_torchvision(model, CLASSES)
     assert all(part.training for part in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -196,7 +196,12 @@ def test_strides_may_repeat(make_batch):
 
 def test_wrapping_infers_labels():
     model = RetinaNetBuilder(backbone="resnet18", width=0.25, fpn_channels=16).build(CLASSES).model
-    assert wrap_torchvision(model).spec.class_names == ("0", "1", "2")
+    # Three classes from label 0, or two from label 1? A guess trained every class on its neighbour's output.
+    with pytest.raises(ValueError, match=r"class_names: expected the names.*3 classes with labels 0\.\.2, or 2 with"):
+        wrap_torchvision(model)
+    two_stage = FasterRCNNBuilder(backbone="resnet18", width=0.25, fpn_channels=16).build(CLASSES).model
+    assert wrap_torchvision(two_stage).spec.class_names == ("0", "1", "2")
+    assert wrap_torchvision(two_stage).label_ids == (1, 2, 3)
     assert wrap_torchvision(model, CLASSES).label_ids == (0, 1, 2)
     assert wrap_torchvision(model, CLASSES[:2]).label_ids == (1, 2)
     with pytest.raises(ValueError, match="3 outputs"):

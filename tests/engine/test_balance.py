@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,30 @@ def test_a_term_without_boxes_in_the_first_steps_is_balanced_when_they_come() ->
     assert float(balance.scale("early", task)) == pytest.approx(2.0)
     balance.update(task, {"late": torch.tensor([1.0])}, frozen=True)
     assert float(balance.scale("late", task)) == pytest.approx(0.5)
+
+
+def test_a_users_own_loop_counts_steps_with_gradients_only_and_hears_late_terms() -> None:
+    balance, feature = GradientBalance(calibration_steps=2, interval=1), torch.ones(4, requires_grad=True)
+
+    def step(late: float) -> tuple[float, float]:
+        terms = {"early": 3 * feature.sum(), "late": late * feature.sum()}
+        balance(2 * feature.sum(), terms, [feature], weights={})
+        return tuple(float(balance.scale(name, term)) for name, term in terms.items())  # type: ignore[return-value]
+
+    # Validation before training.
+    for _ in range(3):
+        with torch.no_grad():
+            assert step(1.0) == (0.0, 0.0)
+    for _ in range(2):
+        assert step(0.0) == pytest.approx((2 / 3, 0.0))
+    with pytest.warns(UserWarning, match="partly off: late sent no gradient"):
+        step(0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(0.0)
+        assert step(4.0) == pytest.approx((2 / 3, 0.5))
+        # From then on it is as fixed as the other.
+        assert step(8.0) == pytest.approx((2 / 3, 0.5))
 
 
 def _mean(rank: int, folder: str) -> None:

@@ -133,6 +133,31 @@ def test_no_gradient_is_no_fault_where_there_could_be_none() -> None:
         no_boxes(toy_batch((2, 0)))
 
 
+def test_a_teacher_that_is_constant_stops_the_run() -> None:
+    distiller = make(monitor_interval=1, dead_after=2)
+    body = distiller.teacher.model["body"]
+    weight = body.weight.clone()
+    torch.nn.init.zeros_(body.weight)
+    distiller(toy_batch())
+    body.weight.copy_(weight)
+    distiller(toy_batch())
+    torch.nn.init.zeros_(body.weight)
+    distiller(toy_batch())
+    with pytest.raises(
+        DeadDistillationError, match=r"teacher teaches nothing.*2 measurements in a row, the last at step 3"
+    ):
+        distiller(toy_batch())
+
+
+def test_a_teacher_stays_in_eval_mode_though_somebody_trains_it() -> None:
+    distiller = make()
+    before = copy.deepcopy(distiller.teacher.state_dict())
+    distiller.teacher.train()
+    distiller(toy_batch())
+    assert not distiller.teacher.training
+    assert all(torch.equal(value, before[name]) for name, value in distiller.teacher.state_dict().items())
+
+
 def test_all_processes_judge_silence_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     # One that stopped alone would leave the others waiting for it.
     told = []
@@ -144,14 +169,15 @@ def test_all_processes_judge_silence_alike(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", as_another)
     dead = make(dead=True, minimum_boxes=2, monitor_interval=1, dead_after=1, balanced=False)
-    other = [0, 0]  # no boxes there either
+    # Most boxes, the term, the teacher.
+    other = [0, 0, 1]  # no boxes there either
     dead(toy_batch((1, 0)))
-    other = [2, 1]  # there it lives
+    other = [2, 1, 1]  # there it lives
     dead(toy_batch((2, 0)))
-    other = [2, 0]  # boxes there, and dead
+    other = [2, 0, 1]  # boxes there, and dead
     with pytest.raises(DeadDistillationError, match="an image held 2 boxes"):
         dead(toy_batch((1, 0)))
-    assert told == [[1, 0], [2, 0], [1, 0]]
+    assert told == [[1, 0, 1], [2, 0, 1], [1, 0, 1]]
 
 
 def test_a_frozen_students_features_are_said_to_be_out_of_reach() -> None:

@@ -54,11 +54,11 @@ def infer_labels(model: nn.Module, class_names: Sequence[str] | None) -> tuple[l
     """Names of the classes and the model's label of each, from the number of outputs.
 
     The labels of the R-CNNs and SSDs are 1..K, with the background at 0. The others' are 0..K-1 if there are K
-    outputs, or 1..K if there are K + 1, as torchvision's own models have it. A model of COCO's 91 outputs is matched by
-    name.
+    outputs, or 1..K if there are K + 1, as torchvision's own models have it: without names nobody can tell which. A
+    model of COCO's 91 outputs is matched by name.
 
     Raises:
-        ValueError: If the number of classes does not fit the outputs.
+        ValueError: If the number of classes does not fit the outputs, or names are needed and there are none.
     """
     outputs = count_outputs(model)
     background = int(family_of(model) in WITH_BACKGROUND)
@@ -66,6 +66,13 @@ def infer_labels(model: nn.Module, class_names: Sequence[str] | None) -> tuple[l
     if outputs == len(categories) and (class_names is None or len(class_names) < outputs - 1):
         names = [name for name in categories if name not in _NOT_A_CLASS] if class_names is None else list(class_names)
         return names, coco_labels(names)
+    if class_names is None and not background:
+        raise ValueError(
+            f"class_names: expected the names of the classes, got none. The head of this {family_of(model)} has "
+            f"{outputs} outputs, and only names tell whether they are {outputs} classes with labels 0..{outputs - 1}, or "
+            f"{outputs - 1} with labels 1..{outputs - 1} after a background that nothing is trained on, as "
+            "torchvision's num_classes counts them"
+        )
     names = [str(index) for index in range(outputs - background)] if class_names is None else list(class_names)
     offset = outputs - len(names)
     if not background <= offset <= 1:

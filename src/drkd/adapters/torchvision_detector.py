@@ -377,11 +377,13 @@ def wrap_torchvision(
 
     Args:
         model: The plain torchvision detector.
-        class_names: Names of classes 0..K-1 without background. None numbers them.
-        label_ids: The model's label of each class; None infers them (see ``labels.infer_labels``).
+        class_names: Names of classes 0..K-1 without background. None numbers them (two-stage detectors and SSDs, whose
+            output 0 is the background), or names them (COCO's 91 outputs: its 80 classes); any other head needs them.
+        label_ids: The model's label of each class; None infers them (see ``labels.infer_labels``). A batch counts its
+            labels as ``class_names`` does: for COCO's raw category ids as labels give ``label_ids=range(1, 91)``.
 
     Raises:
-        ValueError: If the model is of another kind or the number of classes does not fit its head.
+        ValueError: If the model is of another kind, the number of classes does not fit its head, or names are needed.
     """
     if label_ids is None:
         class_names, label_ids = infer_labels(model, class_names)

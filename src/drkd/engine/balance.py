@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,6 +78,8 @@ class GradientBalance(nn.Module):
         self._task_norms: dict[str, Tensor] = {}
         self._term_norms: dict[str, Tensor] = {}
         self._step = 0
+        self._known: set[str] = set()
+        self._warned = False
 
     def forward(
         self,
@@ -94,15 +97,37 @@ class GradientBalance(nn.Module):
             features: The student's feature maps that the losses were computed from.
             weights: Wanted gradient ratio by term, such as ``DRKD.weights``; 1 where absent.
 
+        Without gradients (validation) nothing is measured, and no step counts. A term that had nothing to say in the
+        first steps (no boxes) is measured when it has.
+
         Returns:
             0-d, to be added to the task loss.
         """
-        if self.wants_measurement(self._step):
-            norms = gradient_norms({"": task_loss, **terms}, features)
-            self.update(norms.pop(""), norms)
-        self._step += 1
+        if torch.is_grad_enabled() and task_loss.requires_grad:
+            late = self._step >= self.calibration_steps and self._step % self.interval == 0 and self._lacks(terms)
+            if late or self.wants_measurement(self._step):
+                norms = gradient_norms({"": task_loss, **terms}, features)
+                self.update(norms.pop(""), norms, frozen=late)
+            self._step += 1
         weighted = [weights.get(term_family(name), 1.0) * self.scale(name, term) * term for name, term in terms.items()]
         return torch.stack(weighted).sum()
+
+    def _lacks(self, terms: Mapping[str, Tensor]) -> bool:
+        """Whether a term has no weight yet; waits for the device, but no more once all have one."""
+        unknown = [name for name in terms if name not in self._known]
+        if unknown:
+            found = torch.stack([self.scale(name, terms[name]) for name in unknown]).tolist()
+            self._known |= {name for name, value in zip(unknown, found, strict=True) if value > 0}
+        silent = [name for name in unknown if name not in self._known]
+        if silent and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"Distillation is partly off: {', '.join(silent)} sent no gradient to the features in the first "
+                f"{self.calibration_steps} steps and weighs nothing until it does. Usual causes: images with too few "
+                "boxes for it, features that are detached, or a teacher that is constant.",
+                stacklevel=3,
+            )
+        return bool(silent)
 
     def wants_measurement(self, step: int) -> bool:
         """Whether the norms are to be measured at this step (0-based)."""

@@ -28,6 +28,10 @@ class DeadDistillationError(DrkdError):
     """A term that could have taught the student has sent it no gradient for many measurements."""
 
 
+_TEACHER = "the teacher"
+"""Under this name the guard counts measurements at which the teacher's maps were constant."""
+
+
 @dataclass
 class DistillationMonitor:
     """What the last step and the last measurement showed; read by loggers, never by the arithmetic.
@@ -58,6 +62,7 @@ class _Seen:
         features: The student's feature maps.
         terms: The method's bare terms.
         counts: See `KDMethod.shared_counts`.
+        taught: The teacher's feature maps, where they are to be looked at.
     """
 
     images: int
@@ -65,6 +70,7 @@ class _Seen:
     features: list[Tensor]
     terms: Mapping[str, Tensor]
     counts: Mapping[str, Tensor]
+    taught: list[Tensor]
 
 
 def _average(parts: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
@@ -87,6 +93,18 @@ def _share_counts(terms: Mapping[str, Tensor], counts: Sequence[Mapping[str, Ten
     mean = own / torch.distributed.get_world_size()
     torch.distributed.all_reduce(mean)
     return dict(zip(names, values * (own.clamp_min(1) / mean.clamp_min(1)), strict=True))
+
+
+def _are_constant(maps: Sequence[Tensor], like: Tensor) -> Tensor:
+    """0-d bool: whether no channel of any map varies over images and positions; False where there is nothing to see."""
+    flat = [entry.detach().transpose(0, 1).flatten(1) for entry in maps if entry.ndim == 4]
+    judged = [
+        (channels.amax(dim=1) - channels.amin(dim=1) <= 1e-6 * channels.abs().amax(dim=1).clamp_min(1e-12)).all()
+        for channels in flat
+        # A single cell of a single image cannot vary.
+        if channels.shape[1] > 1
+    ]
+    return torch.stack(judged).all() if judged else torch.zeros((), dtype=torch.bool, device=like.device)
 
 
 def _over_processes(most_boxes: int, alive: Mapping[str, bool], *, like: Tensor) -> tuple[int, dict[str, bool]]:
@@ -210,13 +228,16 @@ class Distiller(nn.Module):
                 )
             output = self.student(batch, want=frozenset[Want]({"losses"}))
             return {f"task/{name}": value for name, value in output.losses.items()}
+        if self.teacher.training:
+            # Somebody called train() on the teacher itself: its batch norms would follow the student's images.
+            self.teacher.eval()
         training = self.training and torch.is_grad_enabled()
         measuring = training and self._measures
         for module in self.method.modules():
             if isinstance(module, KDMethod):
                 module.begin_pass(self._passes, measured=measuring or not training)
         parts = split_batch(batch, student=self.student, teacher=self.teacher, settings=self.unlabelled)
-        seen = [self._see(part, losses=part is parts[0]) for part in parts]
+        seen = [self._see(part, losses=part is parts[0], looking=measuring) for part in parts]
         features = [feature for part in seen for feature in part.features]
         terms = _average([(part.terms, part.images / len(batch)) for part in seen])
         if self.training:
@@ -228,13 +249,14 @@ class Distiller(nn.Module):
         if measuring:
             boxes = [box for part in parts for box in part.batch.boxes]
             total = sum(task.values(), torch.zeros((), device=batch.images.device))
-            self._measure(total, terms, features, boxes=boxes, counts=counts)
+            taught = [feature for part in seen for feature in part.taught]
+            self._measure(total, terms, features, boxes=boxes, counts=counts, constant=_are_constant(taught, total))
         losses = {**task, **self._weigh(terms)}
         if self.training:
             self._passes += 1
         return losses
 
-    def _see(self, part: BatchPart, *, losses: bool) -> _Seen:
+    def _see(self, part: BatchPart, *, losses: bool, looking: bool) -> _Seen:
         """Run student, teacher and method on some of the images."""
         assert self.method is not None and self.teacher is not None  # only called with both
         student = self.student(part.batch, want=self.method.needs | ({"losses"} if losses else frozenset[Want]()))
@@ -248,6 +270,7 @@ class Distiller(nn.Module):
             [level.tensor for level in student.features],
             terms,
             self.method.shared_counts(),
+            [level.tensor for level in teacher.features] if looking else [],
         )
 
     @property
@@ -298,6 +321,7 @@ class Distiller(nn.Module):
         *,
         boxes: Sequence[Tensor],
         counts: bool,
+        constant: Tensor,
     ) -> None:
         assert self.method is not None  # only called with a method
         if not task.requires_grad or not any(feature.requires_grad for feature in features):
@@ -310,7 +334,7 @@ class Distiller(nn.Module):
         task_norms = norms.pop("")
         if self.method.balanced:
             self.balance.update(task_norms, norms, frozen=not self._calibrates)
-        self._note_ratios(task_norms, norms, terms, boxes=boxes, counts=counts)
+        self._note_ratios(task_norms, norms, terms, boxes=boxes, counts=counts, constant=constant)
         spreads: dict[str, list[Tensor]] = {}
         for name, value in self.method.target_spread().items():
             spreads.setdefault(term_family(name), []).append(value)
@@ -324,6 +348,7 @@ class Distiller(nn.Module):
         *,
         boxes: Sequence[Tensor],
         counts: bool,
+        constant: Tensor,
     ) -> None:
         assert self.method is not None  # only called with a method
         schedule = self._schedule()
@@ -343,16 +368,25 @@ class Distiller(nn.Module):
                 ).sqrt()
                 for family, value in squared.items()
             }
-        self._guard(dict(zip(squared, torch.stack(list(squared.values())).tolist(), strict=True)), boxes, like=task)
+        *values, blank = torch.stack([*squared.values(), constant.to(task.dtype)]).tolist()
+        self._guard(dict(zip(squared, values, strict=True)), boxes, blank=bool(blank), like=task)
 
-    def _guard(self, squared: Mapping[str, float], boxes: Sequence[Tensor], *, like: Tensor) -> None:
+    def _guard(self, squared: Mapping[str, float], boxes: Sequence[Tensor], *, blank: bool, like: Tensor) -> None:
         """Stop a run whose distillation is silently off (one host sync a measurement, none at other steps).
 
         All processes judge alike: one that stopped alone would leave the others waiting for it.
         """
         assert self.method is not None  # only called with a method
-        alive = {family: 0 < value < float("inf") for family, value in squared.items()}
+        alive = {family: 0 < value < float("inf") for family, value in squared.items()} | {_TEACHER: not blank}
         most_boxes, alive = _over_processes(max((len(entry) for entry in boxes), default=0), alive, like=like)
+        self.monitor.silent[_TEACHER] = 0 if alive[_TEACHER] else self.monitor.silent.get(_TEACHER, 0) + 1
+        if self.monitor.silent[_TEACHER] >= self.dead_after:
+            raise DeadDistillationError(
+                "The teacher teaches nothing: every channel of all its feature maps was constant in "
+                f"{self.dead_after} measurements in a row, the last at step {self._step}, so the terms pull the "
+                "student towards a constant. Usual causes: wrong or missing weights, images that are all one colour. "
+                "Check it: `drkd evaluate` on your validation data."
+            )
         for family, value in squared.items():
             could = (
                 self.method.weights.get(family, 1.0) > 0
