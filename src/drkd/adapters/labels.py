@@ -69,8 +69,8 @@ def infer_labels(model: nn.Module, class_names: Sequence[str] | None) -> tuple[l
     if class_names is None and not background:
         raise ValueError(
             f"class_names: expected the names of the classes, got none. The head of this {family_of(model)} has "
-            f"{outputs} outputs, and only names tell whether they are {outputs} classes with labels 0..{outputs - 1}, or "
-            f"{outputs - 1} with labels 1..{outputs - 1} after a background that nothing is trained on, as "
+            f"{outputs} outputs, and only names tell whether they are {outputs} classes with labels 0..{outputs - 1}, "
+            f"or {outputs - 1} with labels 1..{outputs - 1} after a background that nothing is trained on, as "
             "torchvision's num_classes counts them"
         )
     names = [str(index) for index in range(outputs - background)] if class_names is None else list(class_names)

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from drkd.contracts import DrkdError
 from drkd.engine.checkpoint_io import remove_leftovers
+from drkd.recipes.setting_changes import differences
 
 _WRITTEN = (
     *("run.json", "recipe.yaml", "metrics.csv", "evaluation.json", "cost.json", "training.json", "progress.json"),
@@ -148,9 +150,10 @@ class RunFolder:
         return self.path / "student.pt"
 
     def start(self, *, resolved: str, seed: int, kind: str) -> None:
-        """Write the recipe and where the run comes from."""
+        """Write the recipe and where the run comes from; of a run that goes on, also which settings changed."""
         if not self.writes:
             return
+        changed = self._changes(resolved) if self.resumes else []
         write_text(self.path / "recipe.yaml", resolved)
         self._run = {
             "sessions": self._earlier_sessions(),
@@ -163,8 +166,31 @@ class RunFolder:
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "status": "running",
         }
+        if changed:
+            self._run["changed_settings"] = changed
         self._clock = time.monotonic()
         write_json(self.path / "run.json", self._run)
+
+    def _changes(self, resolved: str) -> list[str]:
+        """Which settings are not those that the run went on with until now; says so, since its results mix both."""
+        try:
+            before = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return []
+        now = yaml.safe_load(resolved)
+        if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+            return []
+        own = ("resume", "overwrite", "output")
+        before, now = ({key: value for key, value in part.items() if key not in own} for part in (before, now))
+        # A key that is new is an option that drkd has got since.
+        changed = differences(before, now, stated=[])
+        if changed:
+            print(
+                f"drkd: {self.path}: the run goes on with other settings than it began with, which run.json keeps: "
+                f"{'; '.join(changed)}.",
+                file=sys.stderr,
+            )
+        return changed
 
     def _earlier_sessions(self) -> list[dict[str, Any]]:
         """What the earlier sessions of a resumed run were; the record is no reason not to go on from a checkpoint."""

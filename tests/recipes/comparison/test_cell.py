@@ -15,7 +15,6 @@ from drkd.recipes import run_folder
 from drkd.recipes.comparison.cell import (
     Cell,
     collect,
-    differences,
     forget,
     is_finished,
     look_up,
@@ -24,6 +23,7 @@ from drkd.recipes.comparison.cell import (
 )
 from drkd.recipes.comparison.definition import load_comparison
 from drkd.recipes.comparison.inputs import fingerprint_inputs
+from drkd.recipes.setting_changes import differences
 
 
 def _cells(file: Path, *overrides: str) -> dict[str, Cell]:

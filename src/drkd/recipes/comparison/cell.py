@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from drkd.recipes.comparison.inputs import changed_inputs, fingerprint_inputs
 from drkd.recipes.recipe import load_recipe
 from drkd.recipes.recipe_file import recipe_chain
 from drkd.recipes.run_folder import write_json
+from drkd.recipes.setting_changes import differences, leaves
 
 State = Literal["done", "missing", "changed"]
 
@@ -135,25 +136,6 @@ def look_up(cell: Cell) -> tuple[State, list[str]]:
     changes = differences(recorded, cell.settings, stated=cell.stated)
     changes += changed_inputs(content.get("inputs"), cell.inputs)
     return ("changed" if changes else "done"), changes
-
-
-def differences(recorded: Mapping[str, Any], now: Mapping[str, Any], *, stated: Iterable[str]) -> list[str]:
-    """Say which settings are not what they were, as words: "training.steps was 400, is 200".
-
-    A key that was not recorded is an option that drkd has got since; it counts only where it is stated.
-
-    Args:
-        recorded: Settings then.
-        now: Settings now.
-        stated: Dotted keys that somebody states now.
-    """
-    then, present, said = _leaves(recorded), _leaves(now), {_plain_key(key) for key in stated}
-    words = [
-        f"{key} was {then[key]!r}, is {present[key]!r}" if key in present else f"{key} was {then[key]!r}, is gone"
-        for key in then
-        if key not in present or then[key] != present[key]
-    ]
-    return words + [f"{key} is new: {present[key]!r}" for key in present if key not in then and key in said]
 
 
 def is_finished(cell: Cell) -> bool:
@@ -300,10 +282,10 @@ def _make_cell(comparison: Comparison, pair: tuple[str, Pair], arm: tuple[str, A
         raise DrkdError(f"the recipe {pair[1].recipe} names no teacher, and the method needs one.")
     settings = yaml.safe_load(recipe.resolved)
     kept = {key: value for key, value in settings.items() if key not in _NO_SETTINGS}
-    stated = {key for _, content in recipe_chain(pair[1].recipe) for key in _leaves(content)}
-    stated |= {*_leaves(overrides), *(f"method.{key}" for key in _leaves(method))}
+    stated = {key for _, content in recipe_chain(pair[1].recipe) for key in leaves(content)}
+    stated |= {*leaves(overrides), *(f"method.{key}" for key in leaves(method))}
     verb = "distill" if method else "train"
-    inputs = fingerprint_inputs(_leaves(kept, plain=False))
+    inputs = fingerprint_inputs(leaves(kept, plain=False))
     return Cell(pair[0], arm[0], 0, verb, arguments, kept, frozenset(stated), comparison.output, inputs)
 
 
@@ -313,8 +295,8 @@ def _make_teacher(comparison: Comparison, name: str, pair: Pair) -> Cell | None:
     # A teacher without heads cannot be scored.
     if teacher is None or (teacher.get("init_args") or {}).get("part") == "features":
         return None
-    leaves = _leaves(cell.settings, plain=False)
-    kept = {key: value for key, value in leaves.items() if key.startswith(_TEACHERS_SETTINGS)}
+    flat = leaves(cell.settings, plain=False)
+    kept = {key: value for key, value in flat.items() if key.startswith(_TEACHERS_SETTINGS)}
     inputs = {key: value for key, value in cell.inputs.items() if key.startswith(_TEACHERS_SETTINGS)}
     return Cell(name, TEACHER, None, "teacher", cell.arguments, kept, cell.stated, comparison.output, inputs)
 
@@ -342,19 +324,3 @@ def _recorded_status(cell: Cell) -> str | None:
 
 def _option(key: str, value: Any) -> str:
     return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
-
-
-def _leaves(content: Mapping[str, Any], prefix: str = "", *, plain: bool = True) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping) and value:
-            found.update(_leaves(value, f"{prefix}{key}.", plain=plain))
-        else:
-            name = f"{prefix}{key}"
-            found[_plain_key(name) if plain else name] = value
-    return found
-
-
-def _plain_key(key: str) -> str:
-    """Without init_args: ``student.width`` and ``student.init_args.width`` are one key."""
-    return key.replace(".init_args", "")
