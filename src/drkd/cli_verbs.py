@@ -151,7 +151,7 @@ def init_parser(description: str, **settings: Any) -> ArgumentParser:
     from drkd.recipes.initialization import initialize
 
     flags = {"overwrite": "Replace an existing recipe file.", "trust_pickle": _TRUST}
-    positional = {"root": "The data set's folder in COCO format."}
+    positional = {"root": "The data set's folder in COCO, YOLO or VOC format."}
     return _function_parser(initialize, description, positional=positional, flags=flags, **settings)
 
 

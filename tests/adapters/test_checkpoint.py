@@ -19,6 +19,7 @@ from drkd.adapters import (
     wrap_torchvision,
 )
 from drkd.adapters.checkpoint import read_category_ids, read_preprocessing
+from drkd.adapters.weights import shipped_checkpoint
 from drkd.contracts import DrkdError
 
 CLASSES = ("cat", "dog", "cup")
@@ -273,3 +274,10 @@ def test_a_file_sends_nobody_to_other_files_or_the_network(saved):
 def test_a_name_too_long_for_a_file_is_one_paragraph():
     with pytest.raises(DrkdError, match="cannot be read"):
         load_detector("a" * 3000)
+
+
+def test_a_run_folder_stands_for_its_student(tmp_path):
+    (tmp_path / "student.pt").write_bytes(b"")
+    assert shipped_checkpoint(tmp_path) == tmp_path / "student.pt"
+    assert shipped_checkpoint(tmp_path / "student.pt") == tmp_path / "student.pt"
+    assert shipped_checkpoint("x" * 5000) == Path("x" * 5000)

@@ -160,3 +160,15 @@ def test_an_unwritable_picture_is_an_error(coco: CocoFolder, tmp_path: Path) -> 
 
     with pytest.raises(DrkdError, match="picture cannot be written"):
         check_data(coco.root, picture=tmp_path / "file" / "x.png")
+
+
+def test_classes_without_a_box_to_train_on_and_near_names_are_said(coco: CocoFolder) -> None:
+    coco.document["categories"] += [{"id": 8, "name": "Dog "}, {"id": 9, "name": "owl"}]
+    coco.write()
+    report = check_data(coco.root)
+    assert not report.errors
+    texts = [problem.message for problem in report.warnings if problem.field == "categories"]
+    assert texts == [
+        "'Dog ' and 'dog' are classes of their own; is one misspelt?",
+        "no box to train on: 'Dog ', 'owl'",
+    ]

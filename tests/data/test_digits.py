@@ -116,7 +116,7 @@ def test_the_second_set_reports_on_nothing_that_the_firsts_teachers_and_settings
 
 
 def test_the_first_set_keeps_its_place_in_the_cache() -> None:
-    assert module._fingerprint(DigitsConfig()) == "0f2a6e796561"
+    assert module.fingerprint(DigitsConfig()) == "0f2a6e796561"
 
 
 def test_boxes_are_tight_and_inside_and_of_the_wanted_sizes(built: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_process_that_was_faster_wins(tmp_path: Path, monkeypatch: pytest.Monk
 
     def slow(root: Path, config: DigitsConfig) -> None:
         build(root, config)
-        shutil.copytree(root, tmp_path / f"digits-{module._fingerprint(config)}")
+        shutil.copytree(root, tmp_path / f"digits-{module.fingerprint(config)}")
 
     monkeypatch.setattr(module, "_build", slow)
     root = build_digits(tmp_path, config=_TINY)

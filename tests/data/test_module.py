@@ -124,6 +124,9 @@ def test_no_box_to_train_on_is_an_error(coco: CocoFolder) -> None:
 
     with pytest.raises(DrkdError, match="no image of the split 'train' has a box"):
         _ = _module(coco.root, keep_empty=False).train_split
+    # Where images without boxes are kept there is nothing to learn either.
+    with pytest.raises(DrkdError, match="no image of the split 'train' has a box"):
+        _ = _module(coco.root).train_split
 
 
 def test_validation_labels_follow_the_training_classes(coco: CocoFolder) -> None:

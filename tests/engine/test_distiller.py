@@ -133,6 +133,21 @@ def test_no_gradient_is_no_fault_where_there_could_be_none() -> None:
         no_boxes(toy_batch((2, 0)))
 
 
+def test_what_a_first_try_gets_wrong_is_named() -> None:
+    student, teacher, plain = ToyDetector(seed=1), ToyDetector(seed=2), torch.nn.Conv2d(3, 4, 1)
+    with pytest.raises(TypeError, match=r"detector as its student, got Conv2d\. Wrap it: wrap_torchvision"):
+        Distiller(plain, teacher, ToyMethod)  # type: ignore[arg-type]
+    for wrong in (plain, {"one": plain}):
+        with pytest.raises(TypeError, match="detector as its teacher, got Conv2d"):
+            Distiller(student, wrong, ToyMethod)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"expects a method, or its class such as drkd\.DRKD, got 'DRKD'"):
+        Distiller(student, teacher, "DRKD")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="shares no weights with the student"):
+        Distiller(student, student, ToyMethod)
+    with pytest.raises(TypeError, match=r"DetectionBatch, got tuple\. Make one .*from_lists"):
+        Distiller(student, teacher, ToyMethod)((torch.zeros(1, 3, 8, 8), []))  # type: ignore[arg-type]
+
+
 def test_a_teacher_that_is_constant_stops_the_run() -> None:
     distiller = make(monitor_interval=1, dead_after=2)
     body = distiller.teacher.model["body"]

@@ -133,6 +133,10 @@ def test_checkpoints_hold_no_teacher_and_refuse_another_student(tmp_path: object
     saved = torch.load(path, weights_only=True)["state_dict"]
     assert saved and not any("teacher" in name for name in saved)
     trainer(tmp_path, max_epochs=3).fit(module(), loader(), ckpt_path=path, weights_only=True)
+    alone = {**torch.load(path, weights_only=True)}
+    alone["state_dict"] = {name: value for name, value in saved.items() if ".method." not in name}
+    with pytest.raises(DrkdError, match=r"student that was trained alone, and this is a distillation.*--output"):
+        module().on_load_checkpoint(alone)
     other = module()
     other.distiller.student.model["extra"] = torch.nn.Linear(1, 1)
     with pytest.raises(DrkdError, match="another student or method: 2 keys missing"):

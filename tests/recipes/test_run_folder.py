@@ -47,16 +47,16 @@ def test_a_run_that_goes_on_with_other_settings_says_and_keeps_which(
 ) -> None:
     folder = _interrupted(tmp_path / "run")
     before = {"seed": 1, "data": {"root": "coco"}, "resume": False, "training": {"steps": 3}}
-    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(before))
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(before, sort_keys=False))
     now = {"seed": 3, "data": {"root": "voc"}, "resume": True, "training": {"steps": 3, "new_option": 1}}
-    folder.start(resolved=yaml.safe_dump(now), seed=3, kind="train")
+    folder.start(resolved=yaml.safe_dump(now, sort_keys=False), seed=3, kind="train")
     changed = ["seed was 1, is 3", "data.root was 'coco', is 'voc'"]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["changed_settings"] == changed
     assert f"goes on with other settings than it began with, which run.json keeps: {'; '.join(changed)}." in (
         capsys.readouterr().err
     )
     again = RunFolder(tmp_path / "run", resume=True)
-    again.start(resolved=yaml.safe_dump(now), seed=3, kind="train")
+    again.start(resolved=yaml.safe_dump(now, sort_keys=False), seed=3, kind="train")
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert "changed_settings" not in run and run["sessions"][-1]["changed_settings"] == changed
     assert "other settings" not in capsys.readouterr().err

@@ -24,14 +24,18 @@ _NAMED = 5
 
 
 def shipped_checkpoint(path: str | Path) -> Path:
-    """Path of a checkpoint: that of a shipped one for ``drkd:<name>``, anything else as it is.
+    """Path of a checkpoint: that of a shipped one for ``drkd:<name>``, a run folder's student, anything else as it is.
 
     Raises:
         DrkdError: If none of that name ships.
     """
     scheme, _, name = str(path).partition(":")
     if scheme != "drkd":
-        return Path(path)
+        inside = Path(path) / "student.pt"
+        try:
+            return inside if inside.is_file() else Path(path)
+        except OSError:  # the name is too long for one, say
+            return Path(path)
     known = sorted(file.stem for file in _ASSETS.glob("*.pt"))
     if name not in known:
         raise DrkdError(f"drkd ships no checkpoint called {name!r}. It ships: {', '.join(known) or 'none'}.")

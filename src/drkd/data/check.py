@@ -132,6 +132,7 @@ def check_data(
             continue
         problems.extend(scan.problems)
         problems.extend(_check_images(scan.split, annotations, decode))
+        problems.extend(_check_classes(scan.split, annotations))
         scans[name] = scan
         reports.append(_count(scan, annotations, found[name].format))
     problems.extend(_compare(scans, {name: found[name].file for name in scans}))
@@ -171,6 +172,25 @@ def _check_images(split: DatasetSplit, annotations: Path, decode: int) -> list[D
                 DataProblem("error", annotations, f"image {record.image_id}", "", f"{record.path.name}: {message}")
             )
     return problems
+
+
+def _check_classes(split: DatasetSplit, annotations: Path) -> list[DataProblem]:
+    """Names that differ in case or spaces only, and classes that nothing is trained on."""
+    texts = []
+    alike: dict[str, list[str]] = {}
+    for name in split.class_names:
+        alike.setdefault("".join(name.split()).casefold(), []).append(name)
+    texts += [
+        f"{' and '.join(map(repr, names))} are classes of their own; is one misspelt?"
+        for names in alike.values()
+        if len(names) > 1
+    ]
+    if split.name.startswith("train") and split.class_names:
+        seen = set(_join([record.labels for record in split.records], torch.int64).tolist())
+        empty = [name for label, name in enumerate(split.class_names) if label not in seen]
+        if empty:
+            texts.append(f"no box to train on: {', '.join(map(repr, empty[:20]))}{', ...' if len(empty) > 20 else ''}")
+    return [DataProblem("warning", annotations, "", "categories", text) for text in texts]
 
 
 def _compare(scans: Mapping[str, SplitScan], files: Mapping[str, Path]) -> list[DataProblem]:

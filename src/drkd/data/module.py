@@ -214,7 +214,7 @@ class DetectionDataModule(LightningDataModule):
             split = whole
             if not self._keep_empty:
                 split = replace(split, records=tuple(record for record in split.records if (~record.crowd).any()))
-            if not split.records:
+            if not any((~record.crowd).any() for record in split.records):
                 raise DrkdError(f"{self._root}: no image of the split '{split.name}' has a box to train on.")
             self._train = split.first(self._limits[0])
             if REST in self._unlabelled:

@@ -107,6 +107,27 @@ def _are_constant(maps: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.stack(judged).all() if judged else torch.zeros((), dtype=torch.bool, device=like.device)
 
 
+def _check_parts(student: object, teacher: object, method: object) -> None:
+    """Refuse what a first try of the Python interface gets wrong, before an attribute of it is missed."""
+    teachers = [*teacher.values()] if isinstance(teacher, Mapping) else [teacher] * (teacher is not None)
+    for who, entry in (("student", student), *(("teacher", other) for other in teachers)):
+        if not hasattr(entry, "spec"):
+            raise TypeError(
+                f"Distiller expects a detector as its {who}, got {type(entry).__name__}. Wrap it: wrap_torchvision, "
+                "wrap_transformers, wrap_ultralytics, or wrap_model for a model of your own."
+            )
+    if method is not None and not isinstance(method, KDMethod) and not callable(method):
+        raise TypeError(f"Distiller expects a method, or its class such as drkd.DRKD, got {method!r}.")
+    own = {id(parameter) for parameter in student.parameters()} if isinstance(student, nn.Module) else set()
+    if any(
+        id(parameter) in own for other in teachers if isinstance(other, nn.Module) for parameter in other.parameters()
+    ):
+        raise ValueError(
+            "Distiller expects a teacher that shares no weights with the student: it is frozen, and the student would "
+            "be too. Copy it: copy.deepcopy."
+        )
+
+
 def _over_processes(most_boxes: int, alive: Mapping[str, bool], *, like: Tensor) -> tuple[int, dict[str, bool]]:
     """The most boxes of an image on any process, and whether a term lives on any; ``like`` is on their device."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -173,6 +194,7 @@ class Distiller(nn.Module):
                 "Distiller expects monitor_interval, dead_after and accumulate >= 1, "
                 f"got {monitor_interval}, {dead_after} and {accumulate}"
             )
+        _check_parts(student, teacher, method)
         if isinstance(teacher, Mapping):
             if method is None or isinstance(method, KDMethod):
                 raise ValueError("Distiller expects what builds a method (such as DRKD) with several teachers, not one")
@@ -220,6 +242,11 @@ class Distiller(nn.Module):
             0-d tensors: ``task/<name>`` as the detector gives them, ``kd/<term>`` weighted and summed over levels.
             Their sum is what to back-propagate.
         """
+        if not isinstance(batch, DetectionBatch):
+            raise TypeError(
+                f"Distiller expects a DetectionBatch, got {type(batch).__name__}. Make one of images and targets as "
+                "torchvision's detectors take them: DetectionBatch.from_lists(images, targets)."
+            )
         if self.method is None or self.teacher is None:
             if not all(batch.labelled):
                 raise DrkdError(

@@ -253,6 +253,11 @@ class DistillationModule(LightningModule):
         saved = set(checkpoint["state_dict"])
         if own != saved:
             missing, unexpected = sorted(own - saved), sorted(saved - own)
+            if not unexpected and all(name.startswith("distiller.method.") for name in missing):
+                raise DrkdError(
+                    "The checkpoint is that of a student that was trained alone, and this is a distillation. Expected "
+                    "the folder of a run of `drkd distill` with this method; start it in another folder (--output)."
+                )
             raise DrkdError(
                 f"The checkpoint belongs to another student or method: {len(missing)} keys missing "
                 f"({', '.join(missing[:3])} ...), {len(unexpected)} unexpected ({', '.join(unexpected[:3])} ...)."

@@ -91,6 +91,10 @@ def export(
     batches = list(_read_images(images, image_limit, size, dynamic, output))
     aside = output.with_name(f".{output.name}.{os.getpid()}.onnx")
     aside_int8 = output.with_name(f".{output.name}.{os.getpid()}.int8.onnx")
+    # Before the graph is written, which may take minutes.
+    with torch.inference_mode():
+        if not any(len(entry.scores) for _, batch in batches for entry in loaded.detector.detect(batch)):
+            raise _nothing(sum(len(batch) for _, batch in batches))
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         started = time.perf_counter()
@@ -162,11 +166,15 @@ def check(detector: Detector, found: OnnxDetector, batches: Iterable[tuple[str, 
             "Is the detector trained? Its scores should differ. The file was not kept."
         )
     if not agreement.matched:
-        raise DrkdError(
-            f"PyTorch detects nothing in the {agreement.images} images of the check, so it would prove nothing. Name "
-            "images that show what the detector knows (--images FOLDER). The file was not kept."
-        )
+        raise _nothing(agreement.images)
     return agreement
+
+
+def _nothing(images: int) -> DrkdError:
+    return DrkdError(
+        f"PyTorch detects nothing in the {images} images of the check, so it would prove nothing. Name images that "
+        "show what the detector knows (--images FOLDER). No file was kept."
+    )
 
 
 @torch.inference_mode()

@@ -81,7 +81,7 @@ def initialize(
     """Look at a data set and a teacher, and write a commented recipe that distils from one on the other.
 
     Args:
-        root: The data set's folder in COCO format.
+        root: The data set's folder in COCO, YOLO or VOC format.
         teacher: A student.pt or run folder of drkd, a torchvision detector's state dict, or the name of a published
             torchvision detector (retinanet_resnet50_fpn_v2, fasterrcnn_resnet50_fpn_v2, ...).
         student: The student's kind.
