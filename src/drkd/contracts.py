@@ -137,7 +137,7 @@ def _check_listed(image: Tensor, target: Mapping[str, Tensor], number: int) -> N
     if absent:
         raise ValueError(f"target {number}: expected tensors boxes and labels, got none called {absent[0]}")
     boxes, labels = target["boxes"], target["labels"]
-    if labels.ndim != 1 or labels.is_floating_point():
+    if labels.ndim != 1 or (len(labels) and labels.is_floating_point()):
         raise ValueError(f"target {number}: expected integer labels (N,), got {tuple(labels.shape)} of {labels.dtype}")
     if boxes.numel() != 4 * len(labels) or (len(labels) and boxes.ndim != 2):
         raise ValueError(f"target {number}: expected boxes ({len(labels)}, 4), got {tuple(boxes.shape)}")
