@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ class LD(KDMethod):
 
     Deviation: the valuable region takes one ``positive_overlap`` for all boxes, where the authors' assigner has one for
     each, and leaves out anchors that are positive. Heads that predict at points (YOLO) have no anchors; the region is
-    then found with squares of 8 strides around the points, as large as the authors' anchors.
+    then found with squares of 8 strides around the points, as large as the authors' anchors, and for boxes too small
+    for those with the cells themselves.
 
     Args:
         student: The student, with as many bins as the teacher.
@@ -98,8 +99,7 @@ class LD(KDMethod):
         }
         if self.classes.count == 1:
             del self.weights["classification"]
-        # No number of boxes promises a valuable region: one may fit every anchor that is near it too well or too badly.
-        self.minimum_boxes = {**dict.fromkeys(self.weights, 1), "valuable_region": sys.maxsize}
+        self.minimum_boxes = dict.fromkeys(self.weights, 1)
         self.balanced = balanced
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
@@ -112,12 +112,7 @@ class LD(KDMethod):
         positive = self.classes.positives(assignment, [target.labels for target in batch.targets]).float()
         with full_precision(ours.logits):
             confidence = positive * at_least_float32(ours.logits.detach()).sigmoid().amax(dim=2)
-            value = (1.0 - positive) * valuable_region(
-                _around_centres(ours.anchors.float()) if self.points else ours.anchors.float(),
-                batch.boxes,
-                positive_overlap=self.positive_overlap,
-                share=self.valuable_share,
-            )
+            value = (1.0 - positive) * self._value(ours.anchors.float(), batch.boxes)
         main, valuable = (
             bin_divergence(
                 ours.bins,
@@ -139,6 +134,15 @@ class LD(KDMethod):
             normaliser=positive.sum().clamp_min(1.0),
         )
         return terms
+
+    def _value(self, anchors: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """(B, A), see `valuable_region`; at points the larger one of the cells' and of the squares'."""
+        shapes = [anchors, _around_centres(anchors)] if self.points else [anchors]
+        found = [
+            valuable_region(shape, boxes, positive_overlap=self.positive_overlap, share=self.valuable_share)
+            for shape in shapes
+        ]
+        return torch.stack(found).amax(dim=0)
 
 
 def _around_centres(cells: Tensor) -> Tensor:
