@@ -169,6 +169,20 @@ def test_every_rival_counts_and_not_the_best_alone(tmp_path):
     assert answer.endswith("Beyond chance it is above 1 of 2 rival(s) in AP and 1 in AP_S.")
 
 
+def test_as_many_seeds_are_not_the_same_seeds(tmp_path):
+    write_cells(tmp_path, scores={"student": (40.0, 41.0, 42.0, 43.0), "drkd": (50.0, 51.0), "hint": (46.0, 47.0)})
+    about = json.loads((tmp_path / "comparison.json").read_text())
+    (tmp_path / "comparison.json").write_text(json.dumps({**about, "seeds": [0, 1, 2, 3]}))
+    for seed in (0, 1):
+        cell = tmp_path / f"cells/net/hint/seed{seed}.json"
+        moved = {**json.loads(cell.read_text()), "seed": seed + 2}
+        cell.unlink()
+        cell.with_name(f"seed{seed + 2}.json").write_text(json.dumps(moved))
+    rows, _ = rows_of(tmp_path)
+    assert rows["drkd"].to_rivals == {}
+    assert judge(list(rows.values()), "net", "student").endswith(" No other method has as many seeds.")
+
+
 def test_steps_are_compared_seed_by_seed(tmp_path):
     write_cells(tmp_path)
     for method, seconds in {"student": (0.1, 0.2, 0.1), "drkd": (0.12, 0.25, None)}.items():

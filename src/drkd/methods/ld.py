@@ -138,11 +138,10 @@ class LD(KDMethod):
     def _value(self, anchors: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """(B, A), see `valuable_region`; at points the larger one of the cells' and of the squares'."""
         shapes = [anchors, _around_centres(anchors)] if self.points else [anchors]
-        found = [
-            valuable_region(shape, boxes, positive_overlap=self.positive_overlap, share=self.valuable_share)
-            for shape in shapes
-        ]
-        return torch.stack(found).amax(dim=0)
+        found = valuable_region(
+            torch.cat(shapes), boxes, positive_overlap=self.positive_overlap, share=self.valuable_share
+        )
+        return found.unflatten(1, (len(shapes), len(anchors))).amax(dim=1)
 
 
 def _around_centres(cells: Tensor) -> Tensor:

@@ -127,6 +127,8 @@ def judge(rows: Sequence[Row], pair: str, reference: str) -> str:
     if small is not None and best.small_rival in others and small.count and not math.isnan(small.mean):
         words += f" On small objects: {format_difference(small)} AP_S to the best rival there, {best.small_rival}, "
         words += f"{_certainty(small)}."
+    # As many seeds as the best one has are not always the same seeds.
+    others = [name for name in others if name in best.to_rivals]
     if others and gain.count > 1:
         clear = [sum(best.to_rivals[name][metric].low > 0 for name in others) for metric in ("ap", "ap_small")]
         words += f" Beyond chance it is above {clear[0]} of {len(others)} rival(s) in AP and {clear[1]} in AP_S."

@@ -12,7 +12,6 @@ from drkd.adapters.weights import shipped_checkpoint
 from drkd.contracts import DrkdError
 from drkd.data.dataset import find_splits
 from drkd.data.digits import EMBEDDED, fingerprint
-from drkd.recipes.loading import find_checkpoint
 
 _SPLITS = ("data.train_split", "data.val_split", "evaluation.split")
 _DIGITS = 16
@@ -63,8 +62,6 @@ def _file(name: str) -> Path | None:
     """The file that a setting names; None where it is none."""
     try:
         path = shipped_checkpoint(name)
-        if path.is_dir():
-            path = find_checkpoint(path)
         return path if path.is_file() else None
     except (DrkdError, OSError, ValueError):
         return None
