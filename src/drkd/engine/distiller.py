@@ -18,18 +18,11 @@ from drkd.contracts import (
     Want,
 )
 from drkd.engine.balance import GradientBalance, gradient_norms, term_family
+from drkd.engine.guard import DeadDistillationError, are_constant, check_parts, stop_if_silent
 from drkd.engine.teachers import join_teachers
 from drkd.engine.unlabelled import BatchPart, UnlabelledImages, split_batch
 
 MethodFactory = Callable[[DetectorSpec, DetectorSpec], KDMethod]
-
-
-class DeadDistillationError(DrkdError):
-    """A term that could have taught the student has sent it no gradient for many measurements."""
-
-
-_TEACHER = "the teacher"
-"""Under this name the guard counts measurements at which the teacher's maps were constant."""
 
 
 @dataclass
@@ -95,49 +88,6 @@ def _share_counts(terms: Mapping[str, Tensor], counts: Sequence[Mapping[str, Ten
     return dict(zip(names, values * (own.clamp_min(1) / mean.clamp_min(1)), strict=True))
 
 
-def _are_constant(maps: Sequence[Tensor], like: Tensor) -> Tensor:
-    """0-d bool: whether no channel of any map varies over images and positions; False where there is nothing to see."""
-    flat = [entry.detach().transpose(0, 1).flatten(1) for entry in maps if entry.ndim == 4]
-    judged = [
-        (channels.amax(dim=1) - channels.amin(dim=1) <= 1e-6 * channels.abs().amax(dim=1).clamp_min(1e-12)).all()
-        for channels in flat
-        # A single cell of a single image cannot vary.
-        if channels.shape[1] > 1
-    ]
-    return torch.stack(judged).all() if judged else torch.zeros((), dtype=torch.bool, device=like.device)
-
-
-def _check_parts(student: object, teacher: object, method: object) -> None:
-    """Refuse what a first try of the Python interface gets wrong, before an attribute of it is missed."""
-    teachers = [*teacher.values()] if isinstance(teacher, Mapping) else [teacher] * (teacher is not None)
-    for who, entry in (("student", student), *(("teacher", other) for other in teachers)):
-        if not hasattr(entry, "spec"):
-            raise TypeError(
-                f"Distiller expects a detector as its {who}, got {type(entry).__name__}. Wrap it: wrap_torchvision, "
-                "wrap_transformers, wrap_ultralytics, or wrap_model for a model of your own."
-            )
-    if method is not None and not isinstance(method, KDMethod) and not callable(method):
-        raise TypeError(f"Distiller expects a method, or its class such as drkd.DRKD, got {method!r}.")
-    own = {id(parameter) for parameter in student.parameters()} if isinstance(student, nn.Module) else set()
-    if any(
-        id(parameter) in own for other in teachers if isinstance(other, nn.Module) for parameter in other.parameters()
-    ):
-        raise ValueError(
-            "Distiller expects a teacher that shares no weights with the student: it is frozen, and the student would "
-            "be too. Copy it: copy.deepcopy."
-        )
-
-
-def _over_processes(most_boxes: int, alive: Mapping[str, bool], *, like: Tensor) -> tuple[int, dict[str, bool]]:
-    """The most boxes of an image on any process, and whether a term lives on any; ``like`` is on their device."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return most_boxes, dict(alive)
-    values = torch.tensor([most_boxes, *alive.values()], dtype=torch.int64, device=like.device)
-    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
-    boxes, *lives = values.tolist()
-    return boxes, dict(zip(alive, map(bool, lives), strict=True))
-
-
 class Distiller(nn.Module):
     r"""Distillation as a plain module for any training loop: ``losses = distiller(batch); sum(losses.values())``.
 
@@ -194,7 +144,7 @@ class Distiller(nn.Module):
                 "Distiller expects monitor_interval, dead_after and accumulate >= 1, "
                 f"got {monitor_interval}, {dead_after} and {accumulate}"
             )
-        _check_parts(student, teacher, method)
+        check_parts(student, teacher, method)
         if isinstance(teacher, Mapping):
             if method is None or isinstance(method, KDMethod):
                 raise ValueError("Distiller expects what builds a method (such as DRKD) with several teachers, not one")
@@ -277,7 +227,7 @@ class Distiller(nn.Module):
             boxes = [box for part in parts for box in part.batch.boxes]
             total = sum(task.values(), torch.zeros((), device=batch.images.device))
             taught = [feature for part in seen for feature in part.taught]
-            self._measure(total, terms, features, boxes=boxes, counts=counts, constant=_are_constant(taught, total))
+            self._measure(total, terms, features, boxes=boxes, counts=counts, constant=are_constant(taught, total))
         losses = {**task, **self._weigh(terms)}
         if self.training:
             self._passes += 1
@@ -396,43 +346,17 @@ class Distiller(nn.Module):
                 for family, value in squared.items()
             }
         *values, blank = torch.stack([*squared.values(), constant.to(task.dtype)]).tolist()
-        self._guard(dict(zip(squared, values, strict=True)), boxes, blank=bool(blank), like=task)
-
-    def _guard(self, squared: Mapping[str, float], boxes: Sequence[Tensor], *, blank: bool, like: Tensor) -> None:
-        """Stop a run whose distillation is silently off (one host sync a measurement, none at other steps).
-
-        All processes judge alike: one that stopped alone would leave the others waiting for it.
-        """
-        assert self.method is not None  # only called with a method
-        alive = {family: 0 < value < float("inf") for family, value in squared.items()} | {_TEACHER: not blank}
-        most_boxes, alive = _over_processes(max((len(entry) for entry in boxes), default=0), alive, like=like)
-        self.monitor.silent[_TEACHER] = 0 if alive[_TEACHER] else self.monitor.silent.get(_TEACHER, 0) + 1
-        if self.monitor.silent[_TEACHER] >= self.dead_after:
-            raise DeadDistillationError(
-                "The teacher teaches nothing: every channel of all its feature maps was constant in "
-                f"{self.dead_after} measurements in a row, the last at step {self._step}, so the terms pull the "
-                "student towards a constant. Usual causes: wrong or missing weights, images that are all one colour. "
-                "Check it: `drkd evaluate` on your validation data."
-            )
-        for family, value in squared.items():
-            could = (
-                self.method.weights.get(family, 1.0) > 0
-                and self._schedule() > 0
-                and most_boxes >= self.method.minimum_boxes.get(family, 0)
-            )
-            if not could:
-                continue
-            dead = not alive[family]
-            self.monitor.silent[family] = self.monitor.silent.get(family, 0) + 1 if dead else 0
-            if self.monitor.silent[family] >= self.dead_after:
-                raise DeadDistillationError(
-                    f"Distillation is silently off: '{family}' sent no usable gradient (squared norm {value:g}) to the "
-                    f"student's features in {self.dead_after} measurements in a row, the last at step {self._step}, "
-                    f"although its weight is {self.method.weights.get(family, 1.0):g} and an image held {most_boxes} "
-                    "boxes. Usual causes: the teacher's features are constant (untrained or wrong checkpoint), "
-                    "features that are detached, an adapter initialised to zero, or a scale that underflows under "
-                    "float16. Check the teacher first: `drkd evaluate` on your validation data."
-                )
+        stop_if_silent(
+            dict(zip(squared, values, strict=True)),
+            self.monitor.silent,
+            method=self.method,
+            scheduled=schedule > 0,
+            most_boxes=max((len(entry) for entry in boxes), default=0),
+            constant=bool(blank),
+            dead_after=self.dead_after,
+            step=self._step,
+            like=task,
+        )
 
     def get_extra_state(self) -> dict[str, Any]:
         """State that is saved with the state dict: the count of passes and the guard's counters."""
