@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from drkd.contracts import DrkdError
 from drkd.engine.checkpoint_io import remove_leftovers
-from drkd.recipes.setting_changes import differences
+from drkd.recipes.setting_changes import differences, without_folder
 
 _WRITTEN = (
     *("run.json", "recipe.yaml", "metrics.csv", "evaluation.json", "cost.json", "training.json", "progress.json"),
@@ -180,10 +180,8 @@ class RunFolder:
         now = yaml.safe_load(resolved)
         if not isinstance(before, Mapping) or not isinstance(now, Mapping):
             return []
-        own = ("resume", "overwrite", "output")
-        before, now = ({key: value for key, value in part.items() if key not in own} for part in (before, now))
         # A key that is new is an option that drkd has got since.
-        changed = differences(before, now, stated=[])
+        changed = differences(without_folder(before), without_folder(now), stated=[])
         if changed:
             print(
                 f"drkd: {self.path}: the run goes on with other settings than it began with, which run.json keeps: "

@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+# Where a run writes and how it starts says nothing about what it measures.
+_FOLDER = ("output", "resume", "overwrite", "doctor")
+
+
+def without_folder(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a run's results depend on."""
+    return {key: value for key, value in settings.items() if key not in _FOLDER}
+
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any], *, stated: Iterable[str]) -> list[str]:
     """Say which settings are not what they were, as words: "training.steps was 400, is 200".

@@ -18,12 +18,10 @@ from drkd.recipes.comparison.inputs import changed_inputs, fingerprint_inputs
 from drkd.recipes.recipe import load_recipe
 from drkd.recipes.recipe_file import recipe_chain
 from drkd.recipes.run_folder import write_json
-from drkd.recipes.setting_changes import differences, leaves
+from drkd.recipes.setting_changes import differences, leaves, without_folder
 
 State = Literal["done", "missing", "changed"]
 
-# Where a run writes and how it starts says nothing about what it measures.
-_NO_SETTINGS = ("output", "resume", "overwrite", "doctor")
 # What a teacher's scores depend on.
 _TEACHERS_SETTINGS = (
     *("teacher", "data.root", "data.min_size", "data.max_size", "data.size_divisor", "data.pad_to", "data.val_limit"),
@@ -281,7 +279,7 @@ def _make_cell(comparison: Comparison, pair: tuple[str, Pair], arm: tuple[str, A
     if method and recipe.teacher is None and not recipe.teachers:
         raise DrkdError(f"the recipe {pair[1].recipe} names no teacher, and the method needs one.")
     settings = yaml.safe_load(recipe.resolved)
-    kept = {key: value for key, value in settings.items() if key not in _NO_SETTINGS}
+    kept = without_folder(settings)
     stated = {key for _, content in recipe_chain(pair[1].recipe) for key in leaves(content)}
     stated |= {*leaves(overrides), *(f"method.{key}" for key in leaves(method))}
     verb = "distill" if method else "train"
@@ -316,7 +314,7 @@ def _recorded_status(cell: Cell) -> str | None:
         return None
     if cell.seed is None or not isinstance(settings, Mapping):
         return None
-    kept = {key: value for key, value in settings.items() if key not in _NO_SETTINGS}
+    kept = without_folder(settings)
     began = read_object(cell.inputs_file) if cell.inputs_file.exists() else None
     changed = differences(kept, cell.settings, stated=cell.stated) or changed_inputs(began, cell.inputs)
     return None if changed else status
