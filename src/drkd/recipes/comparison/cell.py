@@ -105,13 +105,17 @@ def make_cells(comparison: Comparison, *, source: str) -> list[Cell]:
     teachers: list[Cell] = []
     arms: list[Cell] = []
     for pair_name, pair in comparison.pairs.items():
+        try:
+            written = frozenset(key for _, content in recipe_chain(pair.recipe) for key in leaves(content))
+        except DrkdError as error:
+            raise DrkdError(f"{source}: pairs.{pair_name}: {error}") from error
         for name, arm in comparison.methods.items():
             try:
-                cell = _make_cell(comparison, (pair_name, pair), (name, arm))
+                cell = _make_cell(comparison, (pair_name, pair), (name, arm), written)
             except DrkdError as error:
                 raise DrkdError(f"{source}: pairs.{pair_name} with methods.{name}: {error}") from error
             arms.append(cell)
-        teacher = _make_teacher(comparison, pair_name, pair)
+        teacher = _make_teacher(comparison, pair_name, pair, written)
         teachers += [teacher] if teacher is not None else []
     seeded = [_with_seed(cell, seed) for seed in comparison.seeds for cell in arms]
     return [*teachers, *seeded]
@@ -260,7 +264,8 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _make_cell(comparison: Comparison, pair: tuple[str, Pair], arm: tuple[str, Arm]) -> Cell:
+def _make_cell(comparison: Comparison, pair: tuple[str, Pair], arm: tuple[str, Arm], written: frozenset[str]) -> Cell:
+    """The cell of a pair and a method, of seed 0; ``written`` are the keys that the pair's recipe and its bases hold."""
     overrides = {
         **flatten(comparison.overrides),
         **flatten(pair[1].overrides),
@@ -280,15 +285,14 @@ def _make_cell(comparison: Comparison, pair: tuple[str, Pair], arm: tuple[str, A
         raise DrkdError(f"the recipe {pair[1].recipe} names no teacher, and the method needs one.")
     settings = yaml.safe_load(recipe.resolved)
     kept = without_folder(settings)
-    stated = {key for _, content in recipe_chain(pair[1].recipe) for key in leaves(content)}
-    stated |= {*leaves(overrides), *(f"method.{key}" for key in leaves(method))}
+    stated = written.union(leaves(overrides), (f"method.{key}" for key in leaves(method)))
     verb = "distill" if method else "train"
     inputs = fingerprint_inputs(leaves(kept, plain=False))
-    return Cell(pair[0], arm[0], 0, verb, arguments, kept, frozenset(stated), comparison.output, inputs)
+    return Cell(pair[0], arm[0], 0, verb, arguments, kept, stated, comparison.output, inputs)
 
 
-def _make_teacher(comparison: Comparison, name: str, pair: Pair) -> Cell | None:
-    cell = _make_cell(comparison, (name, pair), (TEACHER, Arm()))
+def _make_teacher(comparison: Comparison, name: str, pair: Pair, written: frozenset[str]) -> Cell | None:
+    cell = _make_cell(comparison, (name, pair), (TEACHER, Arm()), written)
     teacher = cell.settings.get("teacher")
     # A teacher without heads cannot be scored.
     if teacher is None or (teacher.get("init_args") or {}).get("part") == "features":
