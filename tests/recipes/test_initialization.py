@@ -11,9 +11,10 @@ from tests.conftest import write_coco, write_detector
 from torchvision.models import resnet18
 
 from drkd.adapters import ZooBuilder
-from drkd.contracts import DrkdError
+from drkd.contracts import Detector, DrkdError
 from drkd.recipes.initialization import initialize, look_at_data
 from drkd.recipes.recipe import load_recipe
+from drkd.recipes.training import assemble_teacher
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,29 @@ def test_a_saved_teacher_of_other_names_is_refused(tiny_coco: Path, tmp_path: Pa
     teacher = write_detector(tmp_path / "teacher.pt", classes=("cat", "horse"))
     with pytest.raises(DrkdError, match="horse"):
         initialize(tiny_coco, teacher=str(teacher), output=tmp_path / "recipe.yaml")
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+def test_a_teacher_of_other_classes_is_joined_by_a_map(by_file: bool, tiny_coco: Path, tmp_path: Path) -> None:
+    teacher = write_detector(tmp_path / "teacher.pt", classes=("cat", "horse"))
+    (tmp_path / "map.yaml").write_text("horse: dog")
+    class_map = str(tmp_path / "map.yaml") if by_file else "names"
+    written = initialize(tiny_coco, teacher=str(teacher), class_map=class_map, output=tmp_path / "recipe.yaml")
+    recipe = load_recipe([written.recipe])
+    assert recipe.class_map == class_map
+    recipe.data.setup("fit")
+    found = assemble_teacher(recipe)
+    assert isinstance(found, Detector) and found.spec.class_names == ("cat", "dog" if by_file else "horse")
+
+
+def test_a_map_that_does_not_fit_is_refused_before_a_recipe_is_written(tiny_coco: Path, tmp_path: Path) -> None:
+    teacher = write_detector(tmp_path / "teacher.pt", classes=("cat", "horse"))
+    (tmp_path / "map.yaml").write_text("zebra: dog")
+    with pytest.raises(DrkdError, match="zebra is none of the teacher's classes"):
+        initialize(
+            tiny_coco, teacher=str(teacher), class_map=str(tmp_path / "map.yaml"), output=tmp_path / "recipe.yaml"
+        )
     assert not (tmp_path / "recipe.yaml").exists()
 
 

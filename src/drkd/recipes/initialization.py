@@ -75,6 +75,7 @@ def initialize(
     student: Family = "retinanet",
     backbone: str = "resnet18",
     output: Path = Path("recipe.yaml"),
+    class_map: str | None = None,
     overwrite: bool = False,
     trust_pickle: bool = False,
 ) -> Initialized:
@@ -87,6 +88,8 @@ def initialize(
         student: The student's kind.
         backbone: The student's backbone: a torchvision ResNet, or timm/<name>.
         output: The recipe file to write.
+        class_map: Of a teacher with classes of its own: a YAML or JSON file of its class names and the data's, or
+            "names" to share those of equal names.
         overwrite: Replace an existing recipe file.
         trust_pickle: Let the teacher be a checkpoint of Ultralytics' own, which is a pickle: loading it runs the code
             in it, now and whenever the recipe is used.
@@ -97,8 +100,9 @@ def initialize(
     if output.exists() and not overwrite:
         raise DrkdError(f"{output} exists already. Replace it (--overwrite) or choose another file (--output).")
     facts = look_at_data(root)
-    known = look_at_teacher(teacher, facts.class_names, trust_pickle=trust_pickle)
-    text = _write_recipe(root, facts, known, student=student, backbone=backbone, run=f"runs/{output.stem}")
+    known = look_at_teacher(teacher, facts.class_names, class_map=class_map, trust_pickle=trust_pickle)
+    run = f"runs/{output.stem}"
+    text = _write_recipe(root, facts, known, student=student, backbone=backbone, class_map=class_map, run=run)
     write_text(output, text)
     return Initialized(output, (*_describe_data(root, facts), *known.findings), f"drkd distill --config {output}")
 
@@ -171,7 +175,9 @@ def _backbone_weights(backbone: str) -> str:
     return f"package:{lite[1]}" if lite else "imagenet"
 
 
-def _write_recipe(root: Path, facts: DataFacts, teacher: Teacher, *, student: Family, backbone: str, run: str) -> str:
+def _write_recipe(
+    root: Path, facts: DataFacts, teacher: Teacher, *, student: Family, backbone: str, class_map: str | None, run: str
+) -> str:
     short, long, size_reason = _image_size(facts, teacher)
     batch = min(16 if short <= 400 else 8, facts.train_images)
     per_epoch = math.ceil(facts.train_images / batch)
@@ -179,6 +185,7 @@ def _write_recipe(root: Path, facts: DataFacts, teacher: Teacher, *, student: Fa
     flip = 0.0 if _mirror_matters(facts.class_names) else 0.5
     flip_reason = "mirrored digits, letters or sides mean something else" if not flip else "mirror every other image"
     frozen = 1 if backbone.startswith(("resnet", "resnext", "wide_resnet")) else -1
+    joined = "" if class_map is None else f"class_map: {_quoted(class_map)} # the teacher's classes to the data's\n\n"
     return f"""\
 # Written by `drkd init` for {root} and the teacher {teacher.source}.
 # Every key can be overridden: drkd distill --config THIS_FILE --training.epochs=5. All keys: drkd distill --help
@@ -196,7 +203,7 @@ teacher: # only used in training
   class_path: {teacher.class_path}
   init_args:
 {_indented(teacher.init_args)}
-method: # weights are gradient ratios, set by measurement in the first steps
+{joined}method: # weights are gradient ratios, set by measurement in the first steps
   class_path: drkd.methods.DRKD
 
 data:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,12 +10,13 @@ from typing import Literal
 from torch import Tensor
 
 from drkd.adapters.checkpoint import FORMAT, SavedDetectorBuilder, read_preprocessing
+from drkd.adapters.class_map import build_mapped, read_class_map
 from drkd.adapters.mmdetection import MMDetectionBuilder, read_architecture
 from drkd.adapters.ultralytics import UltralyticsBuilder
 from drkd.adapters.ultralytics_files import is_ultralytics_file
 from drkd.adapters.weights import read_checkpoint, read_state
 from drkd.adapters.zoo import ZOO_NAMES, ZooBuilder
-from drkd.contracts import DetectorSpec, DrkdError
+from drkd.contracts import Detector, DetectorBuilder, DetectorSpec, DrkdError
 from drkd.recipes.loading import find_checkpoint
 
 _COCO_SLOTS = 91
@@ -40,19 +41,27 @@ class Teacher:
     image_size: tuple[int, int] | None = None
 
 
-def look_at_teacher(source: str, class_names: Sequence[str], *, trust_pickle: bool = False) -> Teacher:
+def look_at_teacher(
+    source: str, class_names: Sequence[str], *, class_map: str | None = None, trust_pickle: bool = False
+) -> Teacher:
     """Load a teacher for these classes.
 
     Args:
         source: A file or run folder of drkd, a torchvision detector's state dict, or the name of a published one.
         class_names: The data's classes.
+        class_map: As the recipe's; None expects the data's classes.
         trust_pickle: Let the code in a checkpoint of Ultralytics' run.
 
     Raises:
-        DrkdError: If it cannot be loaded, or its classes are not the data's.
+        DrkdError: If it cannot be loaded, or its classes are not the data's and are not joined with them.
     """
+    names: Mapping[str, str] | None = None if class_map is None else read_class_map(class_map)
+
+    def build(builder: DetectorBuilder) -> Detector:
+        return builder.build(class_names) if names is None else build_mapped(builder, class_names, names)
+
     if source in ZOO_NAMES:
-        spec = ZooBuilder(name=source).build(class_names).spec
+        spec = build(ZooBuilder(name=source)).spec
         arguments: dict[str, object] = {"name": source, "weights": "DEFAULT", "head": "coco"}
         return Teacher(source, "drkd.adapters.ZooBuilder", arguments, _describe(source, spec))
     if not Path(source).exists() and not any(mark in source for mark in "/.:"):
@@ -63,26 +72,30 @@ def look_at_teacher(source: str, class_names: Sequence[str], *, trust_pickle: bo
     file = find_checkpoint(Path(source))
     if trust_pickle and is_ultralytics_file(file):
         builder = UltralyticsBuilder(weights=str(file), trust_pickle=True, head="own")
-        detector = builder.build(class_names)
-        note = f" ({', '.join(detector.missing_classes)} unknown to it)" if detector.missing_classes else ""
+        detector = build(builder)
+        layout = detector.spec.predictions
+        missing = layout.missing_classes if layout is not None else ()
+        note = f" ({', '.join(missing)} unknown to it)" if missing else ""
         arguments = {"weights": str(file), "trust_pickle": True, "head": "own"}
         findings = _describe(str(file), detector.spec, note=note)
         return Teacher(str(file), "drkd.adapters.UltralyticsBuilder", arguments, findings)
     content = {"format": FORMAT} if source.startswith("drkd:") else read_checkpoint(file)
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
-        spec = SavedDetectorBuilder(path=str(file)).build(class_names).spec
+        spec = build(SavedDetectorBuilder(path=str(file))).spec
         settings = read_preprocessing(file)
         size = int(settings["min_size"]), int(settings["max_size"])
         path = "drkd.adapters.SavedDetectorBuilder"
         return Teacher(source, path, {"path": str(file)}, _describe(str(file), spec), size)
-    return _look_at_state(file, read_state(file), class_names)
+    return _look_at_state(file, read_state(file), class_names, build)
 
 
-def _look_at_state(file: Path, state: Mapping[str, Tensor], class_names: Sequence[str]) -> Teacher:
+def _look_at_state(
+    file: Path, state: Mapping[str, Tensor], class_names: Sequence[str], build: Callable[[DetectorBuilder], Detector]
+) -> Teacher:
     """Find the torchvision detector that a bare state dict belongs to, or read it as one of MMDetection's."""
     if any(key.startswith("neck.lateral_convs.") for key in state):
         part: Literal["detector", "features"] = "detector" if read_architecture(state, str(file)).family else "features"
-        spec = MMDetectionBuilder(path=str(file), part=part).build(class_names).spec
+        spec = build(MMDetectionBuilder(path=str(file), part=part)).spec
         init_args: dict[str, object] = {"path": str(file), "part": part}
         note = " (trained in MMDetection; give teacher.style: caffe if its configuration says so)"
         return Teacher(
@@ -98,7 +111,7 @@ def _look_at_state(file: Path, state: Mapping[str, Tensor], class_names: Sequenc
         background = name.startswith(("fasterrcnn", "maskrcnn", "ssd"))
         found = outputs - int(background) if outputs is not None else 0
         try:
-            spec = ZooBuilder(name=name, weights=str(file), head=head).build(class_names).spec
+            spec = build(ZooBuilder(name=name, weights=str(file), head=head)).spec
         except DrkdError as error:
             reasons.append(str(error))
             continue

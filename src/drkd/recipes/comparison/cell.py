@@ -265,7 +265,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _make_cell(comparison: Comparison, pair: tuple[str, Pair], arm: tuple[str, Arm], written: frozenset[str]) -> Cell:
-    """The cell of a pair and a method, of seed 0; ``written`` are the keys that the pair's recipe and its bases hold."""
+    """The cell of a pair and a method, of seed 0; ``written`` are the keys in the pair's recipe and its bases."""
     overrides = {
         **flatten(comparison.overrides),
         **flatten(pair[1].overrides),
