@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +87,15 @@ def _chain(path: Path, above: tuple[Path, ...]) -> list[tuple[Path, dict[str, An
     return [*chain, (path, content)]
 
 
+@lru_cache(maxsize=64)
+def _parse(text: str) -> Any:
+    """What YAML says; a comparison reads the same few recipes a hundred times. Callers must not change it."""
+    return yaml.safe_load(text)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = copy.deepcopy(_parse(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""

@@ -29,6 +29,8 @@ _TEACHERS_SETTINGS = (
 )
 NOT_APPLICABLE = "not_applicable"
 """Field of a cell's file that says why its method cannot work with its pair; there are no scores then."""
+# As safe as the plain one, and written in C where PyYAML has it. It recurses, so it is for what drkd itself wrote.
+_SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _KEPT = ("steps", "epochs", "commit", "versions", "machine", "started", "finished")
 
 
@@ -283,7 +285,7 @@ def _make_cell(comparison: Comparison, pair: tuple[str, Pair], arm: tuple[str, A
     recipe = load_recipe([], [*arguments, f"--output={comparison.output}"])
     if method and recipe.teacher is None and not recipe.teachers:
         raise DrkdError(f"the recipe {pair[1].recipe} names no teacher, and the method needs one.")
-    settings = yaml.safe_load(recipe.resolved)
+    settings = yaml.load(recipe.resolved, Loader=_SAFE_LOADER)
     kept = without_folder(settings)
     stated = written.union(leaves(overrides), (f"method.{key}" for key in leaves(method)))
     verb = "distill" if method else "train"
