@@ -24,11 +24,11 @@ _SHOWN = 6
 _QUICK_DIGITS = DigitsConfig(train=96, tune=16, val=32)
 _QUICK = (
     "--training.epochs=null",
-    "--training.steps=24",
+    "--training.steps=16",
     "--training.optimization.warmup_steps=4",
     "--training.validate_every=0",
-    "--training.monitor_interval=6",
-    "--training.calibration_steps=12",
+    "--training.monitor_interval=4",
+    "--training.calibration_steps=8",
 )
 
 
