@@ -40,8 +40,8 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "drkd needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name a newer one: make demo PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The install is editable: only a change of pyproject.toml makes it stale. Python compiles what it imports, when it first does:
-# pip would compile all of torch, transformers and the rest, which takes minutes and is mostly never read.
+# The install is editable: only a change of pyproject.toml makes it stale. Python compiles what it
+# imports, when it first does: pip would compile all of torch and the rest, for minutes, most of it never read.
 $(VENV)/.demo-installed: pyproject.toml | $(BIN)/python
 	$(PIP) install --no-compile -e ".[demo]"
 	@touch $@
