@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import inspect
 import re
+from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
@@ -15,6 +18,8 @@ _UNKNOWN = re.compile(
     r"(?:(?:Group '([\w.]+)'|Subcommand '\w+') does not accept (?:option|key)|Option|Key|unrecognized arguments:)"
     r"\s+'?-*([^\s'=]+)'?"
 )
+_CLASS_PATH = re.compile(r"class_path[= ]'([\w.]+)'")
+_NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _CALLABLE = re.compile(r"Type collections\.abc\.Callable\[.*?\] expects a function or a callable class: ")
 _REQUIRED = re.compile(r"the following arguments are required: (.*)|Key \"?([\w.]+)\"? is required.*")
 _NOISE = ("Does not validate against any", "Subtypes:", "Errors:", "Given value type:", "Expected a <class 'NoneType'>")
@@ -34,19 +39,20 @@ def readable(error: Exception | str, parser: ArgumentParser | None = None, *, ve
     """
     keys: list[str] = []
     reasons: list[str] = []
-    given = ""
+    given = class_path = ""
     for line in str(error).splitlines():
-        text = line.strip().removeprefix("- ").strip()
-        text = _note_key(text, keys)
+        class_path = next(iter(_CLASS_PATH.findall(line)), class_path)
+        text = _note_key(_CALLABLE.sub("", line.strip().removeprefix("- ").strip()), keys)
         if match := _GIVEN.match(text):
             given = "" if match[1].startswith(("Namespace(", "NestedArg(", "{")) else match[1]
         elif text and not text.startswith(_NOISE):
-            sentence = _sentence(text, parser, keys)
+            sentence = _sentence(text, parser, keys, class_path)
             if sentence not in reasons:
                 reasons.append(sentence)
     place = _dotted(keys, verb)
     reason = " or ".join([*reasons[:1], *(text.removeprefix("expected ") for text in reasons[1:])]) or "not understood"
-    got = f", got {_shorten(given)!r}" if given and ", got " not in reason and repr(given) not in reason else ""
+    said = ", got " in reason or repr(given) in reason or reason.endswith("?")
+    got = f", got {_shorten(given)!r}" if given and not said else ""
     sentence = f"{place + ': ' if place else ''}{_shorten(reason.removeprefix(verb + '.'), 4 * _SHOWN)}{got}"
     return sentence if sentence.endswith("?") else f"{sentence}."
 
@@ -65,21 +71,25 @@ def _note_key(text: str, keys: list[str]) -> str:
         text = match[2].strip()
 
 
-def _sentence(text: str, parser: ArgumentParser | None, keys: list[str]) -> str:
+def _sentence(text: str, parser: ArgumentParser | None, keys: list[str], class_path: str) -> str:
     text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
-    text = _CALLABLE.sub("", text)
     if match := _EXPECTED.match(text):
         return f"expected {match[1]}" + (f", got {_shorten(match[2])!r}" if match[2] else "")
     if match := _UNKNOWN.match(text):
         name = f"{match[1]}.{match[2]}" if match[1] else match[2]
-        return f"there is no such key as '{name}'{_suggestion(name, parser, keys)}"
+        return f"there is no such key as '{name}'{_suggestion(name, parser, keys, class_path)}"
+    if match := _NO_ATTRIBUTE.match(text):
+        public = [entry for entry in dir(_import(match[1])) if not entry.startswith("_")]
+        return f"{match[1]} has no '{match[2]}'{_nearest(match[2], public)}"
     if match := _REQUIRED.match(text):
         return f"{match[1] or match[2]} must be given"
     return text.rstrip(".")
 
 
-def _suggestion(name: str, parser: ArgumentParser | None, keys: list[str]) -> str:
+def _suggestion(name: str, parser: ArgumentParser | None, keys: list[str], class_path: str) -> str:
+    if keys and class_path:
+        return _nearest(name.rpartition(".")[2], _arguments_of(class_path), owner=class_path.rpartition(".")[2])
     if parser is None or keys:
         return ""
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
@@ -87,6 +97,32 @@ def _suggestion(name: str, parser: ArgumentParser | None, keys: list[str]) -> st
         name.rpartition(".")[2], [dest for dest in known if "." not in dest], n=1
     )
     return f"; did you mean '{close[0]}'?" if close else f"; {_listing(known)}"
+
+
+def _nearest(name: str, known: Sequence[str], *, owner: str = "") -> str:
+    """The known name that was meant, or all that an owner takes."""
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; {owner} takes {', '.join(known)}" if owner and known else ""
+
+
+def _arguments_of(class_path: str) -> list[str]:
+    """Names that a class or function takes; none where they cannot be told."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        parameters = inspect.signature(getattr(_import(module), name)).parameters.values()
+    except (AttributeError, TypeError, ValueError):
+        return []
+    return [entry.name for entry in parameters if entry.kind in (entry.KEYWORD_ONLY, entry.POSITIONAL_OR_KEYWORD)]
+
+
+def _import(module: str) -> object:
+    """The module, which parsing has imported already; None where it cannot be."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, ValueError):
+        return None
 
 
 def _listing(known: list[str]) -> str:
