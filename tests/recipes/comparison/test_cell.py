@@ -11,6 +11,8 @@ import yaml
 from fake_cell import write_run
 
 from drkd.contracts import DrkdError
+from drkd.data.convert import convert
+from drkd.data.formats.source import FormatName
 from drkd.recipes import run_folder
 from drkd.recipes.comparison.cell import (
     Cell,
@@ -22,7 +24,7 @@ from drkd.recipes.comparison.cell import (
     summarise_terms,
 )
 from drkd.recipes.comparison.definition import load_comparison
-from drkd.recipes.comparison.inputs import fingerprint_inputs
+from drkd.recipes.comparison.inputs import Fingerprints, changed_inputs
 from drkd.recipes.setting_changes import differences
 
 
@@ -153,11 +155,48 @@ def test_another_file_of_the_same_name_is_a_change(
 
 def test_embedded_data_and_shipped_teachers_have_digests() -> None:
     settings = {"teacher.init_args.path": "drkd:digits_retinanet", "data.root": "digits", "student.weights": None}
-    found = fingerprint_inputs(settings)
+    found = Fingerprints().of(settings)
     assert set(found) == {"teacher.init_args.path", "data.root"}
-    other = fingerprint_inputs({"teacher.init_args.path": "drkd:digits_faster_rcnn", "data.root": "digits2"})
+    other = Fingerprints().of({"teacher.init_args.path": "drkd:digits_faster_rcnn", "data.root": "digits2"})
     assert not set(found.values()) & set(other.values())
-    assert fingerprint_inputs({"teacher.init_args.path": "no/such.pt", "data.root": "no/such"}) == {}
+    assert Fingerprints().of({"teacher.init_args.path": "no/such.pt", "data.root": "no/such"}) == {}
+
+
+@pytest.mark.parametrize("format", ["yolo", "voc"])
+def test_another_label_of_an_image_is_a_change(format: FormatName, tiny_coco: Path, tmp_path: Path) -> None:
+    convert(tiny_coco, tmp_path / "data", to=format)
+    settings = {"data.root": str(tmp_path / "data"), "data.train_split": "train", "evaluation.split": "val"}
+    before = Fingerprints().of(settings)
+    wanted = {"data.root train", "data.root val", "data.root train labels", "data.root val labels"}
+    # VOC's folder has one list a split, and the labels of all together.
+    assert set(before) == wanted
+    labels = sorted((tmp_path / "data").rglob("*.txt" if format == "yolo" else "Annotations/*.xml"))
+    changed = next(file for file in labels if "val" in str(file) or format == "voc")
+    changed.write_text(changed.read_text() + "\n")
+    now = Fingerprints().of(settings)
+    differ = {key for key in wanted if now[key] != before[key]}
+    assert "data.root val labels" in differ and differ <= {"data.root val labels", "data.root train labels"}
+    assert changed_inputs(before, now) and not changed_inputs(now, now)
+    # One that is replaced is one file more, or less.
+    changed.unlink()
+    assert Fingerprints().of(settings)["data.root val labels"] not in (
+        before["data.root val labels"],
+        now["data.root val labels"],
+    )
+
+
+def test_a_teacher_that_is_a_folder_has_a_digest(tiny_detector: Path, tmp_path: Path) -> None:
+    run, saved = tmp_path / "run", tmp_path / "saved"
+    run.mkdir()
+    saved.mkdir()
+    shutil.copy(tiny_detector, run / "student.pt")
+    (saved / "config.json").write_text("{}")
+    (saved / "model.safetensors").write_bytes(b"1")
+    settings = {"teacher.init_args.path": str(run), "student.init_args.weights": str(saved), "class_map": str(tmp_path)}
+    before = Fingerprints().of(settings)
+    assert before["teacher.init_args.path"] == Fingerprints().of({"x": str(tiny_detector)})["x"]
+    (saved / "model.safetensors").write_bytes(b"2")
+    assert changed_inputs(before, Fingerprints().of(settings)) == ["student.init_args.weights is another file"]
 
 
 def test_what_is_forgotten_is_not_collected_again(

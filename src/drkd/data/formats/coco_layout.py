@@ -45,6 +45,11 @@ def find(root: Path) -> dict[str, SplitSource]:
     return found
 
 
+def label_files(source: SplitSource) -> list[Path]:
+    """None: the file that describes a split holds its boxes."""
+    return []
+
+
 def scan(source: SplitSource, *, masks: bool = False) -> SplitScan:
     """Read a split; see ``scan_coco``."""
     return scan_coco(source.file, source.images, name=source.name, masks=masks)

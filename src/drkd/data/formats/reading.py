@@ -17,12 +17,13 @@ FormatChoice = Literal["auto", "coco", "yolo", "voc"]
 
 Find = Callable[[Path], dict[str, SplitSource]]
 Scan = Callable[[SplitSource], SplitScan]
+LabelFiles = Callable[[SplitSource], list[Path]]
 
-# A format is a module with these two functions; a new one is a line here.
-_FORMATS: Mapping[FormatName, tuple[Find, Scan]] = {
-    "coco": (coco_layout.find, coco_layout.scan),
-    "yolo": (yolo.find, yolo.scan),
-    "voc": (voc.find, voc.scan),
+# A format is a module with these three functions; a new one is a line here.
+_FORMATS: Mapping[FormatName, tuple[Find, Scan, LabelFiles]] = {
+    "coco": (coco_layout.find, coco_layout.scan, coco_layout.label_files),
+    "yolo": (yolo.find, yolo.scan, yolo.label_files),
+    "voc": (voc.find, voc.scan, voc.label_files),
 }
 _EXPECTED: Mapping[FormatName, str] = {"coco": coco_layout.EXPECTED, "yolo": yolo.EXPECTED, "voc": voc.EXPECTED}
 
@@ -43,7 +44,7 @@ def find_sources(root: Path, *, format: FormatChoice = "auto") -> dict[str, Spli
     chosen = {name: entry for name, entry in _FORMATS.items() if format in ("auto", name)}
     if not chosen:
         raise DrkdError(f"data.format: expected auto, {', '.join(_FORMATS)}, got {format!r}.")
-    found = {name: sources for name, (find, _) in chosen.items() if (sources := find(root))}
+    found = {name: sources for name, (find, _, _) in chosen.items() if (sources := find(root))}
     if len(found) > 1:
         raise DrkdError(
             f"{root}: holds files of several formats ({', '.join(found)}). Name one: data.format in a recipe, "
@@ -64,6 +65,15 @@ def scan_source(source: SplitSource) -> SplitScan:
         DrkdError: If it cannot be read at all.
     """
     return _FORMATS[source.format][1](source)
+
+
+def list_label_files(source: SplitSource) -> list[Path]:
+    """The files with a split's boxes, beside the one that describes it; none where that one has them.
+
+    Raises:
+        DrkdError: If that one cannot be read.
+    """
+    return _FORMATS[source.format][2](source)
 
 
 def read_source(source: SplitSource, *, masks: bool = False) -> DatasetSplit:

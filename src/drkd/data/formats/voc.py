@@ -73,6 +73,11 @@ class _Annotation:
     tree: Element
 
 
+def label_files(source: SplitSource) -> list[Path]:
+    """The XML files beside a split's images, or those of the data set where a list chooses from them."""
+    return sorted((source.file if source.file.is_dir() else source.root / "Annotations").glob("*.xml"))
+
+
 class _Scanner:
     """Holds the findings of one split while it is read."""
 

@@ -119,6 +119,21 @@ def scan(source: SplitSource) -> SplitScan:
     return _Scanner(data, source.name).scan()
 
 
+def label_files(source: SplitSource) -> list[Path]:
+    """The label files of a split, and lists of its images; with a list, all of the data set's labels.
+
+    Raises:
+        DrkdError: If the data.yaml cannot be read.
+    """
+    data = read_data_yaml(source.file)
+    found: list[Path] = []
+    for entry in (_resolve(data, entry) for entry in data.splits.get(source.name, [])):
+        listed = entry.suffix == ".txt"
+        folder = data.base / "labels" if listed else _label_file(data, entry / "image").parent
+        found += [*([entry] if listed else []), *folder.rglob("*.txt")]
+    return sorted(set(found))
+
+
 def _load(file: Path) -> Any:
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -210,6 +225,17 @@ def _image_folder(data: DataYaml, entries: list[str]) -> Path:
     return first.parent if first.suffix == ".txt" else first
 
 
+def _label_file(data: DataYaml, image: Path) -> Path:
+    """``labels`` in place of the last folder called ``images``; beside the image where there is none."""
+    inside = image.is_relative_to(data.base)
+    parts = list((image.relative_to(data.base) if inside else image).parts)
+    place = next((index for index in range(len(parts) - 2, -1, -1) if parts[index] == "images"), None)
+    if place is not None:
+        parts[place] = "labels"
+    path = Path(*parts).with_suffix(".txt")
+    return data.base / path if inside else path
+
+
 class _Scanner:
     """Holds the findings of one split while it is read."""
 
@@ -231,7 +257,7 @@ class _Scanner:
             size = self._size(path)
             paths.append(path)
             sizes.append(size or (0, 0))
-            label_file = self._label_file(path)
+            label_file = _label_file(self._data, path)
             if (other := label_files.setdefault(label_file, path)) != path:
                 text = f"has the label file of {other.name} too"
                 self._found.report(data.file, f"image {self._show(path)}", "", text, severity="warning")
@@ -245,7 +271,7 @@ class _Scanner:
                 "",
                 self._name,
                 f"none of the {len(images)} images has a label file; of {self._show(images[0])} it would be "
-                f"{self._label_file(images[0])}",
+                f"{_label_file(self._data, images[0])}",
             )
         elif images and not self._rows.images and not self._found.problems:
             self._found.report(data.file, "", self._name, "no image of the split has a box", severity="warning")
@@ -314,16 +340,6 @@ class _Scanner:
             text = str(error).removeprefix(f"{path}: ")
             self._found.report(self._data.file, f"image {self._show(path)}", "", text)
             return None
-
-    def _label_file(self, image: Path) -> Path:
-        """``labels`` in place of the last folder called ``images``; beside the image where there is none."""
-        inside = image.is_relative_to(self._data.base)
-        parts = list((image.relative_to(self._data.base) if inside else image).parts)
-        place = next((index for index in range(len(parts) - 2, -1, -1) if parts[index] == "images"), None)
-        if place is not None:
-            parts[place] = "labels"
-        path = Path(*parts).with_suffix(".txt")
-        return self._data.base / path if inside else path
 
     def _report_orphans(self, label_files: dict[Path, Path]) -> None:
         if any(_resolve(self._data, entry).suffix == ".txt" for entry in self._data.splits.get(self._name, [])):

@@ -14,7 +14,7 @@ import yaml
 
 from drkd.contracts import DrkdError
 from drkd.recipes.comparison.definition import TEACHER, Arm, Comparison, Pair, flatten
-from drkd.recipes.comparison.inputs import changed_inputs, fingerprint_inputs
+from drkd.recipes.comparison.inputs import Fingerprints, changed_inputs
 from drkd.recipes.recipe import load_recipe
 from drkd.recipes.recipe_file import recipe_chain
 from drkd.recipes.run_folder import write_json
@@ -47,7 +47,7 @@ class Cell:
         settings: The resolved recipe as nested plain values.
         stated: Dotted keys that the recipe files, the comparison and its overrides state; the rest are defaults.
         output: The comparison's folder.
-        inputs: Digests of the files that the settings name, see `fingerprint_inputs`.
+        inputs: Digests of the files that the settings name, see `Fingerprints`.
     """
 
     pair: str
@@ -106,18 +106,20 @@ def make_cells(comparison: Comparison, *, source: str) -> list[Cell]:
     """
     teachers: list[Cell] = []
     arms: list[Cell] = []
+    fingerprints = Fingerprints()
     for pair_name, pair in comparison.pairs.items():
         try:
             written = frozenset(key for _, content in recipe_chain(pair.recipe) for key in leaves(content))
         except DrkdError as error:
             raise DrkdError(f"{source}: pairs.{pair_name}: {error}") from error
+        context = _Context(comparison, written, fingerprints)
         for name, arm in comparison.methods.items():
             try:
-                cell = _make_cell(comparison, (pair_name, pair), (name, arm), written)
+                cell = _make_cell(context, (pair_name, pair), (name, arm))
             except DrkdError as error:
                 raise DrkdError(f"{source}: pairs.{pair_name} with methods.{name}: {error}") from error
             arms.append(cell)
-        teacher = _make_teacher(comparison, pair_name, pair, written)
+        teacher = _make_teacher(context, pair_name, pair)
         teachers += [teacher] if teacher is not None else []
     seeded = [_with_seed(cell, seed) for seed in comparison.seeds for cell in arms]
     return [*teachers, *seeded]
@@ -266,8 +268,24 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _make_cell(comparison: Comparison, pair: tuple[str, Pair], arm: tuple[str, Arm], written: frozenset[str]) -> Cell:
-    """The cell of a pair and a method, of seed 0; ``written`` are the keys in the pair's recipe and its bases."""
+@dataclass(frozen=True)
+class _Context:
+    """What the cells of a pair have in common.
+
+    Args:
+        comparison: The comparison.
+        written: Keys in the pair's recipe and its bases.
+        fingerprints: Digests files.
+    """
+
+    comparison: Comparison
+    written: frozenset[str]
+    fingerprints: Fingerprints
+
+
+def _make_cell(context: _Context, pair: tuple[str, Pair], arm: tuple[str, Arm]) -> Cell:
+    """The cell of a pair and a method, of seed 0."""
+    comparison = context.comparison
     overrides = {
         **flatten(comparison.overrides),
         **flatten(pair[1].overrides),
@@ -287,14 +305,14 @@ def _make_cell(comparison: Comparison, pair: tuple[str, Pair], arm: tuple[str, A
         raise DrkdError(f"the recipe {pair[1].recipe} names no teacher, and the method needs one.")
     settings = yaml.load(recipe.resolved, Loader=_SAFE_LOADER)
     kept = without_folder(settings)
-    stated = written.union(leaves(overrides), (f"method.{key}" for key in leaves(method)))
+    stated = context.written.union(leaves(overrides), (f"method.{key}" for key in leaves(method)))
     verb = "distill" if method else "train"
-    inputs = fingerprint_inputs(leaves(kept, plain=False))
+    inputs = context.fingerprints.of(leaves(kept, plain=False))
     return Cell(pair[0], arm[0], 0, verb, arguments, kept, stated, comparison.output, inputs)
 
 
-def _make_teacher(comparison: Comparison, name: str, pair: Pair, written: frozenset[str]) -> Cell | None:
-    cell = _make_cell(comparison, (name, pair), (TEACHER, Arm()), written)
+def _make_teacher(context: _Context, name: str, pair: Pair) -> Cell | None:
+    cell = _make_cell(context, (name, pair), (TEACHER, Arm()))
     teacher = cell.settings.get("teacher")
     # A teacher without heads cannot be scored.
     if teacher is None or (teacher.get("init_args") or {}).get("part") == "features":
@@ -302,7 +320,7 @@ def _make_teacher(comparison: Comparison, name: str, pair: Pair, written: frozen
     flat = leaves(cell.settings, plain=False)
     kept = {key: value for key, value in flat.items() if key.startswith(_TEACHERS_SETTINGS)}
     inputs = {key: value for key, value in cell.inputs.items() if key.startswith(_TEACHERS_SETTINGS)}
-    return Cell(name, TEACHER, None, "teacher", cell.arguments, kept, cell.stated, comparison.output, inputs)
+    return Cell(name, TEACHER, None, "teacher", cell.arguments, kept, cell.stated, cell.output, inputs)
 
 
 def _with_seed(cell: Cell, seed: int) -> Cell:

@@ -3,43 +3,76 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from drkd.adapters.weights import shipped_checkpoint
 from drkd.contracts import DrkdError
-from drkd.data.dataset import find_splits
 from drkd.data.digits import EMBEDDED, fingerprint
+from drkd.data.formats.reading import find_sources, list_label_files
+from drkd.data.formats.source import SplitSource
 
 _SPLITS = ("data.train_split", "data.val_split", "evaluation.split")
 _DIGITS = 16
 
 
-def fingerprint_inputs(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Digest the checkpoints, class maps and annotation files that settings name.
+class Fingerprints:
+    """Digests what settings name; label files of YOLO and VOC, which may be many, are read once a split."""
 
-    Images are not read. What is not there, or cannot be read, is left out: the run says so better.
+    def __init__(self) -> None:
+        self._labels: dict[SplitSource, str | None] = {}
 
-    Args:
-        settings: Values by dotted key, as ``teacher.init_args.path``.
+    def of(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        """Digest the checkpoints, class maps and annotation files that settings name.
 
-    Returns:
-        By dotted key (of annotations with the split: ``data.root val``) the first 16 hexadecimal digits of a SHA-256.
-    """
-    found = dict(_files(settings))
-    root = settings.get("data.root")
-    if isinstance(root, str):
-        found.update(_annotations(root, settings))
-    return found
+        Images are not read. What is not there, or cannot be read, is left out: the run says so better.
+
+        Args:
+            settings: Values by dotted key, as ``teacher.init_args.path``.
+
+        Returns:
+            By dotted key (of annotations with the split: ``data.root val``, and ``data.root val labels`` where each
+            image has a file of its own) the first 16 hexadecimal digits of a SHA-256.
+        """
+        found = dict(_files(settings))
+        root = settings.get("data.root")
+        if isinstance(root, str):
+            found.update(self._annotations(root, settings))
+        return found
+
+    def _annotations(self, root: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        if root in EMBEDDED:
+            yield "data.root", fingerprint(EMBEDDED[root])
+            return
+        try:
+            sources = find_sources(Path(root), format=settings.get("data.format") or "auto")
+        except (DrkdError, OSError):
+            return
+        for name in dict.fromkeys(settings.get(key) for key in _SPLITS):
+            if name not in sources:
+                continue
+            digest, labels = _digest(sources[name].file), self._digest_labels(sources[name])
+            if digest is not None:
+                yield f"data.root {name}", digest
+            if labels is not None:
+                yield f"data.root {name} labels", labels
+
+    def _digest_labels(self, source: SplitSource) -> str | None:
+        if source not in self._labels:
+            try:
+                self._labels[source] = _digest_all(list_label_files(source))
+            except (DrkdError, OSError):
+                self._labels[source] = None
+        return self._labels[source]
 
 
 def changed_inputs(recorded: object, now: Mapping[str, str]) -> list[str]:
     """Say in words which files are not what they were; nothing of those that only one side knows.
 
     Args:
-        recorded: Digests then, as `fingerprint_inputs` gave them; anything else counts as unknown.
+        recorded: Digests then, as `Fingerprints.of` gave them; anything else counts as unknown.
         now: Digests now.
     """
     if not isinstance(recorded, Mapping):
@@ -52,33 +85,37 @@ def _files(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if key.startswith("data."):
             continue
         for place, name in enumerate(value if isinstance(value, list) else [value]):
-            file = _file(name) if isinstance(name, str) else None
-            digest = None if file is None else _digest(file)
-            if digest is not None:
-                yield (f"{key}[{place}]" if isinstance(value, list) else key), digest
+            digests = [_digest(file) for file in _named(name)] if isinstance(name, str) else []
+            known = [digest for digest in digests if digest is not None]
+            if known:
+                joined = known[0] if len(known) == 1 else hashlib.sha256("".join(known).encode()).hexdigest()[:_DIGITS]
+                yield (f"{key}[{place}]" if isinstance(value, list) else key), joined
 
 
-def _file(name: str) -> Path | None:
-    """The file that a setting names; None where it is none."""
+def _named(name: str) -> list[Path]:
+    """The files that a setting names: a file, what a run folder left, a saved model of transformers; else none."""
     try:
         path = shipped_checkpoint(name)
-        return path if path.is_file() else None
+        if path.is_file():
+            return [path]
+        if (path / "student.pt").is_file():
+            return [path / "student.pt"]
+        if (path / "config.json").is_file():
+            return [path / "config.json", *sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])]
     except (DrkdError, OSError, ValueError):
+        pass
+    return []
+
+
+def _digest_all(files: Sequence[Path]) -> str | None:
+    """One digest of the names and contents of files; None where there are none."""
+    if not files:
         return None
-
-
-def _annotations(root: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if root in EMBEDDED:
-        yield "data.root", fingerprint(EMBEDDED[root])
-        return
-    try:
-        splits = find_splits(Path(root), format=settings.get("data.format") or "auto")
-    except (DrkdError, OSError):
-        return
-    for name in dict.fromkeys(settings.get(key) for key in _SPLITS):
-        digest = _digest(splits[name][0]) if name in splits else None
-        if digest is not None:
-            yield f"data.root {name}", digest
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\n".encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:_DIGITS]
 
 
 def _digest(file: Path) -> str | None:
