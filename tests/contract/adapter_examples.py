@@ -109,6 +109,9 @@ EXAMPLES: dict[str, Example] = {
             "fpn_channels": 16,
             "representation_size": 32,
             "anchor_sizes": ((8,), (16,), (32,), (64,), (96,)),
+            "rpn_post_nms_train": 50,
+            "rpn_post_nms_test": 50,
+            "roi_batch_size": 32,
         }
     ),
     "drkd.adapters.mask_rcnn.MaskRCNNBuilder": Example(
@@ -126,7 +129,7 @@ EXAMPLES: dict[str, Example] = {
         }
     ),
     "drkd.adapters.ssd.SSD300Builder": Example(
-        {"width": 0.0625, "image_std": (0.25, 0.25, 0.25), "score_threshold": 0.0}, square=True
+        {"width": 0.0625, "image_std": (0.25, 0.25, 0.25), "score_threshold": 0.0}, images=4, square=True
     ),
     "drkd.adapters.ssd.SSDLiteBuilder": Example({"width": 0.25, "size": 96, "score_threshold": 0.0}, square=True),
     "drkd.adapters.transformers.DetrBuilder": Example(
@@ -147,10 +150,11 @@ EXAMPLES: dict[str, Example] = {
         needs="transformers",
         learning_rate=3e-3,
         steps=60,
+        images=4,
     ),
     "drkd.adapters.transformers.PretrainedDetrBuilder": Example(_published, needs="transformers"),
     "drkd.adapters.ultralytics.UltralyticsBuilder": Example(
-        {"model": "yolo11n.yaml", "score_threshold": 0.0}, needs="ultralytics", learning_rate=1e-2, steps=60
+        {"model": "yolo11n.yaml", "score_threshold": 0.0}, needs="ultralytics", learning_rate=1e-2, steps=60, images=4
     ),
     "drkd.adapters.mmdetection.MMDetectionBuilder": Example(_mmdetection, lacks={"loading": _NOT_LOADED}),
     "drkd.adapters.mmdetection.MMDetectionBuilder#features": Example(
