@@ -28,6 +28,7 @@ def _wrong(**arguments: object) -> str:
         ),
         ("--student.colour=red", "there is no such key as 'colour'; FasterRCNNBuilder takes backbone, width, "),
         (f"--method={_wrong(wieght=3)}", "method: there is no such key as 'wieght'; did you mean 'weight'?"),
+        (f"--method={_wrong(techer=3)}", "method: there is no such key as 'techer'; PKD takes weight, "),
         ("--training.optimisation.optimizer=sgd", "did you mean 'training.optimization.optimizer'?"),
     ],
 )
@@ -38,3 +39,9 @@ def test_what_was_meant_is_named(option: str, answer: str, tmp_path: Path) -> No
     assert answer in message
     assert "\n" not in message and "Parser key" not in message and "Namespace" not in message
     assert message.endswith("?") or not message.count("?")
+
+
+def test_a_call_that_failed_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(DrkdError):
+        load_recipe(["demo"], [f"--output={tmp_path}", "--print_config", "--training.steps=x"])
+    assert load_recipe(["demo"], [f"--output={tmp_path}"]).output == tmp_path

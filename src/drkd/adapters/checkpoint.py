@@ -303,7 +303,8 @@ def _compare_classes(path: str | Path, saved: Sequence[str], wanted: Sequence[st
     if sorted(saved) != sorted(wanted):
         raise DrkdError(
             f"{path}: this detector knows {len(saved)} classes ({_shorten(saved)}), but {len(wanted)} are wanted "
-            f"({_shorten(wanted)}). Of a teacher, class_map in the recipe joins classes that differ."
+            f"({_shorten(wanted)}). Of a teacher, class_map in the recipe (drkd init: --class_map) joins classes that "
+            "differ."
         )
 
 

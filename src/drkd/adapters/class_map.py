@@ -44,6 +44,16 @@ def read_class_map(source: str | Path) -> dict[str, str]:
     return dict(found)
 
 
+def check_targets(class_map: Mapping[str, str], class_names: Sequence[str]) -> None:
+    """Raise a DrkdError if the map leads to a class that the student has not."""
+    unknown = sorted(set(class_map.values()) - set(class_names))
+    if unknown:
+        raise DrkdError(
+            f"class_map: {', '.join(unknown)} is none of the student's classes ({', '.join(class_names)}). Each line "
+            "is the teacher's name, a colon, and the student's."
+        )
+
+
 def build_mapped(builder: DetectorBuilder, class_names: Sequence[str], class_map: Mapping[str, str]) -> Detector:
     """Build a teacher that has classes of its own, and call those that it shares by the student's names.
 
@@ -55,12 +65,7 @@ def build_mapped(builder: DetectorBuilder, class_names: Sequence[str], class_map
     Raises:
         DrkdError: If the map names a class that the student or the teacher has not, or no class is shared.
     """
-    unknown = sorted(set(class_map.values()) - set(class_names))
-    if unknown:
-        raise DrkdError(
-            f"class_map: {', '.join(unknown)} is none of the student's classes ({', '.join(class_names)}). Each line "
-            "is the teacher's name, a colon, and the student's."
-        )
+    check_targets(class_map, class_names)
     own = builder.own_class_names()
     if own is None:
         back = {ours: theirs for theirs, ours in class_map.items()}

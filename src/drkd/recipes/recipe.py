@@ -213,7 +213,8 @@ def recipe_parser(description: str = "", **settings: Any) -> ArgumentParser:
 @cache
 def _library_parser() -> ArgumentParser:
     """The parser for calls from Python, made once: comparisons read a hundred recipes."""
-    return recipe_parser(exit_on_error=False)
+    # Without --print_config, which the parser would remember from a call that failed.
+    return recipe_parser(exit_on_error=False, print_config=None)
 
 
 def instantiate(parser: ArgumentParser, config: Namespace) -> Recipe:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import re
+import sys
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
@@ -80,7 +80,7 @@ def _sentence(text: str, parser: ArgumentParser | None, keys: list[str], class_p
         name = f"{match[1]}.{match[2]}" if match[1] else match[2]
         return f"there is no such key as '{name}'{_suggestion(name, parser, keys, class_path)}"
     if match := _NO_ATTRIBUTE.match(text):
-        public = [entry for entry in dir(_import(match[1])) if not entry.startswith("_")]
+        public = [entry for entry in dir(sys.modules.get(match[1])) if not entry.startswith("_")]
         return f"{match[1]} has no '{match[2]}'{_nearest(match[2], public)}"
     if match := _REQUIRED.match(text):
         return f"{match[1] or match[2]} must be given"
@@ -89,7 +89,7 @@ def _sentence(text: str, parser: ArgumentParser | None, keys: list[str], class_p
 
 def _suggestion(name: str, parser: ArgumentParser | None, keys: list[str], class_path: str) -> str:
     if keys and class_path:
-        return _nearest(name.rpartition(".")[2], _arguments_of(class_path), owner=class_path.rpartition(".")[2])
+        return _nearest(name.partition(".")[0], _arguments_of(class_path), owner=class_path.rpartition(".")[2])
     if parser is None or keys:
         return ""
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
@@ -108,21 +108,16 @@ def _nearest(name: str, known: Sequence[str], *, owner: str = "") -> str:
 
 
 def _arguments_of(class_path: str) -> list[str]:
-    """Names that a class or function takes; none where they cannot be told."""
+    """Names that a recipe may give a class or function; none where they cannot be told."""
     module, _, name = class_path.rpartition(".")
     try:
-        parameters = inspect.signature(getattr(_import(module), name)).parameters.values()
-    except (AttributeError, TypeError, ValueError):
+        # Parsing has imported it.
+        parameters = inspect.signature(getattr(sys.modules[module], name)).parameters.values()
+    except (KeyError, AttributeError, TypeError, ValueError):
         return []
-    return [entry.name for entry in parameters if entry.kind in (entry.KEYWORD_ONLY, entry.POSITIONAL_OR_KEYWORD)]
-
-
-def _import(module: str) -> object:
-    """The module, which parsing has imported already; None where it cannot be."""
-    try:
-        return importlib.import_module(module)
-    except (ImportError, ValueError):
-        return None
+    named = [entry for entry in parameters if entry.kind in (entry.KEYWORD_ONLY, entry.POSITIONAL_OR_KEYWORD)]
+    # What a method gets from drkd and not from a recipe: the two detectors' specs.
+    return [entry.name for entry in named if "DetectorSpec" not in str(entry.annotation)]
 
 
 def _listing(known: list[str]) -> str:

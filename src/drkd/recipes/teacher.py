@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from drkd.adapters.checkpoint import FORMAT, SavedDetectorBuilder, read_preprocessing
-from drkd.adapters.class_map import build_mapped, read_class_map
+from drkd.adapters.class_map import build_mapped, check_targets, read_class_map
 from drkd.adapters.mmdetection import MMDetectionBuilder, read_architecture
 from drkd.adapters.ultralytics import UltralyticsBuilder
 from drkd.adapters.ultralytics_files import is_ultralytics_file
@@ -56,6 +56,7 @@ def look_at_teacher(
         DrkdError: If it cannot be loaded, or its classes are not the data's and are not joined with them.
     """
     names: Mapping[str, str] | None = None if class_map is None else read_class_map(class_map)
+    check_targets(names or {}, class_names)
 
     def build(builder: DetectorBuilder) -> Detector:
         return builder.build(class_names) if names is None else build_mapped(builder, class_names, names)
@@ -73,11 +74,8 @@ def look_at_teacher(
     if trust_pickle and is_ultralytics_file(file):
         builder = UltralyticsBuilder(weights=str(file), trust_pickle=True, head="own")
         detector = build(builder)
-        layout = detector.spec.predictions
-        missing = layout.missing_classes if layout is not None else ()
-        note = f" ({', '.join(missing)} unknown to it)" if missing else ""
         arguments = {"weights": str(file), "trust_pickle": True, "head": "own"}
-        findings = _describe(str(file), detector.spec, note=note)
+        findings = _describe(str(file), detector.spec)
         return Teacher(str(file), "drkd.adapters.UltralyticsBuilder", arguments, findings)
     content = {"format": FORMAT} if source.startswith("drkd:") else read_checkpoint(file)
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
@@ -159,5 +157,7 @@ def _count_outputs(state: Mapping[str, Tensor]) -> int | None:
 
 
 def _describe(source: str, spec: DetectorSpec, *, note: str = "") -> tuple[str, ...]:
+    missing = spec.predictions.missing_classes if spec.predictions is not None else ()
+    note += f" ({', '.join(missing)} unknown to it)" if missing else ""
     levels = ", ".join(f"{level.name} ({level.channels} channels, stride {level.stride:g})" for level in spec.levels)
     return (f"teacher: {source}: {spec.family}, {spec.num_classes} classes{note}", f"teacher's levels: {levels}")

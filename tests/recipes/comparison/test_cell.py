@@ -12,7 +12,7 @@ from fake_cell import write_run
 
 from drkd.contracts import DrkdError
 from drkd.data.convert import convert
-from drkd.data.formats.source import FormatName
+from drkd.data.formats.reading import find_sources, list_label_files
 from drkd.recipes import run_folder
 from drkd.recipes.comparison.cell import (
     Cell,
@@ -162,27 +162,38 @@ def test_embedded_data_and_shipped_teachers_have_digests() -> None:
     assert Fingerprints().of({"teacher.init_args.path": "no/such.pt", "data.root": "no/such"}) == {}
 
 
-@pytest.mark.parametrize("format", ["yolo", "voc"])
-def test_another_label_of_an_image_is_a_change(format: FormatName, tiny_coco: Path, tmp_path: Path) -> None:
-    convert(tiny_coco, tmp_path / "data", to=format)
-    settings = {"data.root": str(tmp_path / "data"), "data.train_split": "train", "evaluation.split": "val"}
+def _label_of(split: str, settings: dict[str, str]) -> Path:
+    """A label file of an image of the split."""
+    return list_label_files(find_sources(Path(settings["data.root"]))[split])[-1]
+
+
+@pytest.mark.parametrize("layout", ["yolo", "yolo-list", "yolo-beside", "voc"])
+def test_another_label_of_an_image_is_a_change(layout: str, tiny_coco: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    convert(tiny_coco, root, to="voc" if layout == "voc" else "yolo")
+    if layout == "yolo-list":
+        (root / "val.txt").write_text(
+            "".join(f"./images/val/{file.name}\n" for file in (root / "images/val").iterdir())
+        )
+        content = yaml.safe_load((root / "data.yaml").read_text()) | {"val": "val.txt"}
+        (root / "data.yaml").write_text(yaml.safe_dump(content))
+    if layout == "yolo-beside":
+        for split in ("train", "val"):
+            shutil.move(root / "images" / split, root / split)
+            for file in (root / "labels" / split).iterdir():
+                shutil.move(file, root / split / file.name)
+        content = yaml.safe_load((root / "data.yaml").read_text()) | {"train": "train", "val": "val"}
+        (root / "data.yaml").write_text(yaml.safe_dump(content))
+    settings = {"data.root": str(root), "data.train_split": "train", "evaluation.split": "val"}
     before = Fingerprints().of(settings)
-    wanted = {"data.root train", "data.root val", "data.root train labels", "data.root val labels"}
-    # VOC's folder has one list a split, and the labels of all together.
-    assert set(before) == wanted
-    labels = sorted((tmp_path / "data").rglob("*.txt" if format == "yolo" else "Annotations/*.xml"))
-    changed = next(file for file in labels if "val" in str(file) or format == "voc")
-    changed.write_text(changed.read_text() + "\n")
+    assert set(before) == {"data.root train", "data.root val", "data.root train labels", "data.root val labels"}
+    label = _label_of("val", settings)
+    label.write_text(label.read_text() + "\n")
     now = Fingerprints().of(settings)
-    differ = {key for key in wanted if now[key] != before[key]}
-    assert "data.root val labels" in differ and differ <= {"data.root val labels", "data.root train labels"}
-    assert changed_inputs(before, now) and not changed_inputs(now, now)
-    # One that is replaced is one file more, or less.
-    changed.unlink()
-    assert Fingerprints().of(settings)["data.root val labels"] not in (
-        before["data.root val labels"],
-        now["data.root val labels"],
-    )
+    assert changed_inputs(before, now) == ["data.root val labels is another file"]
+    # One that is gone is a change too.
+    label.unlink()
+    assert changed_inputs(now, Fingerprints().of(settings)) == ["data.root val labels is another file"]
 
 
 def test_a_teacher_that_is_a_folder_has_a_digest(tiny_detector: Path, tmp_path: Path) -> None:
@@ -190,13 +201,18 @@ def test_a_teacher_that_is_a_folder_has_a_digest(tiny_detector: Path, tmp_path: 
     run.mkdir()
     saved.mkdir()
     shutil.copy(tiny_detector, run / "student.pt")
-    (saved / "config.json").write_text("{}")
-    (saved / "model.safetensors").write_bytes(b"1")
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors", "training_args.bin"):
+        (saved / name).write_bytes(b"1")
     settings = {"teacher.init_args.path": str(run), "student.init_args.weights": str(saved), "class_map": str(tmp_path)}
     before = Fingerprints().of(settings)
+    assert set(before) == {"teacher.init_args.path", "student.init_args.weights"}
     assert before["teacher.init_args.path"] == Fingerprints().of({"x": str(tiny_detector)})["x"]
-    (saved / "model.safetensors").write_bytes(b"2")
-    assert changed_inputs(before, Fingerprints().of(settings)) == ["student.init_args.weights is another file"]
+    (saved / "training_args.bin").write_bytes(b"2")
+    assert Fingerprints().of(settings) == before
+    for name in ("preprocessor_config.json", "model.safetensors"):
+        now = Fingerprints().of(settings)
+        (saved / name).write_bytes(b"2")
+        assert changed_inputs(now, Fingerprints().of(settings)) == ["student.init_args.weights is another file"]
 
 
 def test_what_is_forgotten_is_not_collected_again(

@@ -74,8 +74,8 @@ class _Annotation:
 
 
 def label_files(source: SplitSource) -> list[Path]:
-    """The XML files beside a split's images, or those of the data set where a list chooses from them."""
-    return sorted((source.file if source.file.is_dir() else source.root / "Annotations").glob("*.xml"))
+    """The XML files of a split."""
+    return _Scanner(source).list_files()
 
 
 class _Scanner:
@@ -88,7 +88,7 @@ class _Scanner:
 
     def scan(self) -> SplitScan:
         source, found = self._source, self._found
-        annotations = [annotation for file in self._list_files() if (annotation := self._parse(file)) is not None]
+        annotations = [annotation for file in self.list_files() if (annotation := self._parse(file)) is not None]
         listed = _read_classes(source.root)
         names = listed if listed is not None else self._collect_names(annotations)
         labels = {name: label for label, name in enumerate(names)}
@@ -114,7 +114,7 @@ class _Scanner:
         records = found.make_records(paths, sizes, self._rows, box_field="bndbox", turned=False)
         return found.finish(DatasetSplit(source.name, records, names))
 
-    def _list_files(self) -> list[Path]:
+    def list_files(self) -> list[Path]:
         """The XML files of the split; a finding for each that is not there."""
         source, found = self._source, self._found
         if source.file.is_dir():
@@ -125,7 +125,7 @@ class _Scanner:
                     text = "there is no XML file beside this image; it is left out"
                     found.report(source.file, image.name, "", text, severity="warning")
             return files
-        files = []
+        listed: dict[Path, None] = {}
         for line, identifier in _read_list(source.file):
             if leads_out(identifier):
                 text = f"'{identifier}' leads out of the folder {source.root / 'Annotations'}"
@@ -137,12 +137,12 @@ class _Scanner:
                 file = source.root / "Annotations" / f"{match[1]}.xml"
             if not is_file(file):
                 found.report(source.file, f"line {line}", "", f"there is no annotation file {file}")
-            elif file in files:
+            elif file in listed:
                 text = f"'{identifier}' is listed twice; it is used once"
                 found.report(source.file, f"line {line}", "", text, severity="warning")
             else:
-                files.append(file)
-        return files
+                listed[file] = None
+        return list(listed)
 
     def _parse(self, file: Path) -> _Annotation | None:
         try:

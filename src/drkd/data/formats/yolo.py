@@ -120,18 +120,16 @@ def scan(source: SplitSource) -> SplitScan:
 
 
 def label_files(source: SplitSource) -> list[Path]:
-    """The label files of a split, and lists of its images; with a list, all of the data set's labels.
+    """The label files of a split's images, and the lists that name its images.
 
     Raises:
         DrkdError: If the data.yaml cannot be read.
     """
     data = read_data_yaml(source.file)
-    found: list[Path] = []
-    for entry in (_resolve(data, entry) for entry in data.splits.get(source.name, [])):
-        listed = entry.suffix == ".txt"
-        folder = data.base / "labels" if listed else _label_file(data, entry / "image").parent
-        found += [*([entry] if listed else []), *folder.rglob("*.txt")]
-    return sorted(set(found))
+    lists = [_resolve(data, entry) for entry in data.splits.get(source.name, [])]
+    images = _Scanner(data, source.name).list_images()
+    labels = dict.fromkeys(_label_file(data, image) for image in images)
+    return [file for file in (*lists, *labels) if is_file(file)]
 
 
 def _load(file: Path) -> Any:
@@ -248,7 +246,7 @@ class _Scanner:
 
     def scan(self) -> SplitScan:
         data = self._data
-        images = self._list_images()
+        images = self.list_images()
         paths: list[Path] = []
         sizes: list[Size] = []
         label_files: dict[Path, Path] = {}
@@ -282,7 +280,8 @@ class _Scanner:
     def _show(self, path: Path) -> str:
         return str(path.relative_to(self._data.base)) if path.is_relative_to(self._data.base) else str(path)
 
-    def _list_images(self) -> list[Path]:
+    def list_images(self) -> list[Path]:
+        """The images of the split; a finding for each entry that leads nowhere."""
         data, found = self._data, self._found
         images: dict[Path, None] = {}
         for entry in data.splits.get(self._name, []):

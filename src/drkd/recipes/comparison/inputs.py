@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -63,7 +64,7 @@ class Fingerprints:
         if source not in self._labels:
             try:
                 self._labels[source] = _digest_all(list_label_files(source))
-            except (DrkdError, OSError):
+            except (DrkdError, OSError, ValueError):
                 self._labels[source] = None
         return self._labels[source]
 
@@ -93,15 +94,14 @@ def _files(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _named(name: str) -> list[Path]:
-    """The files that a setting names: a file, what a run folder left, a saved model of transformers; else none."""
+    """The files that a setting names: a file, a run folder's student, a model saved by transformers; else none."""
     try:
         path = shipped_checkpoint(name)
         if path.is_file():
             return [path]
-        if (path / "student.pt").is_file():
-            return [path / "student.pt"]
         if (path / "config.json").is_file():
-            return [path / "config.json", *sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])]
+            described = [path / name for name in ("config.json", "preprocessor_config.json")]
+            return [*(file for file in described if file.is_file()), *sorted(path.glob("*.safetensors"))]
     except (DrkdError, OSError, ValueError):
         pass
     return []
@@ -113,7 +113,7 @@ def _digest_all(files: Sequence[Path]) -> str | None:
         return None
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}\n".encode())
+        digest.update(os.fsencode(file.name) + b"\n")
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:_DIGITS]
 
