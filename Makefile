@@ -41,7 +41,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The install is editable: only a change of pyproject.toml makes it stale. Python compiles what it
-# imports, when it first does: pip would compile all of torch and the rest, for minutes, most of it never read.
+# imports, when it first does: pip would compile all of torch and the rest, most of it never read.
 $(VENV)/.demo-installed: pyproject.toml | $(BIN)/python
 	$(PIP) install --no-compile -e ".[demo]"
 	@touch $@

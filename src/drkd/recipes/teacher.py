@@ -75,7 +75,8 @@ def look_at_teacher(
         builder = UltralyticsBuilder(weights=str(file), trust_pickle=True, head="own")
         detector = build(builder)
         arguments = {"weights": str(file), "trust_pickle": True, "head": "own"}
-        findings = _describe(str(file), detector.spec)
+        missing = getattr(detector, "missing_classes", ()) if detector.spec.predictions is None else ()
+        findings = _describe(str(file), detector.spec, missing=missing)
         return Teacher(str(file), "drkd.adapters.UltralyticsBuilder", arguments, findings)
     content = {"format": FORMAT} if source.startswith("drkd:") else read_checkpoint(file)
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
@@ -156,8 +157,9 @@ def _count_outputs(state: Mapping[str, Tensor]) -> int | None:
     return None if anchors is None else int(layer.shape[0]) // max(1, int(anchors.shape[0]) // 4)
 
 
-def _describe(source: str, spec: DetectorSpec, *, note: str = "") -> tuple[str, ...]:
-    missing = spec.predictions.missing_classes if spec.predictions is not None else ()
+def _describe(source: str, spec: DetectorSpec, *, note: str = "", missing: Sequence[str] = ()) -> tuple[str, ...]:
+    """Lines about a teacher; ``missing`` are classes that it lacks where its spec shows no predictions."""
+    missing = spec.predictions.missing_classes if spec.predictions is not None else missing
     note += f" ({', '.join(missing)} unknown to it)" if missing else ""
     levels = ", ".join(f"{level.name} ({level.channels} channels, stride {level.stride:g})" for level in spec.levels)
     return (f"teacher: {source}: {spec.family}, {spec.num_classes} classes{note}", f"teacher's levels: {levels}")
