@@ -172,6 +172,21 @@ def test_the_papers_two_stage_teacher_gives_features_though_its_heads_are_others
         teacher.detect(batch)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_names_and_file_format_of_early_releases_are_read(zipped, make_batch, tmp_path):
+    """Deformable convolutions had their offsets beside them, and torch wrote no zip files."""
+    state = draw_state(small_faster_rcnn(dcn=(2, 3, 4), modulated=False))
+    old = {name.replace(".conv2.conv_offset.", ".conv2_offset."): value for name, value in state.items()}
+    assert sum("conv2_offset" in name for name in old) > 1
+    torch.save({"state_dict": old}, tmp_path / "old.pth", _use_new_zipfile_serialization=zipped)
+    batch = make_batch([(64, 96)])
+    read = [
+        features_of(MMDetectionBuilder(path=path, part="features"), batch)[1]
+        for path in (save(state, tmp_path / "new.pth"), str(tmp_path / "old.pth"))
+    ]
+    assert all(torch.equal(new, old) for new, old in zip(*read, strict=True))
+
+
 def test_a_teacher_read_from_mmdetection_teaches(make_batch, tmp_path, builder):
     path = save(draw_state(small_retinanet()), tmp_path / "a.pth")
     teacher = MMDetectionBuilder(path=path, part="features").build(("cat", "dog", "cup"))

@@ -111,6 +111,27 @@ def test_a_finished_run_is_not_overwritten_by_accident(tiny_coco: Path, tmp_path
     train(_recipe(tiny_coco, tmp_path / "run", "--training.epochs=1", "--overwrite=true"))
 
 
+@pytest.mark.parametrize("unit", ["epochs", "steps"])
+def test_a_finished_run_made_longer_goes_on_with_the_next_epoch(
+    unit: str, tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def note(module: DistillationModule) -> None:
+        seen.append((module.current_epoch, module.global_step))
+
+    monkeypatch.setattr(DistillationModule, "on_train_epoch_start", note, raising=False)
+    recipe = _recipe(tiny_coco, tmp_path / "run")
+    recipe.data.setup("fit")
+    steps = len(recipe.data.train_dataloader())
+    for epochs in (2, 4):
+        limit = ("null", epochs * steps) if unit == "steps" else (epochs, "null")
+        options = (f"--training.epochs={limit[0]}", f"--training.steps={limit[1]}", "--resume=auto")
+        train(_recipe(tiny_coco, tmp_path / "run", *options))
+    assert seen == [(epoch, epoch * steps) for epoch in range(4)]
+    assert '"epochs": 4' in (tmp_path / "run" / "run.json").read_text()
+
+
 def test_a_random_teacher_leaves_the_students_start_alone(tiny_coco: Path, tmp_path: Path) -> None:
     """The control changes the teacher and nothing else: neck and head are inherited from the file's weights."""
     builder, file = _recipe(tiny_coco, tmp_path / "run").student, tmp_path / "teacher.pt"

@@ -36,6 +36,8 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CAFFE_MEAN, _CAFFE_STD = (123.675 / 255, 116.28 / 255, 103.53 / 255), (1 / 255,) * 3
 _RATIOS = (0.5, 1.0, 2.0)
 _NAMED = 5
+# Early releases had the offsets of a deformable convolution beside it, not within it.
+_OLD_OFFSET = re.compile(r"(?<=\.)(conv\d)_offset\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ class MMDetectionBuilder(DetectorBuilder):
 
     def build_from(self, state: Mapping[str, Tensor], class_names: Sequence[str]) -> Detector:
         """Build the detector from tensors by MMDetection's names; see `build`."""
+        state = {_OLD_OFFSET.sub(r"\1.conv_offset.", name): value for name, value in state.items()}
         plan = read_architecture(state, self.path)
         if self.part == "features":
             state = {name: value for name, value in state.items() if name.startswith(("backbone.", "neck."))}

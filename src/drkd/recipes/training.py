@@ -231,8 +231,8 @@ def _run_until_stopped(recipe: Recipe, stops: StopsAtOnce, *, kind: str) -> RunR
         folder.merge_metrics()
         if folder.writes and cost.measured:
             write_json(folder.path / "training.json", {**cost.measured, "precision": trainer.precision})
-        # On all processes: it is collective.
-        trainer.save_checkpoint(folder.last_checkpoint, weights_only=False)
+        # The last epoch's checkpoint is the run's. One written now would say that the epoch after it had begun, and a
+        # run that is made longer would leave one out.
         stops.step, stops.saved = trainer.global_step, True
         interruptible.stop_if_asked(trainer)
         _restore(recipe, module, best, average)
