@@ -108,10 +108,9 @@ class DataAttacks(Attacks):
 
     def try_image(self) -> str:
         """An image of some format with other bytes."""
-        kind = self._chance.choice(("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM"))
-        mode = self._chance.choice(("RGB", "L", "P")) if kind != "JPEG" else "RGB"
-        file = self._folder / f"input.{kind.lower()}"
-        mode = "RGB" if kind == "PPM" else mode
+        kind = self._chance.choice(("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "EPS"))
+        mode = "RGB" if kind in ("JPEG", "PPM", "EPS") else self._chance.choice(("RGB", "L", "P"))
+        file = self._folder / "input.jpg"
         Image.effect_noise((31, 17), 60).convert(mode).save(file, format=kind)
         file.write_bytes(mutate_bytes(self._chance, file.read_bytes()))
         return guarded(lambda: _read_pixels(file))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from PIL.PngImagePlugin import PngInfo
 
 from drkd.contracts import DrkdError, ImageRecord
@@ -111,6 +112,22 @@ def test_a_bad_file_is_an_error_that_names_it(tmp_path: Path, spoil, message: st
     with pytest.raises(DrkdError, match=message) as caught:
         decode_image(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [decode_image, read_image_size])
+def test_no_image_starts_another_program(read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would have Ghostscript run what an EPS file says, whatever the file is called."""
+    started = tmp_path / "started"
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {started}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(_GREY).save(path, format="EPS")
+    with pytest.raises(DrkdError, match=r"photo\.jpg"):
+        read(path)
+    assert not started.exists()
 
 
 def test_a_floating_point_image_is_an_error(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ from drkd.contracts import DrkdError, Size
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 """What image files end in, in lower case."""
 
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
+"""What files are decoded, whatever their names end in, by Pillow's names: for EPS it would start another program."""
+
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -41,7 +44,7 @@ def decode_image(path: Path, size: Size | None = None, *, turned: bool = False) 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 image.load()
                 pixels = np.array(_to_rgb(ImageOps.exif_transpose(image) if turned else _turn(image, size), path))
     except DrkdError:
@@ -91,7 +94,7 @@ def read_orientation(path: Path) -> tuple[Size, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
                 return (image.height, image.width), orientation if 1 <= orientation <= 8 else 1
     except Exception as error:

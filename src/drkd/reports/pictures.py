@@ -95,7 +95,7 @@ def read_compared_images(path: Path) -> ComparedImages:
         if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
             raise DrkdError(f"{where}: field file should be the path of an image.")
         try:
-            with Image.open(path.parent / entry["file"]) as image:
+            with Image.open(path.parent / entry["file"], formats=("PNG", "JPEG")) as image:
                 pixels = np.asarray(image.convert("RGB"), dtype=np.uint8)
         except (OSError, UnidentifiedImageError) as error:
             raise DrkdError(f"{where}: the image {path.parent / entry['file']} cannot be read: {error}") from error
