@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning import Callback, Trainer
@@ -198,6 +200,17 @@ def test_no_checkpoint_is_written_between_a_broken_loss_and_the_reading_of_its_n
     with pytest.raises(DrkdError, match="became NaN or infinite at step 2"):
         trainer(tmp_path, guard, SavesWithinTheEpoch()).fit(module(), loader())
     assert not path.exists()
+
+
+def test_whatever_a_step_draws_depends_on_seed_and_step_only() -> None:
+    def draw(before: int, batch: int) -> tuple[float, float, float]:
+        random.seed(before), np.random.seed(before), torch.manual_seed(before)
+        training = module()
+        training.on_train_batch_start(toy_batch(), batch)
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    assert draw(1, 3) == draw(2, 3)
+    assert all(one != other for one, other in zip(draw(1, 3), draw(1, 4), strict=True))
 
 
 class BreaksGradient(ToyMethod):

@@ -40,14 +40,14 @@ def test_a_dry_run_steps_and_writes_nothing(tiny_coco: Path, tiny_detector: Path
     recipe = _load(*_recipe(tiny_coco, tiny_detector, tmp_path / "run"))
     found = dry_run(recipe, kind="distill", price=3.6)
     assert not (tmp_path / "run").exists()
-    # Six images in batches of two, 24 epochs, a validation every 4.
-    assert (found.images, found.batch_size, found.steps_per_epoch, found.epochs, found.validations) == (6, 2, 3, 24, 6)
+    # Six images in batches of two, 24 epochs, a validation every 4 and one of the finished student.
+    assert (found.images, found.batch_size, found.steps_per_epoch, found.epochs, found.validations) == (6, 2, 3, 24, 7)
     assert found.step_seconds > 0 and found.loader_rate > 0
     assert found.needed_rate == pytest.approx(2 / found.step_seconds)
     assert {"task/classification", "kd/pixel_relation", "kd/instance_relation", "kd/instance"} <= set(found.losses)
     assert found.peak_bytes is None or found.peak_bytes > 2**26
     text = "\n".join(found.lines())
-    assert f"costs {found.epoch_seconds / 1000:.2f}" in text and "6 times" in text
+    assert f"costs {found.epoch_seconds / 1000:.2f}" in text and "7 times" in text
 
 
 @pytest.mark.parametrize("first", [True, False])

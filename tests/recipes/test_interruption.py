@@ -79,10 +79,15 @@ class _Killed(BaseException):
     """Stands for SIGKILL: what follows it in the process writes nothing."""
 
 
-# Saves of an epoch of six steps: after steps 2 and 4, the best student, the epoch's end.
-@pytest.mark.parametrize("save", [1, 2, 6])
+# Saves of an epoch of six steps: after steps 2, 4 and 5, the best student, the epoch's end. Workers fetch ahead.
+@pytest.mark.parametrize(("save", "workers"), [(1, 2), (3, 0), (7, 0)])
 def test_a_run_killed_at_a_save_ends_as_if_it_had_not_been(
-    save: int, tiny_coco: Path, tmp_path: Path, whole: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    save: int,
+    workers: int,
+    tiny_coco: Path,
+    tmp_path: Path,
+    whole: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     written = AtomicCheckpoints.save_checkpoint
     count = 0
@@ -97,8 +102,28 @@ def test_a_run_killed_at_a_save_ends_as_if_it_had_not_been(
     with monkeypatch.context() as patch:
         patch.setattr(AtomicCheckpoints, "save_checkpoint", kill)
         with pytest.raises(_Killed):
-            _train(tiny_coco, tmp_path / "run")
-    assert _differences(_train(tiny_coco, tmp_path / "run"), whole) == []
+            _train(tiny_coco, tmp_path / "run", f"--data.workers={workers}")
+    assert _differences(_train(tiny_coco, tmp_path / "run", f"--data.workers={workers}"), whole) == []
+
+
+def test_a_signal_in_validation_costs_one_step(
+    tiny_coco: Path, tmp_path: Path, whole: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--training.checkpoint_every=null", "--training.checkpoint_minutes=null")
+    with monkeypatch.context() as patch:
+        real = DistillationModule.validation_step
+
+        def signalled(self: DistillationModule, batch: Any, batch_idx: int) -> None:
+            if not self.trainer.sanity_checking:
+                os.kill(os.getpid(), signal.SIGTERM)
+            real(self, batch, batch_idx)
+
+        patch.setattr(DistillationModule, "validation_step", signalled)
+        with pytest.raises(StoppedBySignal):
+            _train(tiny_coco, tmp_path / "run", *options)
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 5
+    assert _differences(_train(tiny_coco, tmp_path / "run", *options), whole) == []
 
 
 def _signal_in_step(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +315,7 @@ def test_several_processes_stop_within_the_epoch_however_many_batches_a_step_tak
     trainer: Any = SimpleNamespace(world_size=2, is_last_batch=False, global_step=0, received_sigterm=False)
     trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"))
     trainer.save_checkpoint = lambda path: None
+    trainer.check_val_every_n_epoch = None
     with pytest.raises(StoppedBySignal, match="at step 10; a checkpoint of this step is saved"):
         for batch_idx in range(20 * accumulate):
             ends_step = (batch_idx + 1) % accumulate == 0
@@ -320,8 +346,8 @@ def test_a_checkpoint_is_written_when_the_last_one_is_old(
     _train(
         tiny_coco, tmp_path / "run", *arguments, "--training.checkpoint_every=null", "--training.checkpoint_minutes=1"
     )
-    # Twenty seconds a step: a minute has passed after the third; then the epoch's end, and the run's.
-    assert saved == [3, 6, 6]
+    # Twenty seconds a step: a minute has passed after the third; then the epoch's end, which is the run's.
+    assert saved == [3, 6]
 
 
 def test_slurm_is_told_to_requeue_on_its_signal_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,6 +433,23 @@ def test_a_truncated_image_fails_with_its_name_or_is_replaced_and_counted(
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [Path(file).name for file in run["unreadable"]] == ["3.png"]
     assert run["steps"] == 6
+
+
+def test_images_that_could_not_be_read_are_listed_after_a_stop_too(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = _damage(tiny_coco, tmp_path / "data", "3")
+    options = ("--training.keep=last", "--training.validate_every=0", "--data.unreadable=skip")
+    with monkeypatch.context() as patch:
+        _signal_in_step(7, signal.SIGTERM, patch)
+        with pytest.raises(StoppedBySignal):
+            _train(data, tmp_path / "run", *options)
+    shutil.copy(tiny_coco / "train" / "3.png", data / "train" / "3.png")
+    for _ in range(2):
+        run = json.loads((tmp_path / "run" / "run.json").read_text())
+        assert [Path(file).name for file in run["unreadable"]] == ["3.png"]
+        _train(data, tmp_path / "run", *options)
+    assert run["status"] == "finished"
 
 
 def test_the_stand_in_depends_on_the_files_only(tiny_coco: Path, tmp_path: Path) -> None:

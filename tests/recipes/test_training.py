@@ -132,6 +132,44 @@ def test_a_finished_run_made_longer_goes_on_with_the_next_epoch(
     assert '"epochs": 4' in (tmp_path / "run" / "run.json").read_text()
 
 
+def test_a_run_that_goes_on_uses_the_settings_that_it_was_given(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[tuple[float, float]]] = []
+
+    def note(module: DistillationModule) -> None:
+        groups = module.trainer.optimizers[0].param_groups
+        seen.append({(group["lr"], group["weight_decay"]) for group in groups})
+
+    monkeypatch.setattr(DistillationModule, "on_train_epoch_start", note, raising=False)
+    options = ["--training.optimization.warmup_steps=0", "--training.optimization.schedule=multistep"]
+    options += ["--training.optimization.milestones=[0.9]", "--training.optimization.decay_all=true", "--resume=auto"]
+    for epochs, rate, decay in ((1, 0.01, 1e-4), (2, 0.01, 1e-4), (3, 0.001, 1e-3)):
+        given = (f"--training.epochs={epochs}", f"--training.optimization.learning_rate={rate}")
+        decays = f"--training.optimization.weight_decay={decay}"
+        train(_recipe(tiny_coco, tmp_path / "run", *options, *given, decays))
+    assert seen == [{(0.01, 1e-4)}, {(0.01, 1e-4)}, {(0.001, 1e-3)}]
+
+
+def test_a_run_does_not_go_on_with_other_steps(tiny_coco: Path, tmp_path: Path) -> None:
+    train(_recipe(tiny_coco, tmp_path / "run", "--training.epochs=1"))
+    longer = ("--training.epochs=2", "--resume=true")
+    with pytest.raises(DrkdError, match=r"took 2 images a step .* would take 1 .*data\.batch_size"):
+        train(_recipe(tiny_coco, tmp_path / "run", *longer, "--data.batch_size=1"))
+    longer += ("--data.batch_size=1", "--training.accumulate=2")
+    file = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    saved = file.read_bytes()
+    within = torch.load(file, weights_only=True)
+    within["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+    torch.save(within, file)
+    with pytest.raises(DrkdError, match=r"from within an epoch of 1 process\(es\) x 2 images"):
+        train(_recipe(tiny_coco, tmp_path / "run", *longer))
+    # At an epoch's end the same images may be shared out otherwise.
+    file.write_bytes(saved)
+    train(_recipe(tiny_coco, tmp_path / "run", *longer))
+    assert '"steps": 6' in (tmp_path / "run" / "run.json").read_text()
+
+
 def test_a_random_teacher_leaves_the_students_start_alone(tiny_coco: Path, tmp_path: Path) -> None:
     """The control changes the teacher and nothing else: neck and head are inherited from the file's weights."""
     builder, file = _recipe(tiny_coco, tmp_path / "run").student, tmp_path / "teacher.pt"

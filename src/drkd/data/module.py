@@ -154,6 +154,7 @@ class DetectionDataModule(LightningDataModule):
         )
         self._substitutes = _MOST_SUBSTITUTES if unreadable == "skip" else 0
         self._train_dataset: DetectionDataset | None = None
+        self._unreadable_before: list[str] = []
         self._root = root
         self._names = (train_split, val_split)
         self._batch_size = batch_size
@@ -282,11 +283,21 @@ class DetectionDataModule(LightningDataModule):
         return self._batch_size
 
     def unreadable_files(self) -> list[str]:
-        """Training images that this process could not read and replaced, so far."""
-        if self._train_dataset is None:
-            return []
-        places = self._train_dataset.unreadable.nonzero().flatten().tolist()
-        return [str(self._train_dataset.split.records[place].path) for place in places]
+        """Training images that this process could not read and replaced so far, in earlier sessions of the run too."""
+        found = list(self._unreadable_before)
+        if self._train_dataset is not None:
+            places = self._train_dataset.unreadable.nonzero().flatten().tolist()
+            found += [str(self._train_dataset.split.records[place].path) for place in places]
+        return list(dict.fromkeys(found))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the images that could not be read."""
+        files = self.unreadable_files()
+        return {"unreadable": files} if files else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with that list."""
+        self._unreadable_before = [str(file) for file in state_dict.get("unreadable", [])]
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every image of the validation split once, in order, crowds flagged."""

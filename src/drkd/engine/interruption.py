@@ -101,7 +101,8 @@ class Interruptible(Checkpoint):
 
     A signal only leaves a note: the run saves and stops after the optimizer step under way, when its state is
     consistent. Several processes agree every ten steps, so that all stop at the same step whichever was told. In
-    validation there is nothing to save: one process stops at once, several after the epoch.
+    validation one process stops at once, several after the epoch; that costs one step at most, since the last step but
+    one before a validation is saved.
 
     Args:
         path: The checkpoint.
@@ -132,7 +133,7 @@ class Interruptible(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save where it is due; save and stop where it was asked for."""
-        del pl_module, outputs, batch, batch_idx
+        del pl_module, outputs, batch
         # After an epoch's last batch come validation and the checkpoint of the epoch's end: nothing goes between.
         if trainer.is_last_batch or trainer.fit_loop._should_accumulate():
             return
@@ -140,7 +141,7 @@ class Interruptible(Checkpoint):
         together = trainer.world_size == 1 or trainer.global_step % _AGREE_EVERY == 0
         asked, late = self._agree(trainer) if together else (0, False)
         due = late or (self.every_steps is not None and trainer.global_step % self.every_steps == 0)
-        if asked or due:
+        if asked or due or _before_validation(trainer, batch_idx):
             trainer.save_checkpoint(self.path)
             self._saved_at = time.monotonic()
         if asked:
@@ -182,3 +183,11 @@ class Interruptible(Checkpoint):
         torch.distributed.all_reduce(notes, op=torch.distributed.ReduceOp.MAX)
         first, second = notes.tolist()
         return int(first), bool(second)
+
+
+def _before_validation(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether one optimizer step is left of an epoch that ends in a validation, whose checkpoint comes after that."""
+    every = trainer.check_val_every_n_epoch
+    if not every or (trainer.current_epoch + 1) % every or not trainer.enable_validation:
+        return False
+    return trainer.num_training_batches - (batch_idx + 1) <= trainer.accumulate_grad_batches

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import bisect
 import math
+import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from lightning import LightningModule
 from timm.optim import create_optimizer_v2
@@ -18,6 +20,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from drkd.contracts import DetectionBatch, Detections, Detector, DrkdError
 from drkd.engine.agreement import share_buffers
 from drkd.engine.distiller import Distiller
+
+# Under this name a checkpoint says how the images of a step were shared out.
+_SHARING = "drkd_images_per_step"
 
 
 class Evaluator(Protocol):
@@ -132,6 +137,7 @@ class DistillationModule(LightningModule):
         super().__init__()
         self._batch_size = batch_size
         self._loader_states: list[dict[str, Any]] = []
+        self._asked: list[dict[str, Any]] = []
         self.distiller = distiller
         self.optimization = optimization
         self.evaluation_model: nn.Module | None = None
@@ -163,12 +169,29 @@ class DistillationModule(LightningModule):
         loader: Any = self.trainer.train_dataloader
         if len(states) == 1 and hasattr(loader, "load_state_dict"):
             loader.load_state_dict(states[0])
+        self._put_settings_in_force()
+
+    def _put_settings_in_force(self) -> None:
+        """Have a run that goes on use the rates, decay, momentum and length that it was given, not its checkpoint's."""
+        for config in self.trainer.lr_scheduler_configs:
+            schedule, step = config.scheduler, config.scheduler.last_epoch
+            groups = schedule.optimizer.param_groups
+            if not isinstance(schedule, LambdaLR) or len(groups) != len(self._asked):
+                continue
+            for index, (group, asked) in enumerate(zip(groups, self._asked, strict=True)):
+                group.update(asked)
+                schedule.base_lrs[index] = asked["initial_lr"]
+                group["lr"] = asked["initial_lr"] * schedule.lr_lambdas[index](step)
+            schedule._last_lr = [group["lr"] for group in groups]
 
     def on_train_batch_start(self, batch: DetectionBatch, batch_idx: int) -> None:
-        """Draw this step's randomness (box sampling, dropout) from the seed, the step and the rank."""
+        """Draw this step's randomness (box sampling, dropout, what a user's model draws) from seed, step and rank."""
         del batch
         position = self.current_epoch * 10_000_019 + batch_idx
-        torch.manual_seed((self._seed * 1_000_003 + position * 8191 + self.global_rank) % 2**63)
+        seed = (self._seed * 1_000_003 + position * 8191 + self.global_rank) % 2**63
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
 
     def training_step(self, batch: DetectionBatch, batch_idx: int) -> Tensor:
         """One step: the sum of the named losses."""
@@ -224,6 +247,11 @@ class DistillationModule(LightningModule):
         total = int(self.trainer.estimated_stepping_batches)
         self.distiller.total_steps = total
         schedule = LambdaLR(optimizer, lambda step: settings.factor(step, total))
+        # The rate itself moves; all the rest of a group is as the recipe says.
+        self._asked = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in optimizer.param_groups
+        ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _scaled(self, settings: Optimization) -> Optimization:
@@ -242,7 +270,8 @@ class DistillationModule(LightningModule):
         return scaled
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the teacher out."""
+        """Leave the teacher out, and say what a step is."""
+        checkpoint[_SHARING] = self._sharing()
         state = checkpoint["state_dict"]
         for name in [name for name in state if name.startswith("distiller.teacher.")]:
             del state[name]
@@ -263,7 +292,35 @@ class DistillationModule(LightningModule):
                 f"({', '.join(missing[:3])} ...), {len(unexpected)} unexpected ({', '.join(unexpected[:3])} ...)."
             )
         loops = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+        self._refuse_other_sharing(checkpoint)
         self._loader_states = list(loops.get("combined_loader", []))
+
+    def _sharing(self) -> dict[str, int]:
+        """How the images of an optimizer step are shared out."""
+        accumulated = self.trainer.accumulate_grad_batches
+        return {"processes": self.trainer.world_size, "batch_size": self._batch_size, "accumulate": accumulated}
+
+    def _refuse_other_sharing(self, checkpoint: dict[str, Any]) -> None:
+        """The schedule counts steps, the place in the data batches of a process: both would be wrong, unnoticed."""
+        saved, own = checkpoint.get(_SHARING), self._sharing()
+        if not isinstance(saved, dict) or saved.keys() != own.keys() or saved == own:
+            return
+        told = [
+            f"{layout['processes']} process(es) x {layout['batch_size']} images x {layout['accumulate']} accumulated"
+            for layout in (saved, own)
+        ]
+        if math.prod(saved.values()) != math.prod(own.values()):
+            raise DrkdError(
+                f"The run took {math.prod(saved.values())} images a step ({told[0]}), now it would take "
+                f"{math.prod(own.values())} ({told[1]}); its schedule counts steps. Change data.batch_size or "
+                "training.accumulate so that a step takes as many as before, or start anew."
+            )
+        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+        if not progress.get("is_last_batch"):
+            raise DrkdError(
+                f"The checkpoint is from within an epoch of {told[0]}, now it would be {told[1]}: what each process "
+                "has seen of the epoch cannot be shared out anew. Go on as before until an epoch's end."
+            )
 
 
 def scale_rates(settings: Optimization, images: int) -> Optimization:

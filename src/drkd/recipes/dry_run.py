@@ -40,8 +40,8 @@ class Projection:
         needed_rate: Images a second that the step consumes.
         peak_bytes: Peak memory of the two steps; None where the system does not say.
         peak_kind: What that counts.
-        validation_seconds: One validation, from one batch; None where the recipe validates only at the end.
-        validations: How many the run has.
+        validation_seconds: One validation, detection by all processes, from one batch; None = not known.
+        validations: How many the run has, the final evaluation included.
         losses: The named losses of the last step.
         price: Of an hour of this machine, in any currency; None where not given.
     """
@@ -163,8 +163,10 @@ def dry_run(recipe: Recipe, *, kind: str, price: float | None = None) -> Project
         needed_rate=size * settings.accumulate / seconds,
         peak_bytes=cost.measured["peak_memory_bytes"],
         peak_kind=str(cost.measured["peak_memory_kind"]),
-        validation_seconds=_validation_seconds(recipe, module, device),
-        validations=int(epochs // every) if every else 1,
+        # Each process detects on its share.
+        validation_seconds=_validation_seconds(recipe, module, device) / trainer.world_size,
+        # The last one is of the finished student.
+        validations=(int(epochs // every) if every else 0) + (recipe.evaluation.split is not None),
         losses=losses,
         price=price,
     )
@@ -191,8 +193,8 @@ def _loader_rate(loader: Any) -> tuple[int, float]:
     return first, rate
 
 
-def _validation_seconds(recipe: Recipe, module: DistillationModule, device: torch.device) -> float | None:
-    """Detection on the whole validation split, projected from its first batch (the second of two passes over it)."""
+def _validation_seconds(recipe: Recipe, module: DistillationModule, device: torch.device) -> float:
+    """Detection by one process on the whole validation split, from its first batch (the second of two passes over it)."""
     loader = recipe.data.val_dataloader()
     batch: DetectionBatch = next(iter(loader))
     student = module.distiller.student.to(device).eval()

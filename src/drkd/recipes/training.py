@@ -249,7 +249,8 @@ def _run_until_stopped(recipe: Recipe, stops: StopsAtOnce, *, kind: str) -> RunR
             folder.merge_metrics()
         with contextlib.suppress(DrkdError, OSError):
             status = "interrupted" if pressed or stopped else "failed"
-            folder.finish(status, steps=trainer.global_step, error=f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            folder.finish(status, steps=trainer.global_step, error=reason, **_left_out(recipe, callbacks))
         if pressed:
             raise KeyboardInterrupt from error
         raise
