@@ -194,7 +194,7 @@ def _loader_rate(loader: Any) -> tuple[int, float]:
 
 
 def _validation_seconds(recipe: Recipe, module: DistillationModule, device: torch.device) -> float:
-    """Detection by one process on the whole validation split, from its first batch (the second of two passes over it)."""
+    """Detection by one process on the whole validation split, from its first batch (the second of two passes)."""
     loader = recipe.data.val_dataloader()
     batch: DetectionBatch = next(iter(loader))
     student = module.distiller.student.to(device).eval()
