@@ -183,6 +183,17 @@ def test_as_many_seeds_are_not_the_same_seeds(tmp_path):
     assert judge(list(rows.values()), "net", "student").endswith(" No other method has as many seeds.")
 
 
+def test_a_cell_that_began_with_another_commit_says_so(tmp_path):
+    def notes():
+        rows, comparison = rows_of(tmp_path)
+        return " ".join(tabulate_quality(list(rows.values()), comparison).notes)
+
+    file = write_cells(tmp_path) / "cells" / "net" / "drkd" / "seed1.json"
+    assert "states of drkd" not in notes()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "earlier_commits": ["00ff", "0123abc"]}))
+    assert "Measured with 2 states of drkd's code: 00ff, 0123abc." in notes()
+
+
 def test_steps_are_compared_seed_by_seed(tmp_path):
     write_cells(tmp_path)
     for method, seconds in {"student": (0.1, 0.2, 0.1), "drkd": (0.12, 0.25, None)}.items():

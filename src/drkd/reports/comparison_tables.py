@@ -181,7 +181,8 @@ def _notes(rows: Sequence[Row], comparison: Comparison) -> Iterator[str]:
         yield Evaluation({}, {}, sides.pop()).thresholds
     else:
         yield f"The pairs split object sizes differently: {', '.join(map(str, sorted(sides)))} px."
-    commits = _distinct(cells, "commit")
+    # A cell that was stopped and gone on with may have begun with another one.
+    commits = _distinct(cells, "commit") | {str(commit) for cell in cells for commit in cell.get("earlier_commits", ())}
     if len(commits) > 1:
         yield f"Measured with {len(commits)} states of drkd's code: {', '.join(sorted(commits))}."
 

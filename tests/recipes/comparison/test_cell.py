@@ -215,6 +215,16 @@ def test_a_teacher_that_is_a_folder_has_a_digest(tiny_detector: Path, tmp_path: 
         assert changed_inputs(now, Fingerprints().of(settings)) == ["student.init_args.weights is another file"]
 
 
+def test_a_cell_says_with_which_commits_it_began(comparison_file: Path, tmp_path: Path) -> None:
+    cell = _cells(comparison_file)["tiny/hint/0"]
+    _measure(cell, tmp_path)
+    file = cell.run_folder / "run.json"
+    sessions = [{"commit": "b"}, {"commit": "a"}, {"commit": "b"}, {"status": "unreadable"}, {"commit": None}]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sessions": sessions}))
+    content = collect(cell)
+    assert (content["earlier_sessions"], content["earlier_commits"]) == (5, ["a", "b"])
+
+
 def test_what_is_forgotten_is_not_collected_again(
     comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,6 +197,7 @@ def collect(cell: Cell) -> dict[str, Any]:
         "inputs": dict(cell.inputs),
         "seconds": run.get("seconds"),
         "earlier_sessions": len(run.get("sessions", [])),
+        "earlier_commits": sorted({entry["commit"] for entry in run.get("sessions", []) if entry.get("commit")}),
         **{name: run.get(name) for name in _KEPT},
     }
     write_json(cell.file, content)
