@@ -48,11 +48,13 @@ def main() -> None:
         result["steps"] = [_measure(setting, options, device) for setting in _settings(options, device)]
     big = device.type == "cuda"
     if "losses" in options.parts:
-        size = (800, 1344) if big else (256, 256)
-        result["losses"] = compare_with_released(size, (7, 60, 200), device, repeats=options.repeats, clock=clock)
+        size = (64, 64) if options.tiny else (800, 1344) if big else (256, 256)
+        boxes = (2,) if options.tiny else (7, 60, 200)
+        result["losses"] = compare_with_released(size, boxes, device, repeats=options.repeats, clock=clock)
     if "growth" in options.parts:
-        sides = (32, 64, 128, 256) if big else (16, 32, 64)
-        result["growth"] = growth(sides, (8, 32, 128, 512), device, repeats=options.repeats, clock=clock)
+        sides = (4, 8) if options.tiny else (32, 64, 128, 256) if big else (16, 32, 64)
+        counts = (2, 4) if options.tiny else (8, 32, 128, 512)
+        result["growth"] = growth(sides, counts, device, repeats=options.repeats, clock=clock)
     if "feeding" in options.parts:
         found = {
             # At the size of the steps that it stands beside.
@@ -120,6 +122,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=_PARTS, default=list(_PARTS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--size", type=int, nargs=2, help="height and width, px, instead of the usual settings")
+    parser.add_argument("--tiny", action="store_true", help="losses and growth at sizes that only show that they run")
     parser.add_argument("--families", nargs="+", default=["retinanet", "faster_rcnn"])
     parser.add_argument("--student", default="resnet50")
     parser.add_argument("--teacher", default="resnet101")

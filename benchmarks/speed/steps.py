@@ -100,16 +100,23 @@ class Step:
         forward: Returns the loss.
         modules: Whose parameters are trained.
         precision: Of autocast, or None.
+        method: What the step holds beside the detectors, trained or not.
     """
 
     def __init__(
-        self, forward: Callable[[], torch.Tensor], modules: Sequence[nn.Module], *, precision: torch.dtype | None
+        self,
+        forward: Callable[[], torch.Tensor],
+        modules: Sequence[nn.Module],
+        *,
+        precision: torch.dtype | None,
+        method: nn.Module | None = None,
     ) -> None:
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         # A learning rate of nothing: every variant trains the same student, over and over.
         self.optimizer = torch.optim.SGD(parameters, lr=1e-12, momentum=0.9)
         self.forward = forward
         self.precision = precision
+        self.method = method
         self.device = parameters[0].device
 
     def __call__(self) -> None:
@@ -121,9 +128,11 @@ class Step:
         self.optimizer.step()
 
     def held_bytes(self) -> int:
-        """What the optimizer keeps between steps."""
+        """Bytes between steps: the optimizer's state, and the method's weights and buffers."""
         state = self.optimizer.state.values()
-        return sum(t.nbytes for entry in state for t in entry.values() if isinstance(t, torch.Tensor))
+        kept = sum(t.nbytes for entry in state for t in entry.values() if isinstance(t, torch.Tensor))
+        own = (*self.method.parameters(), *self.method.buffers()) if self.method is not None else ()
+        return kept + sum(t.nbytes for t in own)
 
 
 def make_steps(
@@ -161,7 +170,7 @@ def make_steps(
         def forward(distiller: Distiller = distiller) -> torch.Tensor:
             return torch.stack([value.float() for value in distiller(batch).values()]).sum()
 
-        steps[name] = Step(forward, [student, method], precision=precision)
+        steps[name] = Step(forward, [student, method], precision=precision, method=method)
     detectors = sum(t.nbytes for d in (student, teacher) for t in (*d.parameters(), *d.buffers()))
     return steps, impossible, detectors
 
@@ -174,7 +183,7 @@ def measure_steps(
     Returns:
         By step: seconds (median over rounds of the mean of a round's `STEPS_A_ROUND` steps), ratio (median over rounds
         of that over the floor's in that round), the 10th and 90th percentile of the ratio, and the peak bytes of the
-        most demanding step of a round.
+        most demanding step of a round, with what is held between steps (`Step.held_bytes`).
     """
     device = steps["floor"].device
     for step in steps.values():

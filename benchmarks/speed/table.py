@@ -42,7 +42,8 @@ def _steps(block: Mapping[str, Any]) -> list[str]:
     lines = ["", f"## {block['name']} ({block['device']}, {block['precision']})", ""]
     lines += [
         f"Floor: the student's training step and the teacher's features. Aim for DRKD: time {time_limit:.2f}, memory "
-        f"{memory_limit:.2f}. Memory: detectors, optimizer state and the most that a step holds.",
+        f"{memory_limit:.2f}. Memory: detectors, the method's own weights and buffers, optimizer state and the most "
+        "that a step holds.",
         "",
         "| Step | seconds | time / floor | 10 to 90 % | memory, MiB | memory / floor |",
         "|---|---:|---:|---:|---:|---:|",

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from toys import ToyDetector, ToyMethod
 
 from drkd.engine import Distiller, training_cost
@@ -14,7 +15,12 @@ from drkd.engine.training_cost import TrainingCost
 
 
 def _run(
-    monkeypatch: pytest.MonkeyPatch, batches: list[tuple[int, float]], *, calibration: int = 4, interval: int = 3
+    monkeypatch: pytest.MonkeyPatch,
+    batches: list[tuple[int, float]],
+    *,
+    calibration: int = 4,
+    interval: int = 3,
+    fixed: nn.Module | None = None,
 ) -> tuple[TrainingCost, list[dict[str, int]]]:
     """Drive the callback through batches of (optimizer step, seconds) on a clock of our own."""
     torch.manual_seed(0)
@@ -25,6 +31,9 @@ def _run(
         calibration_steps=calibration,
         monitor_interval=interval,
     )
+    if fixed is not None:
+        assert distiller.method is not None
+        distiller.method.add_module("fixed", fixed)
     module = DistillationModule(distiller, Optimization())
     notes: list[dict[str, int]] = []
     cost = TrainingCost(notes.append, seconds=0.0)  # type: ignore[arg-type]
@@ -65,5 +74,12 @@ def test_memory_and_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     cost, _ = _run(monkeypatch, [(0, 1.0)])
     # Body 3*8*8*4 + 4, norm 4 + 4, head 4 + 1; the method's 1x1 convolution 4 * 6 + 6.
     assert cost.measured["trainable_parameters"] == {"student": 768 + 4 + 8 + 5, "method": 30}
+    assert cost.measured["held_parameters"] == cost.measured["trainable_parameters"]
     assert cost.measured["peak_memory_bytes"] > 2**20
     assert cost.measured["peak_memory_kind"] == "resident"
+
+
+def test_fixed_modules_of_a_method_are_held_and_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost, _ = _run(monkeypatch, [(0, 1.0)], fixed=nn.Linear(10, 5).requires_grad_(False))
+    assert cost.measured["trainable_parameters"]["method"] == 30
+    assert cost.measured["held_parameters"] == {"student": 768 + 4 + 8 + 5, "method": 30 + 55}

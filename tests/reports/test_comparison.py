@@ -13,6 +13,7 @@ from drkd.contracts import DrkdError
 from drkd.reports import write_comparison_report
 from drkd.reports.comparison_rows import read_comparison, summarise_comparison
 from drkd.reports.comparison_tables import judge, tabulate_cost, tabulate_quality
+from drkd.reports.tables import format_count
 
 # AP x 100 by method and seed.
 SCORES = {
@@ -100,6 +101,24 @@ def test_statistics_agree_with_those_by_hand(tmp_path):
     spread = {"target_first": 2.0, "target_last": 1.5}
     assert rows["drkd"].terms == {"t": {"median_gradient_ratio": 0.5, "first": 4.0, "last": 2.0, **spread}}
     assert (drkd.seconds_per_step, drkd.peak_memory, drkd.extra_parameters) == (0.12, 514 * 2**20, 1500)
+
+
+def test_cost_shows_parameters_trained_and_held(tmp_path):
+    write_cells(tmp_path)
+    for seed in range(3):
+        path = tmp_path / "cells" / "net" / "drkd" / f"seed{seed}.json"
+        cell = json.loads(path.read_text())
+        cell["training"]["held_parameters"] = {"student": 9, "method": 2500}
+        path.write_text(json.dumps(cell))
+    rows, comparison = rows_of(tmp_path)
+    shown = {row[1]: row[-1] for row in tabulate_cost(list(rows.values()), comparison).rows}
+    # Cells of earlier versions know only what is trained.
+    assert shown == {
+        "student": "0",
+        "drkd": f"{format_count(1500)} / {format_count(2500)}",
+        "hint": "10",
+        "paper": "10",
+    }
 
 
 def test_tables_show_them(tmp_path):

@@ -75,7 +75,8 @@ class TrainingCost(Callback):
             "peak_memory_kind": kind,
             "device": str(pl_module.device),
             "threads": torch.get_num_threads(),
-            "trainable_parameters": _count_parameters(pl_module),
+            "trainable_parameters": _count_parameters(pl_module, trainable=True),
+            "held_parameters": _count_parameters(pl_module, trainable=False),
         }
         self._tell(trainer)
 
@@ -159,12 +160,12 @@ def _peak_memory(device: torch.device) -> tuple[int | None, str]:
     return peak * (1 if sys.platform == "darwin" else 1024), "resident"
 
 
-def _count_parameters(pl_module: LightningModule) -> dict[str, int]:
-    """Trainable parameters of the student and, on top of them while training, of the method."""
+def _count_parameters(pl_module: LightningModule, *, trainable: bool) -> dict[str, int]:
+    """Parameters of the student and, on top of them while training, of the method: the trainable ones, or all."""
     distiller = _distiller(pl_module)
     parts = {"student": distiller.student, "method": distiller.method}
     return {
-        name: sum(p.numel() for p in part.parameters() if p.requires_grad) if part is not None else 0
+        name: sum(p.numel() for p in part.parameters() if p.requires_grad or not trainable) if part is not None else 0
         for name, part in parts.items()
     }
 

@@ -39,6 +39,7 @@ class Row:
         step_ratio: The same over the reference's, mean over the seeds that both have; NaN if there is none.
         peak_memory: Largest over seeds, bytes; NaN if not measured.
         extra_parameters: Trainable parameters of the method while training; NaN if not measured.
+        held_parameters: The same with its fixed ones; NaN if not measured, as in cells of earlier versions.
         terms: By distillation term, means over seeds of ``median_gradient_ratio``, ``first`` and ``last``.
         values: Scores by metric and seed.
     """
@@ -58,6 +59,7 @@ class Row:
     step_ratio: float
     peak_memory: float
     extra_parameters: float
+    held_parameters: float
     terms: Mapping[str, Mapping[str, float]]
     values: Mapping[str, Mapping[int, float]]
 
@@ -163,6 +165,7 @@ def _make_row(
         step_ratio=_step_ratio(cells, base),
         peak_memory=max(_training(cells, "peak_memory_bytes"), default=math.nan),
         extra_parameters=max(_training(cells, "trainable_parameters", "method"), default=math.nan),
+        held_parameters=max(_training(cells, "held_parameters", "method"), default=math.nan),
         terms=_mean_terms(cells),
         values=own,
     )

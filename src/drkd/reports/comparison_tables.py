@@ -55,7 +55,7 @@ def tabulate_cost(rows: Sequence[Row], comparison: Comparison) -> Table:
                 *(row.pair, row.method, _number(row.seconds_per_step, "{:.3g} s")),
                 _number(row.step_ratio, "{:.2f}"),
                 _number(row.peak_memory / 2**20, "{:,.0f} MiB"),
-                "-" if math.isnan(row.extra_parameters) else format_count(row.extra_parameters),
+                _parameters(row),
             )
         )
     columns = ("Pair", "Method", "Step", f"x {comparison.reference}", "Peak memory", "Extra parameters")
@@ -65,8 +65,9 @@ def tabulate_cost(rows: Sequence[Row], comparison: Comparison) -> Table:
         "Step: median seconds of forward, backward and update once training is warm, mean over seeds; loading data, "
         f"measuring gradient ratios and validation left out. x {comparison.reference}: mean of the ratios of the seeds "
         f"that both have. Peak memory: {' or '.join(sorted(kinds)) or 'unknown'}, "
-        "largest over seeds, the teacher included. Extra parameters: trained with the student and thrown away after "
-        "training; the student that comes out costs the same whatever the method."
+        "largest over seeds, the teacher included. Extra parameters: the method's, trained / held (fixed ones too, "
+        "the teacher's not counted), thrown away after training; the student that comes out costs the same whatever "
+        "the method."
     ]
     loads = list(_loads(rows, comparison))
     if loads:
@@ -77,6 +78,12 @@ def tabulate_cost(rows: Sequence[Row], comparison: Comparison) -> Table:
     if len(machines) > 1:
         notes.append(f"Measured on {len(machines)} kinds of machine or thread counts: times are not comparable.")
     return Table(columns, tuple(lines), tuple(notes), words=2)
+
+
+def _parameters(row: Row) -> str:
+    """Trained / held; those trained alone where the cells do not say what is held."""
+    counts = (row.extra_parameters, row.held_parameters)
+    return " / ".join(format_count(count) for count in counts if not math.isnan(count)) or "-"
 
 
 def tabulate_terms(rows: Sequence[Row]) -> Table:
