@@ -64,6 +64,8 @@ def test_arguments_arrive():
     names = ("foreground_weight", "background_weight", "attention_weight", "relation_weight", "temperature")
     fgd = loss_of(FGD, **{name: float(index) for index, name in enumerate(names, 1)})[0]
     assert [getattr(fgd, name) for name in names] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert [loss_of(method)[0].scale for method in (FGD, NLD)] == ["none", "none"]
+    assert {loss.scale for method in (FGD, NLD) for loss in loss_of(method, scale="teacher_rms")} == {"teacher_rms"}
     fgfi = loss_of(FGFI, scales=[4, 8], ratios=[1.0], threshold=0.3, anchor_style="inclusive", activation=True)[1]
     assert (fgfi.scales, fgfi.ratios, fgfi.threshold) == ((4, 8), (1.0,), 0.3)
     assert (fgfi.anchor_style, fgfi.activation) == ("inclusive", True)

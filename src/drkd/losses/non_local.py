@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from drkd.losses.alignment import check_maps, resample
+from drkd.losses.alignment import FeatureScale, check_maps, check_scale, resample, rescale
 from drkd.losses.attention import spatial_attention
 from drkd.losses.distance import at_least_float32, full_precision
 from drkd.losses.graph_reasoning import GraphNorm, make_norm
@@ -115,6 +115,9 @@ class NonLocalLoss(nn.Module):
         spatial_weight: w_s.
         relation_weight: w_n.
         temperature: Of the attention, units of the feature, > 0.
+        scale: ``none``, the authors', or ``teacher_rms``, a deviation: both maps are divided by the root mean square of
+            the teacher's first, see `rescale`. The temperature is absolute; where the features are many times larger,
+            the attention is nearly one-hot, and the feature part has next to no gradient anywhere else.
 
     Shape:
         student: (B, Cs, h, w); resampled bilinearly to the teacher's size where it differs.
@@ -139,6 +142,7 @@ class NonLocalLoss(nn.Module):
         spatial_weight: float = 4e-3,
         relation_weight: float = 7e-5,
         temperature: float = 0.5,
+        scale: FeatureScale = "none",
     ) -> None:
         super().__init__()
         weights = (feature_weight, channel_weight, spatial_weight, relation_weight)
@@ -147,6 +151,7 @@ class NonLocalLoss(nn.Module):
                 "Expected weights and a temperature above 0 and a reduction of at least 1, "
                 f"got {weights}, {temperature} and {reduction}"
             )
+        check_scale(scale)
 
         def block(channels: int) -> NonLocalBlock:
             return NonLocalBlock(
@@ -163,6 +168,7 @@ class NonLocalLoss(nn.Module):
         self.teacher_block = block(teacher_channels)
         self.weights = weights
         self.temperature = temperature
+        self.scale: FeatureScale = scale
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The authors' weighted sum."""
@@ -172,6 +178,7 @@ class NonLocalLoss(nn.Module):
     def parts(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Feature, channel, spatial and relation distance, each before its weight."""
         check_maps(student, teacher, student_channels=self.student_channels, teacher_channels=self.teacher_channels)
+        student, teacher = rescale(student, teacher, scale=self.scale)
         dtype = self.feature_adapter.weight.dtype
         teacher = at_least_float32(teacher.detach()).to(dtype)
         student = resample(at_least_float32(student).to(dtype), (teacher.shape[-2], teacher.shape[-1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from drkd.contracts import Decay, DetectorSpec
-from drkd.losses import FocalGlobalLoss
+from drkd.losses import FeatureScale, FocalGlobalLoss
 from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
 
@@ -25,6 +25,8 @@ class FGD(LevelwiseMethod):
         attention_weight: gamma, within the term; same (Faster R-CNN: 5e-5).
         relation_weight: lambda, within the term; same (Faster R-CNN: 5e-7).
         temperature: Of the attentions, units of the feature.
+        scale: ``none``, the authors', or ``teacher_rms``, which measures both maps in units of the teacher's root mean
+            square, level by level, so that the attentions and the proportions do not depend on the features' size.
         levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
@@ -50,6 +52,7 @@ class FGD(LevelwiseMethod):
         attention_weight: float = 5e-4,
         relation_weight: float = 5e-6,
         temperature: float = 0.5,
+        scale: FeatureScale = "none",
         levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
@@ -75,6 +78,7 @@ class FGD(LevelwiseMethod):
                 attention_weight=attention_weight,
                 relation_weight=relation_weight,
                 temperature=temperature,
+                scale=scale,
             )
             for pair in self.pairs
         )
