@@ -35,16 +35,32 @@ def make_adapter(
             raise ValueError(f"Expected equal channels without an adapter, got {student_channels}, {teacher_channels}")
         return nn.Identity()
     adapter = nn.Conv2d(student_channels, teacher_channels, kernel_size=kernel_size, padding=kernel_size // 2)
+    _start(adapter, init, equal=student_channels == teacher_channels)
+    return adapter
+
+
+def make_linear_adapter(student_channels: int, teacher_channels: int, *, init: AdapterInit = "identity") -> nn.Module:
+    """The same for vectors (B, C): a linear layer, see `make_adapter`."""
+    if init == "none":
+        return make_adapter(student_channels, teacher_channels, init=init)
+    adapter = nn.Linear(student_channels, teacher_channels)
+    _start(adapter, init, equal=student_channels == teacher_channels)
+    return adapter
+
+
+def _start(adapter: nn.Conv2d | nn.Linear, init: AdapterInit, *, equal: bool) -> None:
+    """Give an adapter that torch has filled its start."""
     if init == "identity":
-        if student_channels == teacher_channels:
-            nn.init.dirac_(adapter.weight)
+        if not equal:
+            nn.init.normal_(adapter.weight, std=adapter.weight[0].numel() ** -0.5)
+        elif isinstance(adapter, nn.Linear):
+            nn.init.eye_(adapter.weight)
         else:
-            nn.init.normal_(adapter.weight, std=(student_channels * kernel_size**2) ** -0.5)
+            nn.init.dirac_(adapter.weight)
         if adapter.bias is not None:
             nn.init.zeros_(adapter.bias)
     elif init != "default":
         raise ValueError(f"Expected an adapter init out of identity, default, none, got {init!r}")
-    return adapter
 
 
 def adapt(adapter: nn.Module, feature: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from drkd.contracts import Decay, DetectorSpec
-from drkd.losses import FeatureScale, GraphNorm, NonLocalLoss
+from drkd.losses import AdapterInit, FeatureScale, GraphNorm, NonLocalLoss
 from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
 
@@ -32,6 +32,8 @@ class NLD(LevelwiseMethod):
         temperature: Of the attention, units of the feature.
         scale: ``none``, the authors', or ``teacher_rms``, which measures both maps in units of the teacher's root mean
             square, level by level, so that the attention and the proportions do not depend on the features' size.
+        adapter_init: Start of the adapters on the student's side, always there, see `make_adapter`; ``default``, the
+            authors', draws a random basis.
         finest_levels: How many levels, finest first, are distilled (authors: 4); None is all.
         levels: Student levels to choose from, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
@@ -61,6 +63,7 @@ class NLD(LevelwiseMethod):
         relation_weight: float = 7e-5,
         temperature: float = 0.5,
         scale: FeatureScale = "none",
+        adapter_init: AdapterInit = "default",
         finest_levels: int | None = 4,
         levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
@@ -94,6 +97,7 @@ class NLD(LevelwiseMethod):
                 relation_weight=relation_weight,
                 temperature=temperature,
                 scale=scale,
+                adapter_init=adapter_init,
             )
             for index, pair in enumerate(self.pairs)
         )
