@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import drkd.methods
@@ -25,6 +26,12 @@ def test_every_comparison_can_be_run(file: Path) -> None:
     cells = make_cells(comparison, source=str(file))
     assert {cell.method for cell in cells} >= set(comparison.methods)
     assert comparison.reference in comparison.methods
+
+
+def test_digits2_has_the_arms_of_the_leaderboard() -> None:
+    files = (BENCHMARKS.parent / "recipes" / "compare" / "digits.yaml", BENCHMARKS / "comparisons" / "digits2.yaml")
+    leaderboard, digits2 = (yaml.safe_load(file.read_text()) for file in files)
+    assert digits2["methods"] == leaderboard["methods"] and digits2["pairs"] == leaderboard["pairs"]
 
 
 def test_the_speed_table_has_every_method(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from toys import ToyDetector, toy_batch
 from drkd.adapters import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder
 from drkd.contracts import BoxTargets, DetectionBatch, Detector, DetectorOutput, FeatureMap, KDMethod
 from drkd.engine.distiller import Distiller
+from drkd.losses import rescale
 from drkd.methods import (
     CWD,
     DRKD,
@@ -122,6 +123,13 @@ def test_a_methods_forward_and_backward_on_a_gpu(method: type[KDMethod], counts:
     kd(ours, theirs, batch)
     with waiting_is_an_error("cuda"):
         torch.stack(list(kd(ours, theirs, batch).values())).sum().backward()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_maps_in_the_teachers_unit(device: str) -> None:
+    student, teacher = (torch.randn(2, 8, 4, 4, device=device) for _ in range(2))
+    with waiting_is_an_error(device):
+        rescale(student, teacher, scale="teacher_rms")
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from drkd.losses import FocalGlobalLoss, GlobalContext, channel_attention, foreground_weights, spatial_attention
+from drkd.losses import (
+    FocalGlobalLoss,
+    GlobalContext,
+    channel_attention,
+    foreground_weights,
+    rescale,
+    spatial_attention,
+)
 
 
 def test_attention_by_hand():
@@ -100,3 +107,47 @@ def test_errors():
         FocalGlobalLoss(1, 1, foreground_weight=-1.0)
     with pytest.raises(ValueError, match="temperature"):
         FocalGlobalLoss(1, 1, temperature=0.0)
+
+
+def effective(attention):
+    """How many entries share an attention, on average over the images: 1 / sum p^2."""
+    share = attention.flatten(1) / attention.flatten(1).sum(dim=1, keepdim=True)
+    return (1 / share.square().sum(dim=1)).mean().item()
+
+
+def loud_gradients(student, loss):
+    """How many values have more than a hundredth of the largest gradient."""
+    size = torch.autograd.grad(loss, student)[0].abs()
+    return (size > size.max() / 100).sum().item()
+
+
+def test_in_the_teachers_unit_large_features_have_attention_in_many_places():
+    torch.manual_seed(0)
+    student = (20 * torch.randn(2, 32, 16, 16)).requires_grad_()
+    teacher = 20 * torch.randn(2, 32, 16, 16) * (0.5 + torch.rand(1, 32, 1, 1))
+    boxes = [torch.tensor([[20.0, 20.0, 80.0, 90.0]])] * 2
+    found = {}
+    for scale in ("none", "teacher_rms"):
+        measured = rescale(student, teacher, scale=scale)[1]
+        kept = [effective(f(measured, temperature=0.5)) for f in (spatial_attention, channel_attention)]
+        loss = FocalGlobalLoss(32, 32, attention_weight=0.0, relation_weight=0.0, scale=scale)
+        found[scale] = (*kept, loud_gradients(student, loss(student, teacher, boxes, image_size=(128, 128))))
+    assert found["none"][0] < 0.1 * 256 and found["none"][1] < 0.25 * 32
+    assert found["teacher_rms"][0] > 0.8 * 256 and found["teacher_rms"][1] > 0.6 * 32
+    assert found["teacher_rms"][2] > 5 * found["none"][2]
+
+
+def test_in_the_teachers_unit_the_value_is_that_of_maps_divided_by_hand():
+    torch.manual_seed(0)
+    student, teacher = 20 * torch.randn(2, 4, 6, 6), 20 * torch.randn(2, 8, 6, 6)
+    boxes = [torch.tensor([[4.0, 4.0, 20.0, 20.0]])] * 2
+    loss = FocalGlobalLoss(4, 8, scale="teacher_rms")
+    plain = FocalGlobalLoss(4, 8)
+    plain.load_state_dict(loss.state_dict())
+    unit = teacher.square().mean().sqrt()
+    by_hand = plain(student / unit, teacher / unit, boxes, image_size=(48, 48))
+    torch.testing.assert_close(loss(student, teacher, boxes, image_size=(48, 48)), by_hand)
+    larger = loss(7 * student, 7 * teacher, boxes, image_size=(48, 48))
+    torch.testing.assert_close(larger, by_hand)
+    with pytest.raises(ValueError, match="a scale out of none, teacher_rms"):
+        FocalGlobalLoss(4, 8, scale="rms")

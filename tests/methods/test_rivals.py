@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from drkd.contracts import BoxTargets, DetectionBatch, DetectorOutput, DetectorSpec, DrkdError, FeatureLevel, FeatureMap
-from drkd.methods import CWD, FGD, FGFI, MGD, NLD, PKD, FitNet
+from drkd.methods import CWD, FGD, FGFI, MGD, NLD, PKD, DeFeat, FitNet
 
 SPEC = DetectorSpec(tuple(FeatureLevel(f"p{i}", 8, 2.0**i) for i in range(3, 8)), ("thing",))
 RIVALS = pytest.mark.parametrize(
@@ -55,6 +55,11 @@ def loss_of(method, **options):
     return method(SPEC, SPEC, **options).losses
 
 
+def plain_fgd(student, teacher, **options):
+    """FGD without modules of its own but the adapters."""
+    return FGD(student, teacher, relation_weight=0.0, **options)
+
+
 def test_arguments_arrive():
     assert loss_of(CWD, temperature=3.0)[0].temperature == 3.0
     assert loss_of(MGD, masked_share=0.4)[0].masked_share == 0.4
@@ -64,10 +69,12 @@ def test_arguments_arrive():
     names = ("foreground_weight", "background_weight", "attention_weight", "relation_weight", "temperature")
     fgd = loss_of(FGD, **{name: float(index) for index, name in enumerate(names, 1)})[0]
     assert [getattr(fgd, name) for name in names] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert [loss_of(method)[0].scale for method in (FGD, NLD)] == ["none", "none"]
+    assert {loss.scale for method in (FGD, NLD) for loss in loss_of(method, scale="teacher_rms")} == {"teacher_rms"}
     fgfi = loss_of(FGFI, scales=[4, 8], ratios=[1.0], threshold=0.3, anchor_style="inclusive", activation=True)[1]
     assert (fgfi.scales, fgfi.ratios, fgfi.threshold) == ((4, 8), (1.0,), 0.3)
     assert (fgfi.anchor_style, fgfi.activation) == ("inclusive", True)
-    for adapting, by_default in ((FitNet, True), (PKD, False), (CWD, False)):
+    for adapting, by_default in ((FitNet, True), (PKD, False), (CWD, False), (plain_fgd, False)):
         assert bool(list(adapting(SPEC, SPEC).parameters())) is by_default
         assert list(adapting(SPEC, SPEC, always_adapt=False).parameters()) == []
         shapes = [tuple(weight.shape) for weight in adapting(SPEC, SPEC, always_adapt=True).parameters()]
@@ -117,3 +124,72 @@ def test_only_the_level_of_a_box_learns_from_it():
         "fgfi/p5": False,
     }
     assert all(term.item() > 0 for term in FGFI(spec, spec, assignment="all")(*outputs, batch).values())
+
+
+ADAPTING = pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (FGFI, {"assignment": "all"}),
+        (DeFeat, {}),
+        (NLD, {}),
+        (CWD, {"always_adapt": True}),
+        (FGD, {"always_adapt": True}),
+    ],
+)
+
+
+def adapters(kd):
+    """What is on the student's side of each level."""
+    if isinstance(kd, DeFeat):
+        return list(kd.adapters)
+    if isinstance(kd, NLD):
+        names = ("feature_adapter", "channel_adapter", "spatial_adapter", "relation_adapter")
+        return [getattr(loss, name) for loss in kd.losses for name in names]
+    return [loss.align.adapter for loss in kd.losses]
+
+
+@ADAPTING
+def test_adapters_start_as_they_are_told(method, options):
+    kinds = {init: adapters(method(SPEC, SPEC, adapter_init=init, **options)) for init in ("identity", "none")}
+    for adapter in kinds["identity"]:
+        linear = isinstance(adapter, torch.nn.Linear)
+        feature = torch.randn(3, adapter.weight.shape[1], *(() if linear else (4, 5)))
+        torch.testing.assert_close(adapter(feature), feature, rtol=0, atol=0)
+    assert all(isinstance(adapter, torch.nn.Identity) for adapter in kinds["none"])
+    assert inspect.signature(method).parameters["adapter_init"].default == "default"
+    with pytest.raises(ValueError, match="identity, default, none, got 'eye'"):
+        method(SPEC, SPEC, adapter_init="eye", **options)
+    wider = DetectorSpec(tuple(FeatureLevel(level.name, 16, level.stride) for level in SPEC.levels), ("thing",))
+    for adapter in adapters(method(SPEC, wider, adapter_init="identity", **options)):
+        assert adapter.bias.eq(0).all() and adapter.weight.ne(0).any()
+    with pytest.raises(ValueError, match="equal channels without an adapter"):
+        method(SPEC, wider, adapter_init="none", **options)
+
+
+@ADAPTING
+def test_an_adapter_that_starts_as_the_identity_leads_the_student_to_the_teacher(method, options):
+    """A step against the gradient goes to the teacher's map; through a random basis it does not see that map."""
+    spec = DetectorSpec(SPEC.levels[:2], ("thing",))
+    sides = [16, 8]
+    box = torch.tensor([[10.0, 10.0, 60.0, 70.0]])
+    target = BoxTargets(box, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))
+    image = (128, 128)
+    batch = DetectionBatch(torch.zeros(2, 3, *image), (image,) * 2, (image,) * 2, (target,) * 2, (1, 2))
+    found = {}
+    for init in ("identity", "default"):
+        torch.manual_seed(0)
+        kd = method(spec, spec, adapter_init=init, **options)
+        torch.manual_seed(1)
+        ours, theirs = ([torch.randn(2, 8, side, side, requires_grad=True) for side in sides] for _ in range(2))
+        outputs = []
+        for maps in (ours, theirs):
+            named = zip(spec.levels, maps, strict=True)
+            outputs.append(
+                DetectorOutput(tuple(FeatureMap(level.name, map_, level.stride, level.stride) for level, map_ in named))
+            )
+        terms = torch.stack(list(kd(*outputs, batch).values())).sum()
+        step = -torch.cat([gradient.flatten() for gradient in torch.autograd.grad(terms, ours)])
+        student, teacher = (torch.cat([map_.detach().flatten() for map_ in maps]) for maps in (ours, theirs))
+        found[init] = [torch.cosine_similarity(step, way, dim=0).item() for way in (teacher - student, teacher)]
+    assert found["identity"][0] > 0.35 and found["identity"][0] > 2 * found["default"][0]
+    assert found["identity"][1] > 0.2 and abs(found["default"][1]) < 0.1

@@ -1,6 +1,6 @@
 """Losses: tensors in, a 0-d tensor out, one paper's idea a file; no weights are applied here."""
 
-from drkd.losses.alignment import AdapterInit, MapAdapter, adapt, make_adapter, resample
+from drkd.losses.alignment import AdapterInit, FeatureScale, MapAdapter, adapt, make_adapter, resample, rescale
 from drkd.losses.anchors import AnchorStyle, level_anchors
 from drkd.losses.attention import channel_attention, spatial_attention
 from drkd.losses.box_codes import decode_distances, decode_offsets, distance_overlap, generalised_overlap
@@ -35,6 +35,7 @@ __all__ = [
     "ChannelWiseLoss",
     "ClassActivation",
     "Distance",
+    "FeatureScale",
     "FilterMode",
     "FineGrainedLoss",
     "FocalGlobalLoss",
@@ -82,6 +83,7 @@ __all__ = [
     "pool_instances",
     "quality_focal_distance",
     "resample",
+    "rescale",
     "softened_divergence",
     "spatial_attention",
     "standardise",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from drkd.losses.distance import at_least_float32
+from drkd.losses.distance import at_least_float32, full_precision
 
 AdapterInit = Literal["identity", "default", "none"]
 """Start of an adapter; see `make_adapter`."""
+
+FeatureScale = Literal["none", "teacher_rms"]
+"""Unit in which a pair of maps is measured; see `rescale`."""
 
 
 def make_adapter(
@@ -31,16 +35,32 @@ def make_adapter(
             raise ValueError(f"Expected equal channels without an adapter, got {student_channels}, {teacher_channels}")
         return nn.Identity()
     adapter = nn.Conv2d(student_channels, teacher_channels, kernel_size=kernel_size, padding=kernel_size // 2)
+    _start(adapter, init, equal=student_channels == teacher_channels)
+    return adapter
+
+
+def make_linear_adapter(student_channels: int, teacher_channels: int, *, init: AdapterInit = "identity") -> nn.Module:
+    """The same for vectors (B, C): a linear layer, see `make_adapter`."""
+    if init == "none":
+        return make_adapter(student_channels, teacher_channels, init=init)
+    adapter = nn.Linear(student_channels, teacher_channels)
+    _start(adapter, init, equal=student_channels == teacher_channels)
+    return adapter
+
+
+def _start(adapter: nn.Conv2d | nn.Linear, init: AdapterInit, *, equal: bool) -> None:
+    """Give an adapter that torch has filled its start."""
     if init == "identity":
-        if student_channels == teacher_channels:
-            nn.init.dirac_(adapter.weight)
+        if not equal:
+            nn.init.normal_(adapter.weight, std=adapter.weight[0].numel() ** -0.5)
+        elif isinstance(adapter, nn.Linear):
+            nn.init.eye_(adapter.weight)
         else:
-            nn.init.normal_(adapter.weight, std=(student_channels * kernel_size**2) ** -0.5)
+            nn.init.dirac_(adapter.weight)
         if adapter.bias is not None:
             nn.init.zeros_(adapter.bias)
     elif init != "default":
         raise ValueError(f"Expected an adapter init out of identity, default, none, got {init!r}")
-    return adapter
 
 
 def adapt(adapter: nn.Module, feature: Tensor) -> Tensor:
@@ -69,6 +89,37 @@ def check_maps(student: Tensor, teacher: Tensor, *, student_channels: int, teach
             f"Expected {student_channels} student and {teacher_channels} teacher channels, "
             f"got {student.shape[1]} and {teacher.shape[1]}"
         )
+
+
+def check_scale(scale: FeatureScale) -> None:
+    """Raise a ValueError unless the scale is one that `rescale` knows."""
+    if scale not in ("none", "teacher_rms"):
+        raise ValueError(f"Expected a scale out of none, teacher_rms, got {scale!r}")
+
+
+def rescale(student: Tensor, teacher: Tensor, *, scale: FeatureScale) -> tuple[Tensor, Tensor]:
+    r"""Measure both maps in one unit, that of the teacher's; for losses with constants in units of the feature.
+
+    A softmax of magnitudes over an absolute temperature is nearly even where the features are small against it, and
+    nearly one-hot where they are large: the attention is then a choice of one place, and so is the gradient.
+
+    Args:
+        student: (B, Cs, h, w), before its adapter.
+        teacher: (B, Ct, H, W).
+        scale: ``none`` returns both as they are; ``teacher_rms`` divides both by the root mean square of the teacher's
+            map over the whole batch, a constant to the gradient. A map of zeros, below 1e-6, has the unit 1. Nothing
+            waits for the device.
+
+    Returns:
+        Both maps, same shapes; with ``teacher_rms`` at least float32.
+    """
+    if scale == "none":
+        return student, teacher
+    with full_precision(teacher):
+        student, teacher = at_least_float32(student), at_least_float32(teacher)
+        size = torch.linalg.vector_norm(teacher.detach()) / max(teacher.numel(), 1) ** 0.5
+        unit = torch.where(size > 1e-6, size, torch.ones_like(size))
+        return student / unit, teacher / unit
 
 
 class MapAdapter(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from drkd.losses.alignment import MapAdapter
+from drkd.losses.alignment import AdapterInit, MapAdapter
 from drkd.losses.distance import full_precision
 
 
@@ -23,6 +23,7 @@ class ChannelWiseLoss(nn.Module):
         teacher_channels: Channels of the teacher's map.
         temperature: tau, units of the feature, > 0.
         always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal.
+        adapter_init: Its start, see `make_adapter`; ``default`` draws a random basis.
 
     Shape:
         student, teacher: see `MapAdapter`.
@@ -33,12 +34,18 @@ class ChannelWiseLoss(nn.Module):
     """
 
     def __init__(
-        self, student_channels: int, teacher_channels: int, *, temperature: float = 1.0, always_adapt: bool = False
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        *,
+        temperature: float = 1.0,
+        always_adapt: bool = False,
+        adapter_init: AdapterInit = "default",
     ) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"Expected a temperature above 0, got {temperature}")
-        self.align = MapAdapter(student_channels, teacher_channels, always=always_adapt)
+        self.align = MapAdapter(student_channels, teacher_channels, always=always_adapt, init=adapter_init)
         self.temperature = temperature
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:

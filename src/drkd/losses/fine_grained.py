@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from drkd.losses.alignment import MapAdapter
+from drkd.losses.alignment import AdapterInit, MapAdapter
 from drkd.losses.anchors import AnchorStyle, level_anchors
 from drkd.losses.box_masks import in_portions, padded_boxes
 from drkd.losses.distance import full_precision
@@ -37,6 +37,7 @@ class FineGrainedLoss(nn.Module):
         threshold: psi, share of the largest IoU, in [0, 1).
         anchor_style: See `level_anchors`.
         activation: A ReLU follows f.
+        adapter_init: Start of f, see `make_adapter`; ``default``, the authors', draws a random basis.
         box_sizes: Boxes from the first of these sizes to below the second belong to the level; a size is
             sqrt((width + 1) (height + 1)), px.
 
@@ -60,6 +61,7 @@ class FineGrainedLoss(nn.Module):
         threshold: float = 0.5,
         anchor_style: AnchorStyle = "centred",
         activation: bool = False,
+        adapter_init: AdapterInit = "default",
         box_sizes: tuple[float, float] = (0.0, math.inf),
     ) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ class FineGrainedLoss(nn.Module):
             )
         if anchor_style not in ("centred", "inclusive"):
             raise ValueError(f"Expected an anchor style out of centred, inclusive, got {anchor_style!r}")
-        self.align = MapAdapter(student_channels, teacher_channels, always=True, kernel_size=3)
+        self.align = MapAdapter(student_channels, teacher_channels, always=True, init=adapter_init, kernel_size=3)
         self.activation = activation
         self.scales = tuple(scales)
         self.ratios = tuple(ratios)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from drkd.losses.alignment import MapAdapter
+from drkd.losses.alignment import AdapterInit, FeatureScale, MapAdapter, check_scale, rescale
 from drkd.losses.attention import channel_attention, spatial_attention
 from drkd.losses.box_masks import in_portions, padded_boxes
 from drkd.losses.distance import at_least_float32, full_precision
@@ -113,6 +113,11 @@ class FocalGlobalLoss(nn.Module):
         attention_weight: gamma.
         relation_weight: lambda; 0 leaves the two global contexts out.
         temperature: Of the attentions, units of the feature, > 0.
+        scale: ``none``, the authors', or ``teacher_rms``, a deviation: both maps are divided by the root mean square of
+            the teacher's first, see `rescale`. The temperature is absolute; where the features are many times larger,
+            the attentions are nearly one-hot, and next to no place has a gradient.
+        always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal.
+        adapter_init: Its start, see `make_adapter`; ``default`` draws a random basis.
 
     Shape:
         student, teacher: see `MapAdapter`.
@@ -134,12 +139,16 @@ class FocalGlobalLoss(nn.Module):
         attention_weight: float = 5e-4,
         relation_weight: float = 5e-6,
         temperature: float = 0.5,
+        scale: FeatureScale = "none",
+        always_adapt: bool = False,
+        adapter_init: AdapterInit = "default",
     ) -> None:
         super().__init__()
         weights = (foreground_weight, background_weight, attention_weight, relation_weight)
         if min(weights) < 0 or temperature <= 0:
             raise ValueError(f"Expected weights of at least 0 and a temperature above 0, got {weights}, {temperature}")
-        self.align = MapAdapter(student_channels, teacher_channels)
+        check_scale(scale)
+        self.align = MapAdapter(student_channels, teacher_channels, always=always_adapt, init=adapter_init)
         self.student_context = GlobalContext(teacher_channels) if relation_weight > 0 else None
         self.teacher_context = GlobalContext(teacher_channels) if relation_weight > 0 else None
         self.foreground_weight = foreground_weight
@@ -147,6 +156,7 @@ class FocalGlobalLoss(nn.Module):
         self.attention_weight = attention_weight
         self.relation_weight = relation_weight
         self.temperature = temperature
+        self.scale: FeatureScale = scale
 
     def forward(
         self, student: Tensor, teacher: Tensor, boxes: Sequence[Tensor], *, image_size: tuple[int, int]
@@ -160,7 +170,7 @@ class FocalGlobalLoss(nn.Module):
         self, student: Tensor, teacher: Tensor, boxes: Sequence[Tensor], *, image_size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Foreground, background, attention and relation, each before its weight."""
-        student, teacher = self.align(student, teacher)
+        student, teacher = self.align(*rescale(student, teacher, scale=self.scale))
         with full_precision(student):
             foreground, background = foreground_weights(boxes, teacher, image_size=image_size)
             where, which = (

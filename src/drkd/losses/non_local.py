@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from drkd.losses.alignment import check_maps, resample
+from drkd.losses.alignment import (
+    AdapterInit,
+    FeatureScale,
+    check_maps,
+    check_scale,
+    make_adapter,
+    make_linear_adapter,
+    resample,
+    rescale,
+)
 from drkd.losses.attention import spatial_attention
 from drkd.losses.distance import at_least_float32, full_precision
 from drkd.losses.graph_reasoning import GraphNorm, make_norm
@@ -115,6 +124,10 @@ class NonLocalLoss(nn.Module):
         spatial_weight: w_s.
         relation_weight: w_n.
         temperature: Of the attention, units of the feature, > 0.
+        scale: ``none``, the authors', or ``teacher_rms``, a deviation: both maps are divided by the root mean square of
+            the teacher's first, see `rescale`. The temperature is absolute; where the features are many times larger,
+            the attention is nearly one-hot, and the feature part has next to no gradient anywhere else.
+        adapter_init: Start of K, K', F and D, see `make_adapter`; ``default``, the authors', draws a random basis.
 
     Shape:
         student: (B, Cs, h, w); resampled bilinearly to the teacher's size where it differs.
@@ -139,6 +152,8 @@ class NonLocalLoss(nn.Module):
         spatial_weight: float = 4e-3,
         relation_weight: float = 7e-5,
         temperature: float = 0.5,
+        scale: FeatureScale = "none",
+        adapter_init: AdapterInit = "default",
     ) -> None:
         super().__init__()
         weights = (feature_weight, channel_weight, spatial_weight, relation_weight)
@@ -147,6 +162,7 @@ class NonLocalLoss(nn.Module):
                 "Expected weights and a temperature above 0 and a reduction of at least 1, "
                 f"got {weights}, {temperature} and {reduction}"
             )
+        check_scale(scale)
 
         def block(channels: int) -> NonLocalBlock:
             return NonLocalBlock(
@@ -155,14 +171,15 @@ class NonLocalLoss(nn.Module):
 
         self.student_channels = student_channels
         self.teacher_channels = teacher_channels
-        self.feature_adapter = nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
-        self.channel_adapter = nn.Linear(student_channels, teacher_channels)
-        self.spatial_adapter = nn.Conv2d(1, 1, kernel_size=3, padding=1)
-        self.relation_adapter = nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
+        self.feature_adapter = make_adapter(student_channels, teacher_channels, init=adapter_init)
+        self.channel_adapter = make_linear_adapter(student_channels, teacher_channels, init=adapter_init)
+        self.spatial_adapter = make_adapter(1, 1, init=adapter_init, kernel_size=3)
+        self.relation_adapter = make_adapter(student_channels, teacher_channels, init=adapter_init)
         self.student_block = block(student_channels)
         self.teacher_block = block(teacher_channels)
         self.weights = weights
         self.temperature = temperature
+        self.scale: FeatureScale = scale
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The authors' weighted sum."""
@@ -172,7 +189,8 @@ class NonLocalLoss(nn.Module):
     def parts(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Feature, channel, spatial and relation distance, each before its weight."""
         check_maps(student, teacher, student_channels=self.student_channels, teacher_channels=self.teacher_channels)
-        dtype = self.feature_adapter.weight.dtype
+        student, teacher = rescale(student, teacher, scale=self.scale)
+        dtype = self.student_block.theta.weight.dtype
         teacher = at_least_float32(teacher.detach()).to(dtype)
         student = resample(at_least_float32(student).to(dtype), (teacher.shape[-2], teacher.shape[-1]))
         with full_precision(student):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from drkd.contracts import Decay, DetectorSpec
-from drkd.losses import ChannelWiseLoss
+from drkd.losses import AdapterInit, ChannelWiseLoss
 from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
 
@@ -20,6 +20,7 @@ class CWD(LevelwiseMethod):
         temperature: tau, units of the feature.
         always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal (authors: only where
             they differ).
+        adapter_init: Its start, see `make_adapter`; ``default`` draws a random basis.
         levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
@@ -42,6 +43,7 @@ class CWD(LevelwiseMethod):
         weight: float | None = None,
         temperature: float = 1.0,
         always_adapt: bool = False,
+        adapter_init: AdapterInit = "default",
         levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
@@ -60,7 +62,11 @@ class CWD(LevelwiseMethod):
         )
         self.losses = nn.ModuleList(
             ChannelWiseLoss(
-                pair.student.channels, pair.teacher.channels, temperature=temperature, always_adapt=always_adapt
+                pair.student.channels,
+                pair.teacher.channels,
+                temperature=temperature,
+                always_adapt=always_adapt,
+                adapter_init=adapter_init,
             )
             for pair in self.pairs
         )

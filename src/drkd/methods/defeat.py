@@ -6,7 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from drkd.contracts import Decay, DetectionBatch, DetectorOutput, DetectorSpec, DrkdError, KDMethod, Want
-from drkd.losses import adapt, choose_levels, class_divergence, decoupled_distance, foreground_mask, resample
+from drkd.losses import (
+    AdapterInit,
+    adapt,
+    choose_levels,
+    class_divergence,
+    decoupled_distance,
+    foreground_mask,
+    make_adapter,
+    resample,
+)
 from drkd.losses.alignment import check_maps
 from drkd.methods.levels import Levels, MissingLevels, maps_by_name, match_levels
 from drkd.methods.prediction_pairs import TeacherClasses
@@ -35,6 +44,7 @@ class DeFeat(KDMethod):
         temperature: Of the region classes, > 0.
         size_per_stride: A box belongs to a level from this many of its strides on, see `choose_levels`; the authors' 14
             is for images of 800 px, and puts every box of a small image on the finest level.
+        adapter_init: Start of the 3x3 convolutions, see `make_adapter`; ``default`` draws a random basis.
         levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether weights are gradient ratios, see `KDMethod`.
@@ -57,6 +67,7 @@ class DeFeat(KDMethod):
         region_weight: float | None = None,
         temperature: float = 1.0,
         size_per_stride: float = 14.0,
+        adapter_init: AdapterInit = "default",
         levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
@@ -75,7 +86,8 @@ class DeFeat(KDMethod):
             raise ValueError(f"Expected a size_per_stride above 0, got {size_per_stride}")
         self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
         self.adapters = nn.ModuleList(
-            nn.Conv2d(pair.student.channels, pair.teacher.channels, kernel_size=3, padding=1) for pair in self.pairs
+            make_adapter(pair.student.channels, pair.teacher.channels, init=adapter_init, kernel_size=3)
+            for pair in self.pairs
         )
         self.foreground_weight = foreground_weight
         self.background_weight = background_weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from drkd.contracts import Decay, DetectorSpec
-from drkd.losses import FocalGlobalLoss
+from drkd.losses import AdapterInit, FeatureScale, FocalGlobalLoss
 from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
 
@@ -25,6 +25,11 @@ class FGD(LevelwiseMethod):
         attention_weight: gamma, within the term; same (Faster R-CNN: 5e-5).
         relation_weight: lambda, within the term; same (Faster R-CNN: 5e-7).
         temperature: Of the attentions, units of the feature.
+        scale: ``none``, the authors', or ``teacher_rms``, which measures both maps in units of the teacher's root mean
+            square, level by level, so that the attentions and the proportions do not depend on the features' size.
+        always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal (authors: only where
+            they differ).
+        adapter_init: Its start, see `make_adapter`; ``default`` draws a random basis.
         levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
@@ -50,6 +55,9 @@ class FGD(LevelwiseMethod):
         attention_weight: float = 5e-4,
         relation_weight: float = 5e-6,
         temperature: float = 0.5,
+        scale: FeatureScale = "none",
+        always_adapt: bool = False,
+        adapter_init: AdapterInit = "default",
         levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
@@ -75,6 +83,9 @@ class FGD(LevelwiseMethod):
                 attention_weight=attention_weight,
                 relation_weight=relation_weight,
                 temperature=temperature,
+                scale=scale,
+                always_adapt=always_adapt,
+                adapter_init=adapter_init,
             )
             for pair in self.pairs
         )

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from drkd.contracts import Decay, DetectorSpec
-from drkd.losses import AnchorStyle, FineGrainedLoss
+from drkd.losses import AdapterInit, AnchorStyle, FineGrainedLoss
 from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
 
@@ -31,6 +31,7 @@ class FGFI(LevelwiseMethod):
         threshold: Share of a box's largest IoU that a position's anchor must surpass.
         anchor_style: See `level_anchors`.
         activation: ReLU after the 3x3 convolution on the student's side, as the authors have it on one backbone map.
+        adapter_init: Start of that convolution, see `make_adapter`; ``default``, the authors', draws a random basis.
         levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
@@ -59,6 +60,7 @@ class FGFI(LevelwiseMethod):
         threshold: float = 0.5,
         anchor_style: AnchorStyle = "centred",
         activation: bool = False,
+        adapter_init: AdapterInit = "default",
         levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
@@ -88,6 +90,7 @@ class FGFI(LevelwiseMethod):
                 threshold=threshold,
                 anchor_style=anchor_style,
                 activation=activation,
+                adapter_init=adapter_init,
                 box_sizes=_box_sizes(pair.student.stride, steps, size_per_stride),
             )
             for pair in self.pairs

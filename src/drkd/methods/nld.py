@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from drkd.contracts import Decay, DetectorSpec
-from drkd.losses import GraphNorm, NonLocalLoss
+from drkd.losses import AdapterInit, FeatureScale, GraphNorm, NonLocalLoss
 from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
 
@@ -30,6 +30,10 @@ class NLD(LevelwiseMethod):
         spatial_weight: Within the term, of the means over channels.
         relation_weight: Within the term, of the non-local relations.
         temperature: Of the attention, units of the feature.
+        scale: ``none``, the authors', or ``teacher_rms``, which measures both maps in units of the teacher's root mean
+            square, level by level, so that the attention and the proportions do not depend on the features' size.
+        adapter_init: Start of the adapters on the student's side, always there, see `make_adapter`; ``default``, the
+            authors', draws a random basis.
         finest_levels: How many levels, finest first, are distilled (authors: 4); None is all.
         levels: Student levels to choose from, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
@@ -58,6 +62,8 @@ class NLD(LevelwiseMethod):
         spatial_weight: float = 4e-3,
         relation_weight: float = 7e-5,
         temperature: float = 0.5,
+        scale: FeatureScale = "none",
+        adapter_init: AdapterInit = "default",
         finest_levels: int | None = 4,
         levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
@@ -90,6 +96,8 @@ class NLD(LevelwiseMethod):
                 spatial_weight=spatial_weight,
                 relation_weight=relation_weight,
                 temperature=temperature,
+                scale=scale,
+                adapter_init=adapter_init,
             )
             for index, pair in enumerate(self.pairs)
         )
