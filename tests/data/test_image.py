@@ -130,6 +130,14 @@ def test_no_image_starts_another_program(read, tmp_path: Path, monkeypatch: pyte
     assert not started.exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes among the files")
+@pytest.mark.parametrize("read", [decode_image, read_image_size])
+def test_a_pipe_is_not_waited_for(read, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "1.jpg")
+    with pytest.raises(DrkdError, match=r"1\.jpg: this is no regular file"):
+        read(tmp_path / "1.jpg")
+
+
 def test_a_floating_point_image_is_an_error(tmp_path: Path) -> None:
     Image.fromarray(_GREY.astype(np.float32)).save(tmp_path / "f.tif")
 

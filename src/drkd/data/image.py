@@ -41,6 +41,7 @@ def decode_image(path: Path, size: Size | None = None, *, turned: bool = False) 
     Raises:
         DrkdError: If the file cannot be decoded or has another size.
     """
+    _refuse_special(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -91,6 +92,7 @@ def read_orientation(path: Path) -> tuple[Size, int]:
     Raises:
         DrkdError: If the header cannot be read.
     """
+    _refuse_special(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -100,6 +102,12 @@ def read_orientation(path: Path) -> tuple[Size, int]:
     except Exception as error:
         # Pillow's plugins raise errors of many kinds on damaged files.
         raise DrkdError(f"{path}: the image cannot be read ({error}).") from None
+
+
+def _refuse_special(path: Path) -> None:
+    """A pipe or a device would be waited for, for ever."""
+    if path.exists() and not path.is_file():
+        raise DrkdError(f"{path}: this is no regular file, so no image.")
 
 
 def _turn(image: Image.Image, size: Size | None) -> Image.Image:
