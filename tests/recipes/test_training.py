@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from drkd.adapters import load_detector, save_student
-from drkd.contracts import DrkdError
+from drkd.contracts import DetectionBatch, DrkdError
 from drkd.engine.module import DistillationModule
 from drkd.recipes import training
 from drkd.recipes.recipe import Recipe, load_recipe
@@ -111,24 +111,65 @@ def test_a_finished_run_is_not_overwritten_by_accident(tiny_coco: Path, tmp_path
     train(_recipe(tiny_coco, tmp_path / "run", "--training.epochs=1", "--overwrite=true"))
 
 
-@pytest.mark.parametrize("unit", ["epochs", "steps"])
+@pytest.mark.parametrize(("unit", "validate"), [("epochs", 1), ("steps", 0), ("steps", 1)])
 def test_a_finished_run_made_longer_goes_on_with_the_next_epoch(
-    unit: str, tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unit: str, validate: int, tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[int, int]] = []
+    epochs, images = [], []
+    real = DistillationModule.training_step
 
-    def note(module: DistillationModule) -> None:
-        seen.append((module.current_epoch, module.global_step))
+    def note(module: DistillationModule, batch: DetectionBatch, batch_idx: int) -> torch.Tensor:
+        images.append(list(batch.image_ids))
+        return real(module, batch, batch_idx)
 
-    monkeypatch.setattr(DistillationModule, "on_train_epoch_start", note, raising=False)
+    monkeypatch.setattr(
+        DistillationModule,
+        "on_train_epoch_start",
+        lambda module: epochs.append((module.current_epoch, module.global_step)),
+        raising=False,
+    )
+    monkeypatch.setattr(DistillationModule, "training_step", note)
     recipe = _recipe(tiny_coco, tmp_path / "run")
     recipe.data.setup("fit")
-    steps = len(recipe.data.train_dataloader())
-    for epochs in (2, 4):
-        limit = ("null", epochs * steps) if unit == "steps" else (epochs, "null")
-        options = (f"--training.epochs={limit[0]}", f"--training.steps={limit[1]}", "--resume=auto")
-        train(_recipe(tiny_coco, tmp_path / "run", *options))
-    assert seen == [(epoch, epoch * steps) for epoch in range(4)]
+    loader = recipe.data.train_dataloader()
+    expected = []
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        expected += [list(batch.image_ids) for batch in loader]
+    for length in (2, 4):
+        limit = ("null", length * len(loader)) if unit == "steps" else (length, "null")
+        options = (
+            f"--training.epochs={limit[0]}",
+            f"--training.steps={limit[1]}",
+            f"--training.validate_every={validate}",
+        )
+        train(_recipe(tiny_coco, tmp_path / "run", *options, "--resume=auto"))
+    assert epochs == [(epoch, epoch * len(loader)) for epoch in range(4)]
+    assert images == expected
+    assert '"epochs": 4' in (tmp_path / "run" / "run.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--training.optimization.optimizer=sgd", "optimised by 'adamw'"),
+        ("--training.accumulate=2", r"accumulated 1 batches, training\.accumulate is now 2"),
+    ],
+)
+def test_a_distillation_does_not_go_on_with_another_clock_or_optimizer(
+    change: str, message: str, tiny_coco: Path, tiny_detector: Path, tmp_path: Path
+) -> None:
+    options = [f"--teacher.path={tiny_detector}", "--resume=auto", "--doctor=false"]
+    distill(_recipe(tiny_coco, tmp_path / "run", "--training.epochs=1", *options))
+    batch = "--data.batch_size=1" if "accumulate" in change else "--data.batch_size=2"
+    with pytest.raises(DrkdError, match=message):
+        distill(_recipe(tiny_coco, tmp_path / "run", "--training.epochs=2", *options, batch, change))
+
+
+def test_patience_is_that_which_the_run_was_given_last(tiny_coco: Path, tmp_path: Path) -> None:
+    still = ("--training.optimization.learning_rate=1e-9", "--training.epochs=9", "--resume=auto")
+    for patience in (1, 3):
+        train(_recipe(tiny_coco, tmp_path / "run", f"--training.patience={patience}", *still))
     assert '"epochs": 4' in (tmp_path / "run" / "run.json").read_text()
 
 

@@ -21,8 +21,11 @@ from drkd.contracts import DetectionBatch, Detections, Detector, DrkdError
 from drkd.engine.agreement import share_buffers
 from drkd.engine.distiller import Distiller
 
-# Under this name a checkpoint says how the images of a step were shared out.
+# Under these names a checkpoint says how the images of a step were shared out, and what moved the weights.
 _SHARING = "drkd_images_per_step"
+_OPTIMIZER = "drkd_optimizer"
+# What optimizers count or move in their groups themselves; all the rest of a group is as the recipe says.
+_MOVING = ("params", "lr", "lookahead_step")
 
 
 class Evaluator(Protocol):
@@ -247,10 +250,8 @@ class DistillationModule(LightningModule):
         total = int(self.trainer.estimated_stepping_batches)
         self.distiller.total_steps = total
         schedule = LambdaLR(optimizer, lambda step: settings.factor(step, total))
-        # The rate itself moves; all the rest of a group is as the recipe says.
         self._asked = [
-            {name: value for name, value in group.items() if name not in ("params", "lr")}
-            for group in optimizer.param_groups
+            {name: value for name, value in group.items() if name not in _MOVING} for group in optimizer.param_groups
         ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -272,6 +273,7 @@ class DistillationModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the teacher out, and say what a step is."""
         checkpoint[_SHARING] = self._sharing()
+        checkpoint[_OPTIMIZER] = self.optimization.optimizer
         state = checkpoint["state_dict"]
         for name in [name for name in state if name.startswith("distiller.teacher.")]:
             del state[name]
@@ -293,6 +295,12 @@ class DistillationModule(LightningModule):
             )
         loops = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
         self._refuse_other_sharing(checkpoint)
+        saved = checkpoint.get(_OPTIMIZER, self.optimization.optimizer)
+        if saved != self.optimization.optimizer:
+            raise DrkdError(
+                f"The run was optimised by {str(saved)[:40]!r}, training.optimization.optimizer is now "
+                f"{self.optimization.optimizer!r}, which cannot go on from that state. Start anew in another folder."
+            )
         self._loader_states = list(loops.get("combined_loader", []))
 
     def _sharing(self) -> dict[str, int]:
@@ -314,6 +322,11 @@ class DistillationModule(LightningModule):
                 f"The run took {math.prod(saved.values())} images a step ({told[0]}), now it would take "
                 f"{math.prod(own.values())} ({told[1]}); its schedule counts steps. Change data.batch_size or "
                 "training.accumulate so that a step takes as many as before, or start anew."
+            )
+        if self.distiller.method is not None and saved["accumulate"] != own["accumulate"]:
+            raise DrkdError(
+                f"The run accumulated {saved['accumulate']} batches, training.accumulate is now {own['accumulate']}: "
+                "the distillation's warm-up, balance and decay count batches. Leave it as it was."
             )
         progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
         if not progress.get("is_last_batch"):

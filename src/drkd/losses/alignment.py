@@ -107,8 +107,8 @@ def rescale(student: Tensor, teacher: Tensor, *, scale: FeatureScale) -> tuple[T
         student: (B, Cs, h, w), before its adapter.
         teacher: (B, Ct, H, W).
         scale: ``none`` returns both as they are; ``teacher_rms`` divides both by the root mean square of the teacher's
-            map over the whole batch, a constant to the gradient. A map of zeros, below 1e-6, has the unit 1. Nothing
-            waits for the device.
+            map over the batch of this process, a constant to the gradient. A map of zeros, below 1e-6, has the unit 1.
+            Nothing waits for the device.
 
     Returns:
         Both maps, same shapes; with ``teacher_rms`` at least float32.

@@ -41,7 +41,7 @@ class Projection:
         peak_bytes: Peak memory of the two steps; None where the system does not say.
         peak_kind: What that counts.
         validation_seconds: One validation, detection by all processes, from one batch; None = not known.
-        validations: How many the run has, the final evaluation included.
+        validations: How many the run has; the final evaluation counts as one, though its split may be larger.
         losses: The named losses of the last step.
         price: Of an hour of this machine, in any currency; None where not given.
     """

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from drkd.contracts import DrkdError
 from drkd.recipes.saved_state import find_misfit, is_score
@@ -51,6 +51,8 @@ class Restoring(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             state = checkpoint["callbacks"].get(callback.state_key)
             self._refuse(find_misfit(callback.state_dict(), state, callback.state_key) if state is not None else None)
+            if isinstance(callback, EarlyStopping) and state is not None:
+                state["patience"] = callback.patience  # the one that the run was given now
             if not isinstance(callback, ModelCheckpoint) or not state or callback.dirpath is None:
                 continue
             self._refuse(_move(state, Path(callback.dirpath)))

@@ -362,7 +362,7 @@ def _trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) -> Tr
     part = folder.next_log()
     if folder.writes:
         part.mkdir(parents=True, exist_ok=True)
-    return Trainer(
+    trainer = Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
@@ -389,3 +389,7 @@ def _trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) -> Tr
         enable_progress_bar=sys.stderr.isatty(),
         default_root_dir=folder.path,
     )
+    # A run that counts steps would enter an epoch anew that its checkpoint ends, train a step too many in it, and leave
+    # out the order of the next. One that counts epochs goes on with the next; so shall both.
+    trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+    return trainer
