@@ -359,10 +359,12 @@ class Distiller(nn.Module):
         )
 
     def get_extra_state(self) -> dict[str, Any]:
-        """State that is saved with the state dict: the count of passes and the guard's counters."""
-        return {"passes": self._passes, "silent": dict(self.monitor.silent)}
+        """State saved with the state dict: the passes, how many of them are a step, and the guard's counters."""
+        return {"passes": self._passes, "accumulate": self.accumulate, "silent": dict(self.monitor.silent)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over saved state."""
-        self._passes = int(state["passes"])
+        """Take over saved state; the clock goes on at its optimizer step where a step now takes other passes."""
+        saved = max(1, int(state.get("accumulate", self.accumulate)))
+        passes = int(state["passes"])
+        self._passes = passes if saved == self.accumulate else passes // saved * self.accumulate
         self.monitor.silent = dict(state["silent"])

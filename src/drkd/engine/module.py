@@ -323,11 +323,6 @@ class DistillationModule(LightningModule):
                 f"{math.prod(own.values())} ({told[1]}); its schedule counts steps. Change data.batch_size or "
                 "training.accumulate so that a step takes as many as before, or start anew."
             )
-        if self.distiller.method is not None and saved["accumulate"] != own["accumulate"]:
-            raise DrkdError(
-                f"The run accumulated {saved['accumulate']} batches, training.accumulate is now {own['accumulate']}: "
-                "the distillation's warm-up, balance and decay count batches. Leave it as it was."
-            )
         progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
         if not progress.get("is_last_batch"):
             raise DrkdError(
