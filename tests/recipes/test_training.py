@@ -164,6 +164,18 @@ def test_a_distillation_goes_on_at_its_step_and_not_with_another_optimizer(
     assert (second.distiller._step, second.distiller.get_extra_state()["passes"]) == (6, 12)
 
 
+def test_patience_counts_validations_alone(tiny_coco: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    # Three steps an epoch: the fourth ends the run in an epoch that is not validated, and the run that goes on for it has
+    # seen no validation at all.
+    given = ("--training.patience=1", "--training.epochs=null", "--resume=auto")
+    for steps in (3, 4):
+        train(_recipe(tiny_coco, tmp_path / "run", *given, f"--training.steps={steps}"))
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    states = [state for name, state in saved["callbacks"].items() if name.startswith("EarlyStopping")]
+    assert [state["wait_count"] for state in states] == [0]
+    assert not [warning for warning in recwarn if "val/ap" in str(warning.message)]
+
+
 def test_patience_is_that_which_the_run_was_given_last(tiny_coco: Path, tmp_path: Path) -> None:
     still = ("--training.optimization.learning_rate=1e-9", "--training.epochs=9", "--resume=auto")
     for patience in (1, 3):

@@ -353,7 +353,10 @@ def _callbacks(recipe: Recipe) -> list[Callback]:
     callbacks: list[Callback] = [guard, FiniteWeightsGuard(), LearningRateMonitor(logging_interval="step")]
     callbacks.append(TQDMProgressBar(refresh_rate=5) if sys.stderr.isatty() else LineProgress())
     if recipe.training.patience is not None:
-        callbacks.append(EarlyStopping("val/ap", mode="max", patience=recipe.training.patience))
+        # After a validation, not after an epoch: the last one may end within its images, without any.
+        callbacks.append(
+            EarlyStopping("val/ap", mode="max", patience=recipe.training.patience, check_on_train_epoch_end=False)
+        )
     return callbacks
 
 
