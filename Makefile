@@ -42,6 +42,9 @@ $(BIN)/python:
 
 # The install is editable: only a change of pyproject.toml makes it stale. Python compiles what it
 # imports, when it first does: pip would compile all of torch and the rest, most of it never read.
+# Where Python is told to keep nothing, as many images of containers tell it, it would compile all
+# of what it imports at every start instead.
+unexport PYTHONDONTWRITEBYTECODE
 $(VENV)/.demo-installed: pyproject.toml | $(BIN)/python
 	$(PIP) install --no-compile -e ".[demo]"
 	@touch $@
