@@ -165,8 +165,8 @@ def test_a_distillation_goes_on_at_its_step_and_not_with_another_optimizer(
 
 
 def test_patience_counts_validations_alone(tiny_coco: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    # Three steps an epoch: the fourth ends the run in an epoch that is not validated, and the run that goes on for it has
-    # seen no validation at all.
+    # Three steps an epoch: the fourth ends the run in an epoch that is not validated, and the run that goes on for it
+    # has seen no validation at all.
     given = ("--training.patience=1", "--training.epochs=null", "--resume=auto")
     for steps in (3, 4):
         train(_recipe(tiny_coco, tmp_path / "run", *given, f"--training.steps={steps}"))

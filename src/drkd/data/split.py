@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from drkd.contracts import ImageRecord
+from drkd.data.records import PackedRecords
 
 
 @dataclass(frozen=True)
@@ -13,16 +15,20 @@ class DatasetSplit:
 
     Args:
         name: The split's name ("train", "tune", "val").
-        records: One entry an image, in the order of the source file.
+        records: One entry an image, in the order of the source file; kept as `PackedRecords`.
         class_names: Names of classes 0..K-1.
         category_ids: The source file's category ids by label, for writing results in its terms; -1 for a class that
             the file does not list. Empty if the format has none.
     """
 
     name: str
-    records: tuple[ImageRecord, ...]
+    records: Sequence[ImageRecord]
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.records, PackedRecords):
+            object.__setattr__(self, "records", PackedRecords(self.records))
 
     def __len__(self) -> int:
         return len(self.records)

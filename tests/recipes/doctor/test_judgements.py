@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def _split(name: str, labels: list[int], *, crowd: bool = False) -> DatasetSplit
     count = len(labels)
     record = ImageRecord(
         1,
-        None,  # type: ignore[arg-type]
+        Path("1.png"),
         (10, 10),
         torch.zeros(count, 4),
         torch.tensor(labels, dtype=torch.int64),

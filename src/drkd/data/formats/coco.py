@@ -22,6 +22,7 @@ from drkd.data.split import DatasetSplit
 _NUMBERS = frozenset({int, float})
 # No image has as many px in a row; NaN and the infinities are not below it either.
 _HUGE = 10**9
+_LARGEST_ID = 2**63 - 1
 
 
 def read_coco(annotations: Path, images: Path, *, name: str = "", masks: bool = False) -> DatasetSplit:
@@ -61,10 +62,11 @@ def scan_coco(annotations: Path, images: Path, *, name: str = "", masks: bool = 
     return _Scanner(annotations, images, masks=masks).scan(name or annotations.stem.removeprefix("instances_"))
 
 
-def _load_json(path: Path) -> dict[str, Any]:
+def _load_json(path: Path, *, masks: bool) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            document = json.load(file)
+            # Most of COCO is outlines, and most of the memory: what is not asked for goes as soon as it is read.
+            document = json.load(file, object_hook=None if masks else _without_outline)
     except FileNotFoundError:
         raise DrkdError(f"{path}: there is no such annotation file.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -89,6 +91,11 @@ def _load_json(path: Path) -> dict[str, Any]:
         if not isinstance(document[section], list):
             raise DrkdError(f"{path}: the section '{section}' must be a list, got {shorten(document[section])}.")
     return document
+
+
+def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
+    entry.pop("segmentation", None)
+    return entry
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ class _Scanner:
         self._clipped = 0
 
     def scan(self, name: str) -> SplitScan:
-        document = _load_json(self._file)
+        document = _load_json(self._file, masks=self._masks)
         categories = self._scan_categories(document["categories"])
         images = self._scan_images(document["images"])
         rows = self._scan_annotations(document["annotations"], images, categories)
@@ -159,8 +166,9 @@ class _Scanner:
             self._report(record, "id", "is missing")
             return None
         identity = row["id"]
-        if type(identity) is not int:
-            self._report(record, "id", f"expected an integer, got {shorten(identity)}")
+        if type(identity) is not int or not -_LARGEST_ID <= identity <= _LARGEST_ID:
+            size = " of 64 bits" if type(identity) is int else ""
+            self._report(record, "id", f"expected an integer{size}, got {shorten(identity)}")
             return None
         if identity in seen:
             self._report(f"{what} {identity}", "id", "is used twice; ids must be unique")
