@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from drkd.data.dataset import DatasetSplit, load_split
+from drkd.data.module import keep_memory_shared
 from drkd.recipes.run_folder import machine, source_commit, versions, write_json
 
 # COCO 2017's training set.
@@ -117,6 +118,7 @@ _HELD: list[DatasetSplit] = []
 
 
 def _hold(split: DatasetSplit) -> None:
+    keep_memory_shared(0)
     torch.set_num_threads(1)
     _HELD.append(split)
 

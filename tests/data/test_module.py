@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 import pytest
@@ -81,6 +82,14 @@ def test_an_epoch_set_after_the_iterator_was_made_counts(digits: Path) -> None:
     working.set_epoch(1)
 
     assert [batch.image_ids for batch in batches] == [batch.image_ids for batch in plain]
+
+
+def test_workers_leave_what_they_share_uncollected(digits: Path) -> None:
+    loader = _module(digits, workers=1).train_dataloader()
+    # Of the worker itself, not of the parent: the collate function runs there.
+    loader.collate_fn = lambda samples: gc.get_freeze_count()
+    assert all(count > 1000 for count in loader)
+    assert gc.get_freeze_count() < 1000
 
 
 def test_workers_that_outlive_an_epoch_know_the_next(digits: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -350,6 +351,13 @@ class DetectionDataModule(LightningDataModule):
             "num_workers": self._workers,
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self._workers > 0,
+            "worker_init_fn": keep_memory_shared,
             # A generator of its own: otherwise every epoch draws from the global one, and a resumed run once more.
             "generator": torch.Generator().manual_seed(self._seed),
         }
+
+
+def keep_memory_shared(worker: int) -> None:
+    """Start a data worker: leave what it got from its parent uncollected, as a collection writes into every object."""
+    del worker
+    gc.freeze()
