@@ -412,6 +412,9 @@ class HeadTail(Protocol):
     ) -> DensePredictions:
         """Predict from the maps (B, C, h, w) of each level as they are after ``after`` convolutions."""
 
+    def climb(self, maps: Sequence[Tensor]) -> HeadFeatures:
+        """What the head's branches compute, convolution by convolution, on pyramid maps (B, C, h, w)."""
+
 
 @dataclass(frozen=True)
 class RegionPredictions:

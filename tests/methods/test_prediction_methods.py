@@ -24,6 +24,7 @@ from drkd.contracts import (
     DrkdError,
     FeatureLevel,
     FeatureMap,
+    HeadFeatures,
     PredictionLayout,
 )
 from drkd.engine import Distiller
@@ -305,6 +306,44 @@ def test_a_share_of_less_than_an_image_leaves_passes_out(family):
             torch.testing.assert_close(term, factor * expected[name])
     alone.begin_pass(4, measured=True)
     assert all(torch.equal(term, expected[name]) for name, term in alone(ours, theirs, batch).items())
+
+
+def _first_image(output):
+    """What was computed for a batch's first image."""
+    inside = output.head_features
+    branches = (inside.classification, inside.regression)
+    cut = (tuple(tuple(entry[:1] for entry in maps) for maps in branch) for branch in branches)
+    predictions = replace(output.predictions, logits=output.predictions.logits[:1], boxes=output.predictions.boxes[:1])
+    assignment = None if output.assignment is None else output.assignment[:1]
+    return replace(output, predictions=predictions, assignment=assignment, head_features=HeadFeatures(*cut))
+
+
+@pytest.mark.parametrize("align", [True, False])
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_a_share_of_the_images_goes_through_the_teachers_head_in_crosskd(family, align):
+    student, teacher = pair(family)
+    batch = batch_of()
+    kd = CrossKD(student.spec, teacher.spec, share=0.5, align=align)
+    assert kd.teacher_needs == {"features", "head_tail"}
+    want = kd.needs | {"features", "predictions", "head_features", "head_tail", "assignment"}
+    ours, theirs = student(batch, want=want), teacher(batch, want=want - {"assignment"})
+    every = CrossKD(student.spec, teacher.spec, align=align)
+    fields = ("images", "sizes", "original_sizes", "targets", "image_ids")
+    first = replace(batch, **{field: getattr(batch, field)[:1] for field in fields})
+    expected = every(_first_image(ours), _first_image(theirs), first)
+    got = kd(ours, replace(theirs, predictions=None, head_features=None), batch)
+    for name, term in expected.items():
+        assert term > 0
+        torch.testing.assert_close(got[name], term, rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(count, every.shared_counts()[name]) for name, count in kd.shared_counts().items())
+    sum(got.values()).backward()
+    with pytest.raises(ValueError, match="share above 0"):
+        CrossKD(student.spec, teacher.spec, share=1.5)
+    sparse = CrossKD(student.spec, teacher.spec, share=0.25, align=align)
+    for number, factor in enumerate([0, 2, 0, 2]):
+        sparse.begin_pass(number, measured=False)
+        for name, term in sparse(ours, theirs, batch).items():
+            torch.testing.assert_close(term, factor * expected[name], rtol=1e-5, atol=1e-7)
 
 
 def test_the_distiller_tells_drkds_response_which_passes_to_leave_out():

@@ -18,6 +18,7 @@ from drkd.contracts import (
     Detector,
     DetectorOutput,
     DrkdError,
+    HeadFeatures,
     HeadTail,
     RegionHead,
     RegionPredictions,
@@ -134,6 +135,10 @@ class _Tail:
         self, classification: Sequence[Tensor], regression: Sequence[Tensor], *, after: int
     ) -> DensePredictions:
         return _shrink(self._tail(classification, regression, after=after), self._factors)
+
+    def climb(self, maps: Sequence[Tensor]) -> HeadFeatures:
+        """The head's branches on pyramid maps."""
+        return self._tail.climb(maps)
 
 
 class _RegionHead:

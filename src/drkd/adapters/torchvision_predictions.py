@@ -95,8 +95,8 @@ class DenseHead:
         self.features: HeadFeatures | None = None
         self.outputs: dict[str, Tensor] = {}
         if keep_towers:
-            classification, regression = (_climb(branch, maps) for branch in self._branches)
-            self.features = HeadFeatures(classification, regression)
+            self.features = self.climb(maps)
+            classification, regression = self.features.classification, self.features.regression
             self.outputs = self._finish(classification[-1], regression[-1], after=len(classification))
         elif run:
             self.outputs = self._head(list(maps))
@@ -112,6 +112,11 @@ class DenseHead:
     def tail(self, anchors: Sequence[Tensor]) -> _Tail:
         """The end of the head, for maps of this batch's pyramid."""
         return _Tail(self, anchors)
+
+    def climb(self, maps: Sequence[Tensor]) -> HeadFeatures:
+        """What the branches compute on the way."""
+        classification, regression = (_climb(branch, maps) for branch in self._branches)
+        return HeadFeatures(classification, regression)
 
     def finish(
         self, classification: Sequence[Tensor], regression: Sequence[Tensor], anchors: Sequence[Tensor], *, after: int
@@ -158,6 +163,10 @@ class _Tail:
         self, classification: Sequence[Tensor], regression: Sequence[Tensor], *, after: int
     ) -> DensePredictions:
         return self._head.finish(classification, regression, self._anchors, after=after)
+
+    def climb(self, maps: Sequence[Tensor]) -> HeadFeatures:
+        """The head's branches on pyramid maps."""
+        return self._head.climb(maps)
 
 
 class LossRecorder:

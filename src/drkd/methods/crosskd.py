@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from drkd.contracts import (
     Decay,
+    DensePredictions,
     DetectionBatch,
     DetectorOutput,
     DetectorSpec,
     DrkdError,
+    HeadFeatures,
+    HeadTail,
     KDMethod,
     NotApplicableError,
     Want,
 )
 from drkd.losses import align_scale, decode_distances, decode_offsets, overlap_distance, quality_focal_distance
 from drkd.losses.distance import at_least_float32, full_precision
+from drkd.methods.image_share import ImageShare, pick_rows
 from drkd.methods.prediction_pairs import ON_FEATURES, TeacherClasses, require_layouts, require_same_grid
 from drkd.methods.term_weights import choose_weight
 
@@ -47,6 +53,7 @@ class CrossKD(KDMethod):
             FCOS 2).
         beta: Focusing of the classes, see `quality_focal_distance`.
         align: Give the student's maps the scale of the teacher's first, see `align_scale`.
+        share: Of a batch's images that the teacher's head is asked about, see `ImageShare`.
         balanced: Whether weights are gradient ratios, see `KDMethod`.
         warmup_steps: See `KDMethod`.
         decay: See `KDMethod`.
@@ -69,6 +76,7 @@ class CrossKD(KDMethod):
         after: int | None = None,
         beta: float = 1.0,
         align: bool = True,
+        share: float = 1.0,
         balanced: bool = True,
         warmup_steps: int = 0,
         decay: Decay = "none",
@@ -96,7 +104,11 @@ class CrossKD(KDMethod):
         self.decode = decode_offsets if ours.kind == "anchors" else decode_distances
         self.beta = beta
         self.align = align
-        if align:
+        self.images = ImageShare(share)
+        if share < 1:
+            # The head is run here, on some of the images.
+            self.teacher_needs = frozenset[Want]({"features", "head_tail"})
+        elif align:
             self.teacher_needs = self.teacher_needs | {"head_features"}
         self.weights = {
             "classification": choose_weight(class_weight, balanced=balanced, plain=plain_class),
@@ -112,18 +124,31 @@ class CrossKD(KDMethod):
         """The positives, for both terms."""
         return {} if self._positives is None else dict.fromkeys(("classification", "box"), self._positives)
 
+    def begin_pass(self, number: int, *, measured: bool) -> None:
+        """See `KDMethod`."""
+        self.images.begin_pass(number, measured=measured)
+
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The terms ``classification`` and ``box``."""
-        target, tail, assignment = teacher.predictions, teacher.head_tail, student.assignment
-        if target is None or tail is None or assignment is None:
-            raise ValueError("Expected a student with its assignment and a teacher with predictions and head_tail")
-        found = tail(*self._maps(student, teacher), after=self.after)
+        tail, inside, assignment = teacher.head_tail, student.head_features, student.assignment
+        if tail is None or inside is None or assignment is None:
+            raise ValueError("Expected a student with head_features and its assignment, a teacher with its head_tail")
+        factor = self.images.factor(len(batch.targets))
+        if factor == 0:
+            zero = torch.zeros((), device=batch.images.device)
+            # Of no image: the mean over the processes is one of those that had some.
+            self._positives = zero
+            return {"classification": zero, "box": zero}
+        rows = self.images.rows(batch.targets)
+        target, towers = self._target(teacher, tail, rows)
+        found = tail(*self._maps(inside, towers, rows), after=self.after)
+        assignment = pick_rows(assignment, rows)
         if found.boxes.shape != target.boxes.shape or found.boxes.shape[:2] != assignment.shape:
             raise ValueError(
                 f"Expected as many predictions of student and teacher, got {tuple(found.boxes.shape)}, "
                 f"{tuple(target.boxes.shape)} and an assignment of {tuple(assignment.shape)}"
             )
-        positive = self.classes.positives(assignment, [entry.labels for entry in batch.targets])
+        positive = self.classes.positives(assignment, [batch.targets[row].labels for row in rows])
         counted = (assignment != -2).float()
         # Of a box whose class the teacher does not know, it has no box to teach.
         taught = (positive | (assignment == -1)).float()
@@ -134,20 +159,35 @@ class CrossKD(KDMethod):
             confidence = at_least_float32(logits[1].detach()).sigmoid().amax(dim=2)
             anchors = at_least_float32(target.anchors)
             boxes = [self.decode(at_least_float32(entry.boxes), anchors) for entry in (found, target)]
-        return {
+        terms = {
             "classification": quality_focal_distance(
                 logits[0], logits[1], counted, normaliser=normaliser, beta=self.beta
             ),
             "box": overlap_distance(boxes[0], boxes[1], taught * confidence, normaliser=normaliser),
         }
+        return terms if factor == 1 else {name: factor * term for name, term in terms.items()}
 
-    def _maps(self, student: DetectorOutput, teacher: DetectorOutput) -> tuple[list[Tensor], list[Tensor]]:
+    def _target(
+        self, teacher: DetectorOutput, tail: HeadTail, rows: Sequence[int]
+    ) -> tuple[DensePredictions, HeadFeatures | None]:
+        """What the teacher predicts for these images, and what its head computes on the way."""
+        if self.images.share == 1:
+            if teacher.predictions is None:
+                raise ValueError("Expected a teacher with predictions")
+            return teacher.predictions, teacher.head_features
+        towers = tail.climb([pick_rows(level.tensor, rows) for level in teacher.features])
+        ends = towers.classification[-1], towers.regression[-1]
+        return tail(*ends, after=len(towers.classification)), towers
+
+    def _maps(
+        self, student: HeadFeatures, teacher: HeadFeatures | None, rows: Sequence[int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """The student's maps of both branches, at the teacher's scale where that is wanted."""
-        if student.head_features is None or (self.align and teacher.head_features is None):
-            raise ValueError("Expected head_features of the student, and of the teacher where scales are aligned")
+        if self.align and teacher is None:
+            raise ValueError("Expected head_features of the teacher where scales are aligned")
         place = self.after - 1
-        ours = [list(branch[place]) for branch in _branches(student)]
-        if self.align:
+        ours = [[pick_rows(entry, rows) for entry in branch[place]] for branch in _branches(student)]
+        if teacher is not None and self.align:
             theirs = [branch[place] for branch in _branches(teacher)]
             ours = [
                 [_align(one, two) for one, two in zip(own, other, strict=True)]
@@ -162,6 +202,5 @@ def _align(student: Tensor, teacher: Tensor) -> Tensor:
     return torch.maximum(align_scale(student, teacher).to(teacher.dtype), lowest)
 
 
-def _branches(output: DetectorOutput) -> list[tuple[tuple[torch.Tensor, ...], ...]]:
-    inside = output.head_features
-    return [] if inside is None else [inside.classification, inside.regression]
+def _branches(inside: HeadFeatures) -> tuple[tuple[tuple[Tensor, ...], ...], ...]:
+    return inside.classification, inside.regression

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from drkd.contracts import Decay, DensePredictions, DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, Want
 from drkd.losses import class_divergence, offset_distance
+from drkd.methods.image_share import ImageShare, pick_rows
 from drkd.methods.prediction_pairs import (
     TeacherClasses,
     matched_regions,
@@ -30,10 +31,7 @@ class LogitKD(KDMethod):
 
     Query-based heads (DETR and its kin) are not served: the queries of two models have no common order.
 
-    The teacher's head is dear: with a ``share`` below 1 it looks at that part of a batch's images only, the first ones
-    that have boxes. A loader that shuffles gives every image its turn. Where the share is less than one image of a
-    batch, `Distiller` leaves whole passes out: the head looks at one image at every 1 / (share x batch) passes and at
-    those where gradients are measured; in between both terms are zero, and those that count are as much larger.
+    The teacher's head is dear: with a ``share`` below 1 it looks at that part of a batch's images only (`ImageShare`).
 
     Args:
         student: The student.
@@ -71,8 +69,6 @@ class LogitKD(KDMethod):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"Expected a temperature above 0, got {temperature}")
-        if not 0 < share <= 1:
-            raise ValueError(f"Expected a share above 0 and of at most 1, got {share}")
         layout, theirs = require_layouts(
             student, teacher, method="LogitKD", kinds=("anchors", "points", "regions", "default_boxes")
         )
@@ -95,39 +91,23 @@ class LogitKD(KDMethod):
         self.balanced = balanced
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
-        self.share = share
-        self._turn: int | None = None
+        self.images = ImageShare(share)
+        if not self.two_stage and "head_tail" not in self.teacher_needs:
+            self.images = ImageShare(1.0)
 
     def begin_pass(self, number: int, *, measured: bool) -> None:
         """See `KDMethod`; without it every pass counts."""
-        self._turn = None if measured else number
+        self.images.begin_pass(number, measured=measured)
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The terms ``classification`` and ``box``."""
-        factor = self._factor(len(batch.targets))
+        factor = self.images.factor(len(batch.targets))
         if factor == 0:
             zero = torch.zeros((), device=batch.images.device)
             return {"classification": zero, "box": zero}
-        rows = self._asked_about(batch)
+        rows = self.images.rows(batch.targets)
         terms = self._regions(student, teacher, rows) if self.two_stage else self._dense(student, teacher, batch, rows)
         return terms if factor == 1 else {name: factor * term for name, term in terms.items()}
-
-    def _factor(self, count: int) -> float:
-        """By how much the terms of this pass count; 0 leaves it out."""
-        images = self.share * count
-        if images >= 1 or self._turn is None or not (self.two_stage or "head_tail" in self.teacher_needs):
-            return 1.0
-        # Whether, over the passes, a whole image has come together.
-        return 1 / images if int((self._turn + 1) * images) > int(self._turn * images) else 0.0
-
-    def _asked_about(self, batch: DetectionBatch) -> Sequence[int]:
-        """Images whose predictions are compared."""
-        count = len(batch.targets)
-        if self.share == 1:
-            return range(count)
-        # Boxes are counted on the host; an image without any has nothing to compare.
-        places = [row for row, target in enumerate(batch.targets) if len(target.labels)] or [*range(count)]
-        return places[: max(1, round(self.share * count))]
 
     def _dense(
         self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch, rows: Sequence[int]
@@ -138,22 +118,22 @@ class LogitKD(KDMethod):
         if "head_tail" in self.teacher_needs:
             if teacher.head_tail is None:
                 raise ValueError("Expected a teacher with a head_tail")
-            maps = [_pick(level.tensor, rows) for level in teacher.features]
+            maps = [pick_rows(level.tensor, rows) for level in teacher.features]
             theirs: DensePredictions | None = teacher.head_tail(maps, maps, after=0)
         else:
-            theirs, rows = teacher.predictions, range(len(batch.targets))
+            theirs = teacher.predictions
         if theirs is None:
             raise ValueError("Expected a teacher with predictions")
         labels = [batch.targets[row].labels for row in rows]
-        positive = self.classes.positives(_pick(assignment, rows), labels).float()
+        positive = self.classes.positives(pick_rows(assignment, rows), labels).float()
         classes = class_divergence(
-            self.classes.student_logits(_pick(ours.logits, rows), background=self.softmax),
+            self.classes.student_logits(pick_rows(ours.logits, rows), background=self.softmax),
             self.classes.logits(theirs.logits, background=self.softmax),
             positive,
             temperature=self.temperature,
             activation="softmax" if self.softmax else "sigmoid",
         )
-        return {"classification": classes, "box": offset_distance(_pick(ours.boxes, rows), theirs.boxes, positive)}
+        return {"classification": classes, "box": offset_distance(pick_rows(ours.boxes, rows), theirs.boxes, positive)}
 
     def _regions(self, student: DetectorOutput, teacher: DetectorOutput, rows: Sequence[int]) -> dict[str, Tensor]:
         if student.regions is None or student.regions.labels is None or teacher.region_head is None:
@@ -174,10 +154,3 @@ class LogitKD(KDMethod):
         logits = self.classes.student_logits(ours.logits, background=True)
         classes = class_divergence(logits, target, positive, temperature=self.temperature, activation="softmax")
         return {"classification": classes, "box": offset_distance(boxes[0], boxes[1], positive)}
-
-
-def _pick(values: Tensor, rows: Sequence[int]) -> Tensor:
-    """Rows of a batch, by views: an index tensor would have to reach the device first."""
-    if len(rows) == len(values):
-        return values
-    return torch.cat([values[row : row + 1] for row in rows])
