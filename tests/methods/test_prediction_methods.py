@@ -791,13 +791,14 @@ def test_a_combination_asks_each_side_for_what_its_members_need_of_it(family, me
     assert all(loss.isfinite() for loss in losses.values())
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize(("family", "method"), COMPARED)
 @pytest.mark.parametrize("share", [None, 1.0])
-def test_drkd_hears_the_response_where_predictions_are_alike(family, share):
+def test_drkd_hears_the_response_where_predictions_are_alike(family, method, share):
     student, teacher = pair(family)
     shares = {} if share is None else {"response_share": share}
-    kd = DRKD(student.spec, teacher.spec, response_weight=None, **shares)
-    alone = LogitKD(student.spec, teacher.spec, share=share or 0.25)
+    response = "logits" if method is LogitKD else "cross_head"
+    kd = DRKD(student.spec, teacher.spec, response=response, response_weight=None, **shares)
+    alone = method(student.spec, teacher.spec, share=share or 0.25)
     assert (kd.needs, kd.teacher_needs) == (alone.needs, alone.teacher_needs | {"features"})
     batch = batch_of()
     torch.manual_seed(5)  # two-stage students sample
@@ -806,7 +807,14 @@ def test_drkd_hears_the_response_where_predictions_are_alike(family, share):
     assert {name for name in terms if name.startswith("response")} == {f"response_{name}" for name in expected}
     for name, term in expected.items():
         assert torch.equal(terms[f"response_{name}"], term)
-    assert {"response_classification", "response_box"} <= set(kd.weights) & set(kd.minimum_boxes)
+    assert {"response_classification", "response_box"} <= set(kd.weights)
+    for mine, own in (
+        (kd.minimum_boxes, alone.minimum_boxes),
+        (kd.shared_counts(), alone.shared_counts()),
+    ):
+        assert {name: mine[name] for name in mine if "response" in name} == {
+            f"response_{name}": value for name, value in own.items()
+        }
 
 
 def test_drkd_goes_without_the_response_where_predictions_differ():
@@ -814,8 +822,17 @@ def test_drkd_goes_without_the_response_where_predictions_differ():
     kd = DRKD(student.spec, teacher.spec, response_weight=None)
     assert not any(name.startswith("response") for name in kd.weights)
     assert kd.needs == {"features"}
-    with pytest.raises(DrkdError, match="LogitKD compares predictions"):
-        DRKD(student.spec, teacher.spec, response_weight=1.0)
+    for response, method in (("logits", "LogitKD"), ("cross_head", "CrossKD")):
+        with pytest.raises(DrkdError, match=f"{method} compares predictions"):
+            DRKD(student.spec, teacher.spec, response=response, response_weight=1.0)
+    with pytest.raises(ValueError, match="response out of cross_head, logits, got 'loud'"):
+        DRKD(student.spec, student.spec, response="loud")
+
+
+def test_a_response_alone_pools_no_instances():
+    student, teacher = pair("retinanet")
+    kd = DRKD(student.spec, teacher.spec, relation_weight=0.0, instance_weight=0.0, response_weight=1.0)
+    assert kd.instance_pairs == ()
 
 
 @pytest.mark.parametrize(("family", "pixel_weight"), [("retinanet", 3.0), ("fcos", 3.0), ("faster_rcnn", 1.0)])

@@ -61,10 +61,10 @@ def _backbone(detector: Detector) -> nn.Module:
 def _parts(method: KDMethod) -> Iterator[nn.Module]:
     """The modules that read maps of fixed sizes, of all inner methods; a whole method where it does not say which."""
     inner, parts = method.inner_methods(), getattr(method, "pixel_losses", None)
-    if inner:
+    if isinstance(parts, nn.ModuleList):
+        yield from parts  # of a response beside them, a detector's head does nearly all
+    elif inner:
         for member in inner.values():
             yield from _parts(member)
-    elif isinstance(parts, nn.ModuleList):
-        yield from parts
     else:
         yield method

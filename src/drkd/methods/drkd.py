@@ -30,12 +30,17 @@ from drkd.losses import (
     standardise,
 )
 from drkd.losses.instances import count_boxes
+from drkd.methods.crosskd import CrossKD
 from drkd.methods.levels import LevelPair, Levels, MissingLevels, maps_by_name, match_levels, spec_of_maps
 from drkd.methods.logit_kd import LogitKD
+
+Response = Literal["cross_head", "logits"]
+"""How a student's predictions are compared with the teacher's: by `CrossKD` (one-stage pairs), or by `LogitKD`."""
 
 PIXEL, RELATION, INSTANCE, RESPONSE = "pixel_relation", "instance_relation", "instance", "response"
 
 _FEATURES = frozenset[Want]({"features"})
+_RESPONSES: dict[Response, type[CrossKD] | type[LogitKD]] = {"cross_head": CrossKD, "logits": LogitKD}
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,8 @@ class DRKD(KDMethod):
     """DRKD (Ni, Yang, Wen, Zhang; IJCAI 2023; arXiv:2302.05637), every choice an argument; these defaults are ours.
 
     Terms, one a level each: ``pixel_relation`` (`PixelRelationLoss`), ``instance_relation`` (`InstanceRelationLoss`),
-    ``instance`` (`InstanceFeatureLoss`); and, not in the paper and off by default, what the teacher predicts for the
-    instances: ``response_classification`` and ``response_box`` (`LogitKD`). A term of weight 0 is neither built nor
+    ``instance`` (`InstanceFeatureLoss`); and, not in the paper and off by default, what the teacher predicts:
+    ``response_classification`` and ``response_box`` (`CrossKD` or `LogitKD`). A term of weight 0 is neither built nor
     computed. `PaperDRKD` and `ReleasedDRKD` have the paper's and the released code's choices as defaults.
 
     Departures of these defaults from the paper, all for one reason (features of unlike size and norms of unlike scale
@@ -85,10 +90,11 @@ class DRKD(KDMethod):
             ``regions``), 3 for any other.
         relation_weight: Of ``instance_relation``.
         instance_weight: Of ``instance``.
-        response_weight: Of the two response terms. None is 1 where student and teacher predict alike (see `LogitKD`),
-            and no such term where they do not, or where there are only feature maps (`for_features`).
+        response: How predictions are compared, see `Response`.
+        response_weight: Of the two response terms. None is 1 where the two can be compared so, and no such term where
+            they cannot, or where there are only feature maps (`for_features`).
         response_share: Of a batch's images that the teacher's head is asked about for the response; less than one image
-            leaves it out of some steps, see `LogitKD`.
+            leaves it out of some steps, see `ImageShare`.
         balanced: Whether weights are ratios of gradient norms, see `KDMethod`; otherwise plain multipliers.
         warmup_steps: Steps over which all weights rise from 0.
         decay: How they fall towards the end of the run, see `KDMethod`.
@@ -137,6 +143,7 @@ class DRKD(KDMethod):
         pixel_weight: float | None = None,
         relation_weight: float = 0.1,
         instance_weight: float = 0.5,
+        response: Response = "logits",
         response_weight: float | None = 0.0,
         response_share: float = 0.25,
         balanced: bool = True,
@@ -186,12 +193,13 @@ class DRKD(KDMethod):
         minimum = {RELATION: 2 if instance_target == "matrix" else 1, INSTANCE: 1}
         self.minimum_boxes = {name: count for name, count in minimum.items() if name in self.weights}
         self.response = _make_response(
-            student, teacher, weight=response_weight, share=response_share, balanced=balanced
+            response, student, teacher, weight=response_weight, share=response_share, balanced=balanced
         )
+        pools = bool(self.minimum_boxes)
         if self.response is not None:
             self.needs, self.teacher_needs = self.response.needs | _FEATURES, self.response.teacher_needs | _FEATURES
             self.weights |= {f"{RESPONSE}_{name}": weight for name, weight in self.response.weights.items()}
-            self.minimum_boxes |= {f"{RESPONSE}_{name}": 1 for name in self.response.weights}
+            self.minimum_boxes |= {f"{RESPONSE}_{name}": n for name, n in self.response.minimum_boxes.items()}
         self._looks, self._spread = False, dict[str, Tensor]()
         self.balanced = balanced
         self.warmup_steps = warmup_steps
@@ -202,7 +210,7 @@ class DRKD(KDMethod):
         self.roi_sampling_ratio = roi_sampling_ratio
         pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
         self.pixel_pairs = pairs[:pixel_levels] if PIXEL in self.weights else ()
-        self.instance_pairs = pairs[:instance_levels] if self.minimum_boxes else ()
+        self.instance_pairs = pairs[:instance_levels] if pools else ()
         used = {pair.name: pair for pair in (*self.pixel_pairs, *self.instance_pairs)}.values()
         self.adapters = nn.ModuleDict()
         own: AdapterInit = adapter_init
@@ -263,6 +271,10 @@ class DRKD(KDMethod):
         """Have the spread of the targets looked at where gradient norms are measured."""
         del number
         self._looks = measured and self.training
+
+    def inner_methods(self) -> dict[str, KDMethod]:
+        """The response."""
+        return {} if self.response is None else {f"{RESPONSE}_": self.response}
 
     def target_spread(self) -> dict[str, Tensor]:
         """Of the pixel relations' targets."""
@@ -413,13 +425,23 @@ class DRKD(KDMethod):
 
 
 def _make_response(
-    student: DetectorSpec, teacher: DetectorSpec, *, weight: float | None, share: float, balanced: bool
-) -> LogitKD | None:
+    response: Response,
+    student: DetectorSpec,
+    teacher: DetectorSpec,
+    *,
+    weight: float | None,
+    share: float,
+    balanced: bool,
+) -> CrossKD | LogitKD | None:
+    if response not in _RESPONSES:
+        raise ValueError(f"Expected a response out of {', '.join(_RESPONSES)}, got {response!r}")
     if weight == 0:
         return None
     loudness = 1.0 if weight is None else weight
     try:
-        return LogitKD(student, teacher, class_weight=loudness, box_weight=loudness, share=share, balanced=balanced)
+        return _RESPONSES[response](
+            student, teacher, class_weight=loudness, box_weight=loudness, share=share, balanced=balanced
+        )
     except NotApplicableError:
         if weight is None:
             return None

@@ -17,7 +17,7 @@ from drkd.losses import (
     RelationTarget,
     TeacherSide,
 )
-from drkd.methods.drkd import DRKD
+from drkd.methods.drkd import DRKD, Response
 from drkd.methods.levels import Levels, MissingLevels
 
 
@@ -40,6 +40,7 @@ class PaperDRKD(DRKD):
         pixel_weight: float | None = 0.5,
         relation_weight: float = 0.1,
         instance_weight: float = 0.5,
+        response: Response = "logits",
         response_weight: float | None = 0.0,
         response_share: float = 0.25,
         balanced: bool = True,
@@ -80,6 +81,7 @@ class PaperDRKD(DRKD):
             pixel_weight=pixel_weight,
             relation_weight=relation_weight,
             instance_weight=instance_weight,
+            response=response,
             response_weight=response_weight,
             response_share=response_share,
             balanced=balanced,
@@ -135,6 +137,7 @@ class ReleasedDRKD(DRKD):
         pixel_weight: float | None = 1e-3,
         relation_weight: float = 4e-3,
         instance_weight: float = 2.4e-3,
+        response: Response = "logits",
         response_weight: float | None = 0.0,
         response_share: float = 0.25,
         balanced: bool = False,
@@ -175,6 +178,7 @@ class ReleasedDRKD(DRKD):
             pixel_weight=pixel_weight,
             relation_weight=relation_weight,
             instance_weight=instance_weight,
+            response=response,
             response_weight=response_weight,
             response_share=response_share,
             balanced=balanced,
