@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +126,12 @@ def test_public_name_is_importable(name: str) -> None:
 def test_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="NoSuchThing"):
         drkd.NoSuchThing
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_lets_python_keep_its_bytecode() -> None:
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    rule = 'include Makefile\nprobe:\n\t@echo "kept: $${PYTHONDONTWRITEBYTECODE-all}"\n'
+    command = ["make", "--no-print-directory", "-f", "-", "probe"]
+    found = subprocess.run(command, input=rule, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    assert found.stdout == "kept: all\n"
