@@ -2,11 +2,21 @@
 
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from drkd.contracts import BoxTargets, DetectionBatch, DetectorOutput, DetectorSpec, DrkdError, FeatureLevel, FeatureMap
+from drkd.contracts import (
+    BoxTargets,
+    DetectionBatch,
+    DetectorOutput,
+    DetectorSpec,
+    DrkdError,
+    FeatureLevel,
+    FeatureMap,
+    PredictionLayout,
+)
 from drkd.methods import CWD, FGD, FGFI, MGD, NLD, PKD, DeFeat, FitNet
 
 SPEC = DetectorSpec(tuple(FeatureLevel(f"p{i}", 8, 2.0**i) for i in range(3, 8)), ("thing",))
@@ -69,8 +79,10 @@ def test_arguments_arrive():
     names = ("foreground_weight", "background_weight", "attention_weight", "relation_weight", "temperature")
     fgd = loss_of(FGD, **{name: float(index) for index, name in enumerate(names, 1)})[0]
     assert [getattr(fgd, name) for name in names] == [1.0, 2.0, 3.0, 4.0, 5.0]
-    assert [loss_of(method)[0].scale for method in (FGD, NLD)] == ["none", "none"]
-    assert {loss.scale for method in (FGD, NLD) for loss in loss_of(method, scale="teacher_rms")} == {"teacher_rms"}
+    assert [loss_of(method)[0].scale for method in (FGD, NLD, CWD)] == ["none", "none", "none"]
+    assert {loss.scale for method in (FGD, NLD, CWD) for loss in loss_of(method, scale="teacher_rms")} == {
+        "teacher_rms"
+    }
     fgfi = loss_of(FGFI, scales=[4, 8], ratios=[1.0], threshold=0.3, anchor_style="inclusive", activation=True)[1]
     assert (fgfi.scales, fgfi.ratios, fgfi.threshold) == ((4, 8), (1.0,), 0.3)
     assert (fgfi.anchor_style, fgfi.activation) == ("inclusive", True)
@@ -88,7 +100,25 @@ def test_a_method_and_its_loss_have_the_same_defaults(method):
     defaults = inspect.signature(method).parameters
     for name, parameter in inspect.signature(type(loss_of(method)[0])).parameters.items():
         if name in defaults:
-            assert defaults[name].default == parameter.default, name
+            # None is chosen by the student's stages: for one, what the loss has.
+            chosen = defaults[name].default
+            chosen = getattr(loss_of(method)[0], name) if chosen is None else chosen
+            assert chosen == parameter.default, name
+
+
+def test_two_stage_students_have_the_authors_numbers_for_two_stages():
+    two = replace(SPEC, predictions=PredictionLayout("regions"))
+    for stages, numbers, share in ((SPEC, (1e-3, 5e-4, 5e-4, 5e-6), 0.65), (two, (5e-5, 2.5e-5, 5e-5, 5e-7), 0.45)):
+        fgd = FGD(stages, SPEC).losses[0]
+        names = ("foreground_weight", "background_weight", "attention_weight", "relation_weight")
+        assert tuple(getattr(fgd, name) for name in names) == numbers
+        assert MGD(stages, SPEC).losses[0].masked_share == share
+    plain = {method: method(two, SPEC, balanced=False).weights for method in (PKD, MGD, CWD, FGD)}
+    assert plain == {PKD: {"pkd": 6.0}, MGD: {"mgd": 5e-7}, CWD: {"cwd": 10.0}, FGD: {"fgd": 1.0}}
+    assert PKD(SPEC, SPEC, balanced=False).weights == {"pkd": 10.0}
+    assert PKD(two, SPEC, weight=3.0, balanced=False).weights == {"pkd": 3.0}
+    assert MGD(two, SPEC, masked_share=0.65).losses[0].masked_share == 0.65
+    assert FGD(two, SPEC, attention_weight=0.0).losses[0].attention_weight == 0.0
 
 
 def test_boxes_go_to_the_level_of_their_size():

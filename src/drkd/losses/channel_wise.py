@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from drkd.losses.alignment import AdapterInit, MapAdapter
+from drkd.losses.alignment import AdapterInit, FeatureScale, MapAdapter, check_scale, rescale
 from drkd.losses.distance import full_precision
 
 
@@ -22,6 +22,8 @@ class ChannelWiseLoss(nn.Module):
         student_channels: Channels of the student's map.
         teacher_channels: Channels of the teacher's map.
         temperature: tau, units of the feature, > 0.
+        scale: ``none``, the authors', or ``teacher_rms``, see `rescale`: tau is then in units of the teacher's root
+            mean square.
         always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal.
         adapter_init: Its start, see `make_adapter`; ``default`` draws a random basis.
 
@@ -39,6 +41,7 @@ class ChannelWiseLoss(nn.Module):
         teacher_channels: int,
         *,
         temperature: float = 1.0,
+        scale: FeatureScale = "none",
         always_adapt: bool = False,
         adapter_init: AdapterInit = "default",
     ) -> None:
@@ -47,10 +50,12 @@ class ChannelWiseLoss(nn.Module):
             raise ValueError(f"Expected a temperature above 0, got {temperature}")
         self.align = MapAdapter(student_channels, teacher_channels, always=always_adapt, init=adapter_init)
         self.temperature = temperature
+        check_scale(scale)
+        self.scale: FeatureScale = scale
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Divergence of the student's channels from the teacher's."""
-        student, teacher = self.align(student, teacher)
+        student, teacher = self.align(*rescale(student, teacher, scale=self.scale))
         with full_precision(student):
             logs = [(feature.flatten(2) / self.temperature).log_softmax(dim=2) for feature in (student, teacher)]
             divergence = functional.kl_div(logs[0], logs[1], reduction="sum", log_target=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from drkd.contracts import Decay, DetectorSpec
-from drkd.losses import AdapterInit, ChannelWiseLoss
+from drkd.losses import AdapterInit, ChannelWiseLoss, FeatureScale
 from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
 
@@ -18,6 +18,8 @@ class CWD(LevelwiseMethod):
         teacher: The teacher's levels; matched to the student's by stride.
         weight: Of the term ``cwd``. None is 1 with ``balanced``, else mmrazor's 10 (another port has 5 for RetinaNet).
         temperature: tau, units of the feature.
+        scale: ``none``, the authors', or ``teacher_rms``, which measures both maps in units of the teacher's root mean
+            square, level by level, so that the distributions do not depend on the features' size.
         always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal (authors: only where
             they differ).
         adapter_init: Its start, see `make_adapter`; ``default`` draws a random basis.
@@ -42,6 +44,7 @@ class CWD(LevelwiseMethod):
         *,
         weight: float | None = None,
         temperature: float = 1.0,
+        scale: FeatureScale = "none",
         always_adapt: bool = False,
         adapter_init: AdapterInit = "default",
         levels: Levels | None = None,
@@ -65,6 +68,7 @@ class CWD(LevelwiseMethod):
                 pair.student.channels,
                 pair.teacher.channels,
                 temperature=temperature,
+                scale=scale,
                 always_adapt=always_adapt,
                 adapter_init=adapter_init,
             )

@@ -33,6 +33,7 @@ from drkd.losses.instances import count_boxes
 from drkd.methods.crosskd import CrossKD
 from drkd.methods.levels import LevelPair, Levels, MissingLevels, maps_by_name, match_levels, spec_of_maps
 from drkd.methods.logit_kd import LogitKD
+from drkd.methods.term_weights import by_stages
 
 Response = Literal["cross_head", "logits"]
 """How a student's predictions are compared with the teacher's: by `CrossKD` (one-stage pairs), or by `LogitKD`."""
@@ -180,8 +181,7 @@ class DRKD(KDMethod):
     ) -> None:
         super().__init__()
         if pixel_weight is None:
-            two_stage = student.predictions is not None and student.predictions.kind == "regions"
-            pixel_weight = 1.0 if two_stage else 3.0
+            pixel_weight = by_stages(student, 3.0, 1.0)
         if pixel_object_share is None:
             pixel_object_share = 0.5 if pixel_distance == "mse" else 0.0
         weights = {PIXEL: pixel_weight, RELATION: relation_weight, INSTANCE: instance_weight}

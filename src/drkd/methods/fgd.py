@@ -8,6 +8,11 @@ from drkd.contracts import Decay, DetectorSpec
 from drkd.losses import AdapterInit, FeatureScale, FocalGlobalLoss
 from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
+from drkd.methods.term_weights import by_stages
+
+# The authors' weights of the parts for RetinaNet and for Faster R-CNN.
+_ONE_STAGE = {"foreground": 1e-3, "background": 5e-4, "attention": 5e-4, "relation": 5e-6}
+_TWO_STAGE = {"foreground": 5e-5, "background": 2.5e-5, "attention": 5e-5, "relation": 5e-7}
 
 
 class FGD(LevelwiseMethod):
@@ -20,10 +25,10 @@ class FGD(LevelwiseMethod):
         student: The student's levels.
         teacher: The teacher's levels; matched to the student's by stride.
         weight: Of the term ``fgd``; None is 1.
-        foreground_weight: alpha, within the term; the authors' for RetinaNet (Faster R-CNN: 5e-5).
-        background_weight: beta, within the term; same (Faster R-CNN: 2.5e-5).
-        attention_weight: gamma, within the term; same (Faster R-CNN: 5e-5).
-        relation_weight: lambda, within the term; same (Faster R-CNN: 5e-7).
+        foreground_weight: alpha, within the term; None is the authors' 1e-3, for two-stage students 5e-5.
+        background_weight: beta, within the term; same, 5e-4 and 2.5e-5.
+        attention_weight: gamma, within the term; same, 5e-4 and 5e-5.
+        relation_weight: lambda, within the term; same, 5e-6 and 5e-7.
         temperature: Of the attentions, units of the feature.
         scale: ``none``, the authors', or ``teacher_rms``, which measures both maps in units of the teacher's root mean
             square, level by level, so that the attentions and the proportions do not depend on the features' size.
@@ -50,10 +55,10 @@ class FGD(LevelwiseMethod):
         teacher: DetectorSpec,
         *,
         weight: float | None = None,
-        foreground_weight: float = 1e-3,
-        background_weight: float = 5e-4,
-        attention_weight: float = 5e-4,
-        relation_weight: float = 5e-6,
+        foreground_weight: float | None = None,
+        background_weight: float | None = None,
+        attention_weight: float | None = None,
+        relation_weight: float | None = None,
         temperature: float = 0.5,
         scale: FeatureScale = "none",
         always_adapt: bool = False,
@@ -74,14 +79,22 @@ class FGD(LevelwiseMethod):
             warmup_steps=warmup_steps,
             decay=decay,
         )
+        given = {
+            "foreground": foreground_weight,
+            "background": background_weight,
+            "attention": attention_weight,
+            "relation": relation_weight,
+        }
+        plain = by_stages(student, _ONE_STAGE, _TWO_STAGE)
+        parts = {name: plain[name] if weight is None else weight for name, weight in given.items()}
         self.losses = nn.ModuleList(
             FocalGlobalLoss(
                 pair.student.channels,
                 pair.teacher.channels,
-                foreground_weight=foreground_weight,
-                background_weight=background_weight,
-                attention_weight=attention_weight,
-                relation_weight=relation_weight,
+                foreground_weight=parts["foreground"],
+                background_weight=parts["background"],
+                attention_weight=parts["attention"],
+                relation_weight=parts["relation"],
                 temperature=temperature,
                 scale=scale,
                 always_adapt=always_adapt,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from drkd.contracts import Decay, DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
 from drkd.methods.levels import Levels, MissingLevels, match_levels, paired_maps
-from drkd.methods.term_weights import choose_weight
+from drkd.methods.term_weights import by_stages, choose_weight
 
 
 class LevelwiseMethod(KDMethod):
@@ -20,7 +20,7 @@ class LevelwiseMethod(KDMethod):
     Args:
         student: The student's levels.
         teacher: The teacher's levels; matched to the student's by stride.
-        weight: What the user gave; None is 1 with ``balanced``, else ``plain_weight``.
+        weight: What the user gave; None is 1 with ``balanced``, else ``plain_weight``, or that of two stages.
         finest_levels: How many of the pairs are used, finest first; None is all.
         levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: See `match_levels`.
@@ -31,6 +31,7 @@ class LevelwiseMethod(KDMethod):
     Attributes:
         term: Name of the term.
         plain_weight: The authors' multiplier.
+        plain_two_stage: The same for students of two stages; None is no other.
         reads_boxes: Whether the losses take the boxes.
         pairs: The matched levels, finest first.
         losses: One a pair.
@@ -42,6 +43,7 @@ class LevelwiseMethod(KDMethod):
 
     term: ClassVar[str]
     plain_weight: ClassVar[float] = 1.0
+    plain_two_stage: ClassVar[float | None] = None
     reads_boxes: ClassVar[bool] = False
     losses: nn.ModuleList
 
@@ -59,7 +61,10 @@ class LevelwiseMethod(KDMethod):
         finest_levels: int | None = None,
     ) -> None:
         super().__init__()
-        self.weights = {self.term: choose_weight(weight, balanced=balanced, plain=self.plain_weight)}
+        plain = self.plain_weight
+        if self.plain_two_stage is not None:
+            plain = by_stages(student, plain, self.plain_two_stage)
+        self.weights = {self.term: choose_weight(weight, balanced=balanced, plain=plain)}
         self.minimum_boxes = {}
         self.balanced = balanced
         self.warmup_steps = warmup_steps

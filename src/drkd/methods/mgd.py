@@ -8,6 +8,7 @@ from drkd.contracts import Decay, DetectorSpec
 from drkd.losses import MaskedGenerationLoss
 from drkd.methods.levels import Levels, MissingLevels
 from drkd.methods.levelwise import LevelwiseMethod
+from drkd.methods.term_weights import by_stages
 
 
 class MGD(LevelwiseMethod):
@@ -16,9 +17,8 @@ class MGD(LevelwiseMethod):
     Args:
         student: The student's levels.
         teacher: The teacher's levels; matched to the student's by stride.
-        weight: Of the term ``mgd``. None is 1 with ``balanced``, else the authors' 2e-5 for RetinaNet (Faster R-CNN:
-            5e-7).
-        masked_share: Share of positions that are dropped; the authors' for RetinaNet (Faster R-CNN: 0.45).
+        weight: Of the term ``mgd``. None is 1 with ``balanced``, else the authors' 2e-5, for two-stage students 5e-7.
+        masked_share: Share of positions that are dropped; None is the authors' 0.65, for two-stage students 0.45.
         levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.
@@ -32,6 +32,7 @@ class MGD(LevelwiseMethod):
 
     term = "mgd"
     plain_weight = 2e-5
+    plain_two_stage = 5e-7
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class MGD(LevelwiseMethod):
         teacher: DetectorSpec,
         *,
         weight: float | None = None,
-        masked_share: float = 0.65,
+        masked_share: float | None = None,
         levels: Levels | None = None,
         missing_levels: MissingLevels = "skip",
         balanced: bool = True,
@@ -56,6 +57,8 @@ class MGD(LevelwiseMethod):
             warmup_steps=warmup_steps,
             decay=decay,
         )
+        if masked_share is None:
+            masked_share = by_stages(student, 0.65, 0.45)
         self.losses = nn.ModuleList(
             MaskedGenerationLoss(pair.student.channels, pair.teacher.channels, masked_share=masked_share)
             for pair in self.pairs

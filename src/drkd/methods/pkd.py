@@ -16,7 +16,7 @@ class PKD(LevelwiseMethod):
     Args:
         student: The student's levels.
         teacher: The teacher's levels; matched to the student's by stride.
-        weight: Of the term ``pkd``. None is 1 with ``balanced``, else the authors' 10 for RetinaNet (Faster R-CNN: 6).
+        weight: Of the term ``pkd``. None is 1 with ``balanced``, else the authors' 10, for two-stage students 6.
         finest_levels: How many levels, finest first, are distilled (authors: 4); None is all.
         always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal (authors: only where
             they differ).
@@ -34,6 +34,7 @@ class PKD(LevelwiseMethod):
 
     term = "pkd"
     plain_weight = 10.0
+    plain_two_stage = 6.0
 
     def __init__(
         self,

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+from drkd.contracts import DetectorSpec
+
+_Setting = TypeVar("_Setting")
+
 
 def choose_weight(weight: float | None, *, balanced: bool, plain: float) -> float:
     """The weight of a term.
@@ -19,3 +25,13 @@ def choose_weight(weight: float | None, *, balanced: bool, plain: float) -> floa
     if weight <= 0:
         raise ValueError(f"Expected a weight above 0, got {weight}")
     return weight
+
+
+def is_two_stage(spec: DetectorSpec) -> bool:
+    """Whether a detector classifies regions that it has proposed; one whose predictions nobody knows does not."""
+    return spec.predictions is not None and spec.predictions.kind == "regions"
+
+
+def by_stages(student: DetectorSpec, one: _Setting, two: _Setting) -> _Setting:
+    """A setting that authors give for RetinaNet and for Faster R-CNN, for a student of one stage or of two."""
+    return two if is_two_stage(student) else one
