@@ -345,6 +345,15 @@ def test_a_bug_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch
         (DrkdError("Caught DrkdError in worker.\nOriginal Traceback:\n  x\ndrkd.contracts.DrkdError: bad"), 2, "bad"),
         (ValueError("expected 1, got 2"), 2, "expected 1, got 2 (DRKD_TRACEBACK=1"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "data.workers"),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer"),
+            1,
+            "Another process",
+        ),
+        (
+            torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"),
+            *(1, "--resume=auto"),
+        ),
         (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), 1, "data.workers"),
     ],
 )

@@ -26,6 +26,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     import torch
 
     from drkd.contracts import DrkdError, NotApplicableError
+    from drkd.recipes.peers import lost_peer
 
     message = str(error).strip()
     if isinstance(error, NotApplicableError):
@@ -44,6 +45,11 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return FAILED, (
             "Out of memory. Use smaller batches (data.batch_size, with training.accumulate to make up for it), smaller "
             "images (data.min_size, data.max_size), or training.precision bf16-mixed."
+        )
+    if lost_peer(error):
+        return FAILED, (
+            "Another process of this run has ended, so this one cannot go on; what that one printed says why. The last "
+            "checkpoint stands: once that is put right, start all of them again with --resume=auto."
         )
     # torch.save reports a full disk as a RuntimeError of its file writer.
     if "PytorchStreamWriter failed" in message or "unexpected pos" in message:

@@ -104,8 +104,8 @@ def test_a_run_of_two_processes_killed_and_stopped_ends_as_if_it_had_not_been(
     run = tmp_path / "run"
     options = ("--training.strategy=ddp", "--training.checkpoint_every=1", "--resume=auto")
     arguments = _arguments(tiny_coco, tiny_detector, run, *options)
-    # Killed, both, in the first epoch; stopped by a signal to the second one alone; then left alone.
-    for stop, told in ((signal.SIGKILL, (0, 1)), (signal.SIGTERM, (1,)), (None, ())):
+    # Killed, the second one alone, then both; stopped by a signal to the second one alone; then left to the end.
+    for stop, told in ((signal.SIGKILL, (1,)), (signal.SIGKILL, (0, 1)), (signal.SIGTERM, (1,)), (None, ())):
         started = _start_two(arguments)
         try:
             if stop is not None:
@@ -118,10 +118,15 @@ def test_a_run_of_two_processes_killed_and_stopped_ends_as_if_it_had_not_been(
                 process.kill()
         # Of a stop the first process alone tells: a launcher would take the other's code for a crash.
         wanted = {signal.SIGKILL: [-signal.SIGKILL] * 2, signal.SIGTERM: [128 + signal.SIGTERM, 0], None: [0, 0]}[stop]
+        if told == (1,) and stop == signal.SIGKILL:
+            # The one that is left does not wait for the other.
+            wanted[0] = 1
+            assert "Another process of this run has ended" in errors[0] and "Traceback" not in errors[0]
+            assert json.loads((run / "run.json").read_text())["status"] == "failed"
         assert [process.returncode for process in started] == wanted, "\n".join(error[-1500:] for error in errors)
         assert (run / "student.pt").exists() == (stop is None)
     record = json.loads((run / "run.json").read_text())
-    assert (record["status"], record["steps"], len(record["sessions"])) == ("finished", 9, 2)
+    assert (record["status"], record["steps"], len(record["sessions"])) == ("finished", 9, 3)
     ours, theirs = (torch.load(folder / "student.pt", weights_only=True)["state_dict"] for folder in (run, finished[0]))
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

@@ -181,3 +181,12 @@ def test_a_damaged_best_student_is_one_paragraph() -> None:
     expected = r"best.ckpt: the best student cannot be taken .*RuntimeError: sizes"
     with pytest.raises(DrkdError, match=expected), explained_by_checkpoint("best.ckpt"):
         raise RuntimeError("sizes\ndiffer")
+
+
+def test_a_process_that_is_gone_is_not_the_checkpoints_fault() -> None:
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:9134: Connection closed by peer.")
+    with pytest.raises(RuntimeError) as caught, Restoring(Path("last.ckpt")):
+        raise gone
+    assert caught.value is gone
+    with pytest.raises(DrkdError, match="the run cannot go on from this checkpoint"), Restoring(Path("last.ckpt")):
+        raise RuntimeError("size mismatch: a peer")

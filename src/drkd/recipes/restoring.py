@@ -13,6 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from drkd.contracts import DrkdError
+from drkd.recipes.peers import lost_peer
 from drkd.recipes.saved_state import find_misfit, is_score
 
 # What optimizers keep of each parameter in its own shape; Adafactor's rows and columns, say, have others.
@@ -116,7 +117,7 @@ class Restoring(Callback):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         del kind, trace
-        kept = isinstance(error, DrkdError | torch.OutOfMemoryError)
+        kept = isinstance(error, DrkdError | torch.OutOfMemoryError) or lost_peer(error)
         if self._under_way or kept or not isinstance(error, _DAMAGE):
             return
         raise DrkdError(self._message(_first_line(error))) from error
