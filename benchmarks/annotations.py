@@ -3,28 +3,28 @@
     python benchmarks/annotations.py
 
 Writes a file with as many images, boxes and corners of outlines as ``instances_train2017.json`` has, drawn at random,
-and empty image files; reads it as a run does; then starts workers as a data loader does, which go through all records,
-and adds up the memory that each has for itself afterwards. Linux only (/proc). The result is one JSON file.
+and empty image files; makes the training loader of a run; then starts workers as the loader does, which go through all
+records, and adds up the memory that each has for itself afterwards. Linux only (/proc). The result is one JSON file.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import multiprocessing
 import random
 import resource
+import shlex
+import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from drkd.data.dataset import DatasetSplit, load_split
-from drkd.data.module import keep_memory_shared
+from drkd.data.dataset import DatasetSplit, DetectionDataset
+from drkd.data.module import DetectionDataModule, keep_memory_shared
 from drkd.recipes.run_folder import machine, source_commit, versions, write_json
 
 # COCO 2017's training set.
@@ -51,23 +51,22 @@ def main() -> None:
         )
         writer.start()
         writer.join()
+        if writer.exitcode:
+            raise SystemExit(f"{root}: the annotations could not be written (exit code {writer.exitcode}).")
         size = (root / _FILE).stat().st_size
         before, started = _resident(), time.process_time()
-        split = load_split(root, "train")
+        data = DetectionDataModule(str(root), workers=options.workers)
+        split = cast(DetectionDataset, data.train_dataloader().dataset).split
         seconds = time.process_time() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-        gc.collect()
-        # What the allocator keeps for later is nobody's.
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
         kept = _resident() - before
         started = time.process_time()
         _go_through(split)
         pass_seconds = time.process_time() - started
         with multiprocessing.get_context("fork").Pool(options.workers, initializer=_hold, initargs=(split,)) as pool:
             own = pool.map(_own_memory, range(options.workers), chunksize=1)
-    arguments = f" --images {options.images} --boxes {options.boxes}" if options.images != _IMAGES else ""
     found = {
-        "command": f"python benchmarks/annotations.py{arguments} --workers {options.workers}",
+        "command": shlex.join(["python", "benchmarks/annotations.py", *sys.argv[1:]]),
         "images": options.images,
         "boxes": options.boxes,
         "file_megabytes": _megabytes(size),

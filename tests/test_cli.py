@@ -354,6 +354,8 @@ def test_a_bug_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch
             torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"),
             *(1, "--resume=auto"),
         ),
+        (torch.distributed.DistNetworkError("Broken pipe"), 1, "--resume=auto"),
+        (torch.distributed.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), 1, "ended"),
         (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), 1, "data.workers"),
     ],
 )

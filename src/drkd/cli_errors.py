@@ -49,7 +49,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     if lost_peer(error):
         return FAILED, (
             "Another process of this run has ended, so this one cannot go on; what that one printed says why. The last "
-            "checkpoint stands: once that is put right, start all of them again with --resume=auto."
+            "checkpoint, if there is one, stands: once that is put right, start all of them again with --resume=auto."
         )
     # torch.save reports a full disk as a RuntimeError of its file writer.
     if "PytorchStreamWriter failed" in message or "unexpected pos" in message:

@@ -46,6 +46,11 @@ def test_features_and_predictions_are_in_px_of_the_batch(retinanet, make_batch):
     )
     torch.testing.assert_close(tail.anchors, found.predictions.anchors)
     torch.testing.assert_close(tail.logits, found.predictions.logits)
+    inside = found.head_tail.climb([level.tensor for level in found.features])
+    for ours, theirs in ((inside.classification, "classification"), (inside.regression, "regression")):
+        for got, expected in zip(ours, getattr(found.head_features, theirs), strict=True):
+            for one, two in zip(got, expected, strict=True):
+                torch.testing.assert_close(one, two)
 
 
 def test_regions_are_in_px_of_the_batch(make_batch):

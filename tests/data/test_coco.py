@@ -147,7 +147,7 @@ _ERRORS: list[tuple[str, Change, str, str, str]] = [
     ("image id is text", _set("images", 1, "id", "3"), "image at position 1", "id", "an integer, got str '3'"),
     ("no image id", _remove("images", 1, "id"), "image at position 1", "id", "is missing"),
     ("two images, one id", _set("images", 1, "id", 7), "image 7", "id", "used twice"),
-    ("image id of 65 bits", _set("images", 0, "id", 2**64), "image at position 0", "id", "an integer of 64 bits"),
+    ("image id of 65 bits", _set("images", 0, "id", 2**64), "image at position 0", "id", "an integer of at most 2**62"),
     ("image is a list", _put("images", [[1]]), "image at position 0", "", "JSON object, got list [1]"),
     ("no images", _put("images", []), "", "images", "at least one image"),
     ("no categories", _put("categories", []), "", "categories", "at least one category"),

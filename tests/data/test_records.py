@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from types import FunctionType, ModuleType
 
@@ -65,6 +66,19 @@ def test_no_record_is_none() -> None:
     assert (len(packed), list(packed), list(packed[:3])) == (0, [], [])
     with pytest.raises(IndexError):
         packed[0]
+
+
+def test_a_record_whose_columns_differ_is_refused_by_its_name() -> None:
+    whole, wrong = _record(1, 2), _record(2, 3)
+    with pytest.raises(ValueError, match=r"images/2 .*\.png: expected as many of each, got 3 boxes, 2 labels, 3 crowd"):
+        PackedRecords([whole, replace(wrong, labels=wrong.labels[:2])])
+    with pytest.raises(ValueError, match="2 areas, 1 masks"):
+        PackedRecords([replace(whole, masks=(PackedMask((1, 1), b"1"),))])
+
+
+def test_the_column_says_what_is_labelled() -> None:
+    records = [_record(number, 0) for number in range(5)]
+    assert PackedRecords(iter(records)).labelled.tolist() == [record.labelled for record in records]
 
 
 def _reachable(thing: object) -> int:

@@ -12,6 +12,7 @@ from drkd.contracts import DrkdError
 from drkd.data.dataset import DetectionDataset, load_split
 from drkd.data.digits import DigitsConfig, build_digits
 from drkd.data.module import DetectionDataModule
+from drkd.data.records import PackedRecords
 from drkd.data.transforms import eval_transforms
 from drkd.data.unlabelled import read_unlabelled
 
@@ -136,7 +137,9 @@ def test_a_wrong_subset_is_an_error(coco: CocoFolder, classes: list[str], messag
         _ = make(coco.root, classes=classes).train_split
 
 
-def test_what_stands_in_for_an_unreadable_image_is_labelled_or_not_as_it_is(coco: CocoFolder) -> None:
+def test_what_stands_in_for_an_unreadable_image_is_labelled_or_not_as_it_is(
+    coco: CocoFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("a.png", "b.png"):
         coco.write_image(name)
     coco.write()
@@ -148,7 +151,13 @@ def test_what_stands_in_for_an_unreadable_image_is_labelled_or_not_as_it_is(coco
     mixed = dataclasses.replace(split, records=records)
     dataset = DetectionDataset(mixed, eval_transforms(min_size=40, max_size=60), substitutes=2)
     ids = [record.image_id for record in records]
-    assert [dataset[place].image_id for place in range(5)] == ids
+    unpacked = []
+    unpack = PackedRecords._unpack
+    with monkeypatch.context() as patch:
+        # Of an image that can be read no other is looked at.
+        patch.setattr(PackedRecords, "_unpack", lambda self, *places: unpacked.append(places) or unpack(self, *places))
+        assert [dataset[place].image_id for place in range(5)] == ids
+    assert unpacked == [(place, place + 1) for place in range(5)]
     for place in (0, 2):
         records[place].path.write_bytes(b"broken")
     found = [dataset[place] for place in range(5)]

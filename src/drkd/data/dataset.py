@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from drkd.contracts import BoxTargets, DrkdError, ImageRecord, Size
 from drkd.data.formats.reading import FormatChoice, find_sources, read_source
 from drkd.data.image import decode_image
 from drkd.data.masks import unpack_masks
+from drkd.data.records import PackedRecords
 from drkd.data.split import DatasetSplit
 
 __all__ = [
@@ -249,28 +250,35 @@ class DetectionDataset(Dataset[Sample]):
 
     def _decode(self, position: int) -> tuple[ImageRecord, Tensor]:
         """The image at a position, or the one that stands in for it."""
-        places = [position] if not self._substitutes else [*islice(self._alike(position), self._substitutes + 1)]
-        for offset, place in enumerate(places):
-            record = self.split.records[place]
+        try:
+            return self._read(position)
+        except DrkdError as error:
+            if not self._substitutes:
+                raise
+            failed = error
+        places = [*islice(self._alike(position), self._substitutes + 1)]
+        for place, following in pairwise(places):
+            if not self.unreadable[place]:
+                self.unreadable[place] = 1
+                print(f"drkd: left out, the next image stands in: {failed}", file=sys.stderr, flush=True)
             try:
-                return record, decode_image(record.path, record.size, turned=record.turned)
+                return self._read(following)
             except DrkdError as error:
-                if not self._substitutes:
-                    raise
-                if offset + 1 == len(places):
-                    raise DrkdError(
-                        f"{offset + 1} images in a row cannot be read, which is no chance any more; the last: {error}"
-                    ) from error
-                if not self.unreadable[place]:
-                    self.unreadable[place] = 1
-                    print(f"drkd: left out, the next image stands in: {error}", file=sys.stderr, flush=True)
-        raise AssertionError("unreachable: the last substitute raises")
+                failed = error
+        raise DrkdError(
+            f"{len(places)} images in a row cannot be read, which is no chance any more; the last: {failed}"
+        ) from failed
+
+    def _read(self, position: int) -> tuple[ImageRecord, Tensor]:
+        record = self.split.records[position]
+        return record, decode_image(record.path, record.size, turned=record.turned)
 
     def _alike(self, position: int) -> Iterator[int]:
         """A position and those that follow, around, of images that are labelled, or not, as it is."""
-        records = self.split.records
-        for place in chain(range(position, len(records)), range(position)):
-            if records[place].labelled == records[position].labelled:
+        known = cast(PackedRecords, self.split.records).labelled
+        yield position
+        for place in chain(range(position + 1, len(known)), range(position)):
+            if known[place] == known[position]:
                 yield place
 
     def _targets(self, target: dict[str, Any], image: Tensor) -> BoxTargets:

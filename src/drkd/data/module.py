@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from drkd.data.dataset import DetectionDataset, find_splits, load_split
 from drkd.data.digits import EMBEDDED, build_digits
 from drkd.data.formats.reading import FormatChoice
 from drkd.data.mixed_sampler import MixedBatchSampler
+from drkd.data.records import PackedRecords
 from drkd.data.sampler import EvaluationBatchSampler, TrainBatchSampler, aspect_group
 from drkd.data.split import DatasetSplit
 from drkd.data.transforms import collate, eval_transforms, train_transforms
@@ -187,7 +189,7 @@ class DetectionDataModule(LightningDataModule):
         self._share = unlabelled_share
         self._check_unlabelled(limit)
         self._train: DatasetSplit | None = None
-        self._rest: tuple[ImageRecord, ...] = ()
+        self._rest = PackedRecords(())
         self._val: DatasetSplit | None = None
 
     def prepare_data(self) -> None:
@@ -215,22 +217,25 @@ class DetectionDataModule(LightningDataModule):
             self._class_names = whole.class_names
             split = whole
             if not self._keep_empty:
-                split = replace(split, records=tuple(record for record in split.records if (~record.crowd).any()))
+                kept = PackedRecords(record for record in split.records if (~record.crowd).any())
+                split = replace(split, records=kept)
             if not any((~record.crowd).any() for record in split.records):
                 raise DrkdError(f"{self._root}: no image of the split '{split.name}' has a box to train on.")
             self._train = split.first(self._limits[0])
             if REST in self._unlabelled:
                 # Nothing but the images' order chooses them: whether they have boxes is not to be known.
                 used = {record.image_id for record in self._train.records}
-                self._rest = tuple(record for record in whole.records if record.image_id not in used)
+                self._rest = PackedRecords(record for record in whole.records if record.image_id not in used)
         return self._train
 
     @property
     def unlabelled_records(self) -> tuple[ImageRecord, ...]:
         """The images without labels, none where none are asked for; their ids follow those of the training split."""
         found: tuple[ImageRecord, ...] = ()
+        if not self._unlabelled:
+            return found
         train = self.train_split
-        first = max(record.image_id for record in (*train.records, *self._rest)) + 1
+        first = max(record.image_id for record in chain(train.records, self._rest)) + 1
         for entry in self._unlabelled:
             if entry == REST:
                 found += put_labels_aside(self._rest, first_id=first + len(found))
@@ -268,7 +273,7 @@ class DetectionDataModule(LightningDataModule):
             sampler = MixedBatchSampler(
                 groups, self._groups(others), self._batch_size, share=self._share, seed=self._seed
             )
-        mixed = replace(split, records=(*split.records, *others))
+        mixed = replace(split, records=PackedRecords(chain(split.records, others))) if others else split
         self._train_dataset = DetectionDataset(
             mixed, self._train_transforms, seed=self._seed, minimum_side=1.0, substitutes=self._substitutes
         )

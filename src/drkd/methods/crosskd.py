@@ -53,7 +53,8 @@ class CrossKD(KDMethod):
             FCOS 2).
         beta: Focusing of the classes, see `quality_focal_distance`.
         align: Give the student's maps the scale of the teacher's first, see `align_scale`.
-        share: Of a batch's images that the teacher's head is asked about, see `ImageShare`.
+        share: Of a batch's images that the teacher's head is asked about, see `ImageShare`; those without boxes too,
+            since background teaches as well.
         balanced: Whether weights are gradient ratios, see `KDMethod`.
         warmup_steps: See `KDMethod`.
         decay: See `KDMethod`.
@@ -95,16 +96,19 @@ class CrossKD(KDMethod):
                 f"or use {ON_FEATURES}, or LogitKD."
             )
         if self.after > min(ours.head_depth, theirs.head_depth):
-            raise DrkdError(
+            # The authors' own place is not the user's fault: such a pair it is not for.
+            kind = NotApplicableError if after is None else DrkdError
+            raise kind(
                 f"CrossKD was asked to cut the heads after convolution {self.after} and expects that many in both, got "
-                f"{ours.head_depth} (student) and {theirs.head_depth} (teacher). Lower `after`."
+                f"{ours.head_depth} (student) and {theirs.head_depth} (teacher). Lower `after` of CrossKD, or use "
+                f"{ON_FEATURES}."
             )
         require_same_grid(student, teacher, method="CrossKD")
         self.classes = TeacherClasses(student, teacher, method="CrossKD")
         self.decode = decode_offsets if ours.kind == "anchors" else decode_distances
         self.beta = beta
         self.align = align
-        self.images = ImageShare(share)
+        self.images = ImageShare(share, with_boxes=False)
         if share < 1:
             # The head is run here, on some of the images.
             self.teacher_needs = frozenset[Want]({"features", "head_tail"})

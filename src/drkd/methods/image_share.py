@@ -13,21 +13,23 @@ from drkd.contracts import BoxTargets
 class ImageShare:
     """A part of every batch, or of the passes where that is less than one image.
 
-    The first images that have boxes are taken; a loader that shuffles gives every image its turn. Where the share is
+    The first images are taken; a loader that shuffles gives every image its turn. Where the share is
     less than one image of a batch, whole passes are left out: one image counts at every 1 / (share x batch) passes and
     at those where gradients are measured, and as much more.
 
     Args:
         share: Of a batch's images, in (0, 1].
+        with_boxes: Pass over images without boxes while there are others, for terms that have nothing to say there.
 
     Raises:
         ValueError: If the share is out of range.
     """
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, *, with_boxes: bool) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"Expected a share above 0 and of at most 1, got {share}")
         self.share = share
+        self.with_boxes = with_boxes
         self._turn: int | None = None
 
     def begin_pass(self, number: int, *, measured: bool) -> None:
@@ -47,8 +49,9 @@ class ImageShare:
         count = len(targets)
         if self.share == 1:
             return range(count)
-        # Boxes are counted on the host; an image without any has nothing to compare.
-        places = [row for row, target in enumerate(targets) if len(target.labels)] or [*range(count)]
+        # Boxes are counted on the host.
+        places = [row for row, target in enumerate(targets) if len(target.labels)] if self.with_boxes else []
+        places = places or [*range(count)]
         return places[: max(1, round(self.share * count))]
 
 

@@ -91,9 +91,9 @@ class LogitKD(KDMethod):
         self.balanced = balanced
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
-        self.images = ImageShare(share)
+        self.images = ImageShare(share, with_boxes=True)
         if not self.two_stage and "head_tail" not in self.teacher_needs:
-            self.images = ImageShare(1.0)
+            self.images = ImageShare(1.0, with_boxes=True)
 
     def begin_pass(self, number: int, *, measured: bool) -> None:
         """See `KDMethod`; without it every pass counts."""

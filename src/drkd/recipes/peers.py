@@ -4,22 +4,22 @@ from __future__ import annotations
 
 # What gloo, NCCL and PyTorch's key-value store say where the other side of a connection is gone.
 _GONE = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
+    *("Connection closed by peer", "Connection reset by peer", "Connection was likely closed", "Broken pipe"),
     "remote process exited",
-    "socket closed",
 )
-_SPEAKERS = ("gloo", "NCCL", "ProcessGroup", "TCPStore", "socket")
 
 
 def lost_peer(error: BaseException | None) -> bool:
     """Whether an error only says that a process which this one trains with has ended.
 
     Args:
-        error: Of a collective; such errors are PyTorch's own, or plain RuntimeErrors.
+        error: Of a collective: an error of torch.distributed, or a plain RuntimeError that names its back end.
     """
-    if not isinstance(error, RuntimeError):
-        return False
+    from torch import distributed
+
+    known = (distributed.DistBackendError, distributed.DistNetworkError) if distributed.is_available() else ()
     message = str(error)
-    return any(sign in message for sign in _GONE) and any(name in message for name in _SPEAKERS)
+    speaks = isinstance(error, known) or (
+        isinstance(error, RuntimeError) and any(name in message for name in ("gloo", "NCCL"))
+    )
+    return speaks and any(sign in message for sign in _GONE)

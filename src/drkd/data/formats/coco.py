@@ -22,7 +22,8 @@ from drkd.data.split import DatasetSplit
 _NUMBERS = frozenset({int, float})
 # No image has as many px in a row; NaN and the infinities are not below it either.
 _HUGE = 10**9
-_LARGEST_ID = 2**63 - 1
+# Images without labels are numbered from the largest on, within 64 bits.
+_LARGEST_ID = 2**62
 
 
 def read_coco(annotations: Path, images: Path, *, name: str = "", masks: bool = False) -> DatasetSplit:
@@ -167,7 +168,7 @@ class _Scanner:
             return None
         identity = row["id"]
         if type(identity) is not int or not -_LARGEST_ID <= identity <= _LARGEST_ID:
-            size = " of 64 bits" if type(identity) is int else ""
+            size = " of at most 2**62" if type(identity) is int else ""
             self._report(record, "id", f"expected an integer{size}, got {shorten(identity)}")
             return None
         if identity in seen:
