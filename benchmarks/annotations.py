@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import pickle
 import random
 import resource
 import shlex
@@ -73,7 +74,9 @@ def main() -> None:
         "read_cpu_seconds": round(seconds, 1),
         "pass_cpu_seconds": round(pass_seconds, 1),
         "peak_megabytes": _megabytes(peak),
-        "kept_megabytes": _megabytes(kept),
+        "records_megabytes": _megabytes(len(pickle.dumps(split.records))),
+        # With what the allocator keeps of what was freed.
+        "resident_megabytes": _megabytes(kept),
         "worker_megabytes": [_megabytes(amount) for amount in own],
         "commit": source_commit(),
         "versions": versions(),
