@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from drkd.losses import InstanceLayout, instance_distance, standardise, tensor_distance
+from drkd.losses.distance import weighted_square
 
 KINDS = ["frobenius", "relative", "mse", "standardised"]
 
@@ -79,3 +80,45 @@ def test_instance_distance_by_hand(kind, expected):
     layout = InstanceLayout.build([2, 0, 1], "cpu")
     value = instance_distance(difference, torch.zeros_like(difference), layout, kind=kind)
     assert value.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("spend", [False, True])
+def test_weighted_square_is_what_it_says(layout, spend):
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 3, 4, dtype=torch.float64).to(memory_format=layout) for _ in range(2))
+    weights = torch.rand(2, 3, 4)
+    expected = (weights * (student - teacher).square().mean(dim=1)).sum()
+    found = weighted_square(student, teacher.clone(), weights, spend=spend)
+    torch.testing.assert_close(found, expected)
+    student.requires_grad_()
+    if spend:
+        given = teacher.clone()
+        assert torch.autograd.gradcheck(lambda s: weighted_square(s, teacher.clone(), weights, spend=True), student)
+        weighted_square(student, given, weights, spend=True)
+        torch.testing.assert_close(given, student.detach() - teacher)
+    else:
+        teacher.requires_grad_()
+        assert torch.autograd.gradcheck(lambda s, t: weighted_square(s, t, weights), (student, teacher))
+
+
+def test_weighted_square_of_millions_of_cells_is_right_to_five_digits():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(1, 64, 256, 256), torch.randn(1, 64, 256, 256)
+    weights = torch.full((1, 256, 256), 256.0**-2)
+    expected = (student.double() - teacher.double()).square().mean()
+    torch.testing.assert_close(weighted_square(student, teacher, weights).double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (6, 3), (1, 2, 1, 1)])
+def test_the_gradient_of_standardise(shape):
+    torch.manual_seed(0)
+    feature = (3 + 7 * torch.randn(shape, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(standardise, feature)
+    other = feature.detach().clone().requires_grad_()
+    upstream = torch.randn_like(feature)
+    dims = [dim for dim in range(len(shape)) if dim != 1]
+    variance, mean = torch.var_mean(other, dim=dims, correction=0, keepdim=True)
+    ((other - mean) / (variance + 1e-5).sqrt()).backward(upstream)
+    standardise(feature).backward(upstream)
+    torch.testing.assert_close(feature.grad, other.grad)

@@ -5,7 +5,16 @@ import inspect
 import pytest
 import torch
 
-from drkd.contracts import BoxTargets, DetectionBatch, DetectorOutput, DrkdError, FeatureMap
+from drkd.contracts import (
+    BoxTargets,
+    DetectionBatch,
+    DetectorOutput,
+    DetectorSpec,
+    DrkdError,
+    FeatureLevel,
+    FeatureMap,
+    PredictionLayout,
+)
 from drkd.methods import DRKD, FeatureHint, PaperDRKD, ReleasedDRKD
 from drkd.methods.levels import spec_of_maps
 
@@ -292,3 +301,46 @@ def test_every_term_can_be_learned(name):
         term.backward()
         optimiser.step()
     assert history[-1] < 0.7 * history[0]
+
+
+def _most_held(run):
+    """Most bytes that the tensors made by a call held at once, and those that are left."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = run()
+    events = profiler.profiler.kineto_results.events()
+    held = most = 0
+    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        held += change
+        most = max(most, held)
+    return most, held, kept
+
+
+def test_what_drkd_holds_is_counted_in_maps_of_the_finest_level():
+    # The step's memory where the maps are large (docs/speed.md): what a new line keeps or copies shows here.
+    levels = tuple(FeatureLevel(f"p{stage}", 256, 2.0**stage) for stage in (2, 3, 4))
+    spec = DetectorSpec(levels, ("thing",), predictions=PredictionLayout("regions"))
+    torch.manual_seed(0)
+    kd = DRKD(spec, spec)
+    sides = {level.name: int(256 / level.stride) for level in levels}
+    ours, theirs = (
+        {name: torch.randn(2, 256, n, n).to(memory_format=torch.channels_last) for name, n in sides.items()}
+        for _ in range(2)
+    )
+    for feature in ours.values():
+        feature.requires_grad_()
+    boxes = [torch.tensor([[10.0, 10.0, 100.0, 100.0]])] * 2
+    finest = ours["p2"].nbytes
+
+    def forward():
+        return kd.total(kd.from_features(ours, theirs, boxes, image_size=(256, 256)))
+
+    forward().backward()
+    for feature in ours.values():
+        feature.grad = None
+    kd.zero_grad()
+    most, held, total = _most_held(forward)
+    assert 2 < held / finest < 4.2
+    assert most / finest < 6.2
+    most, _, _ = _most_held(total.backward)
+    # On top of what the forward pass has left.
+    assert most / finest < 2.2

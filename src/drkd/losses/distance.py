@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 Distance = Literal["frobenius", "relative", "mse", "standardised"]
@@ -54,8 +55,38 @@ def standardise(feature: Tensor, *, eps: float = 1e-5) -> Tensor:
         feature = at_least_float32(feature)
         if feature.numel() == 0:
             return feature
-        # What batch norm computes in one pass each way, keeping no map of its own for the backward pass.
-        return torch.native_batch_norm(feature, None, None, None, None, True, 0.0, eps)[0]
+        return cast(Tensor, _Standardise.apply(feature, eps))
+
+
+class _Standardise(torch.autograd.Function):
+    """What batch norm computes, in one pass each way; keeps the result, which others read too, and not the input."""
+
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor, eps: float) -> Tensor:
+        """The standardised map."""
+        result, _, inverse = torch.native_batch_norm(feature, None, None, None, None, True, 0.0, eps)
+        ctx.save_for_backward(result, inverse)
+        ctx.eps = eps
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Of a map whose mean is 0 and whose deviation is 1, in the unit of the map that was given."""
+        result, inverse = ctx.saved_tensors
+        found: Tensor = torch.ops.aten.native_batch_norm_backward(
+            gradient,
+            result,
+            None,
+            None,
+            None,
+            torch.zeros_like(inverse),
+            torch.ones_like(inverse),
+            True,
+            ctx.eps,
+            [True, False, False],
+        )[0]
+        return found.mul_(inverse.view(1, -1, *[1] * (found.ndim - 2))), None
 
 
 def tensor_distance(student: Tensor, teacher: Tensor, *, kind: Distance, eps: float = 1e-6) -> Tensor:
@@ -93,6 +124,52 @@ def tensor_distance(student: Tensor, teacher: Tensor, *, kind: Distance, eps: fl
             size = torch.linalg.vector_norm(at_least_float32(teacher.detach())).clamp_min(eps)
             return torch.linalg.vector_norm(difference) / size
     raise ValueError(f"Expected a distance out of frobenius, relative, mse, standardised, got {kind!r}")
+
+
+def weighted_square(student: Tensor, teacher: Tensor, weights: Tensor, *, spend: bool = False) -> Tensor:
+    r"""Sum over cells of a weight times the mean square over channels, :math:`\sum_p w_p \|s_p - t_p\|^2 / C`.
+
+    One map is kept for the backward pass, and none but the gradient is made in it: maps of a fine level are what a
+    distillation step pays for in memory. It cannot be differentiated twice.
+
+    Args:
+        student: (B, C, H, W), at least float32.
+        teacher: Same shape and dtype.
+        weights: (B, H, W), constants.
+        spend: Overwrite the teacher's map, which then must be nobody else's and have no gradient.
+
+    Returns:
+        0-d, the dtype of the maps.
+    """
+    return cast(Tensor, _WeightedSquare.apply(student, teacher, weights, spend))
+
+
+class _WeightedSquare(torch.autograd.Function):
+    """See `weighted_square`."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, spend: bool) -> Tensor:
+        """The sum; keeps half its gradient."""
+        difference = torch.sub(student, teacher, out=teacher) if spend else student - teacher
+        scaled = difference * (weights.detach().to(difference.dtype) / max(difference.shape[1], 1)).unsqueeze(1)
+        ctx.save_for_backward(scaled)
+        # Rows are summed one by one: one sum of millions of float32 is right to four digits only.
+        return torch.bmm(_rows(scaled).unsqueeze(1), _rows(difference).unsqueeze(2)).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        """Of both maps."""
+        (scaled,) = ctx.saved_tensors
+        ours = scaled * (2 * gradient)
+        return ours, -ours if ctx.needs_input_grad[1] else None, None, None
+
+
+def _rows(feature: Tensor) -> Tensor:
+    """A map as rows that lie in memory as they are: no copy."""
+    if feature.is_contiguous(memory_format=torch.channels_last):
+        feature = feature.permute(0, 2, 3, 1)
+    return feature.flatten(2).flatten(0, 1)
 
 
 def _mean_square(difference: Tensor) -> Tensor:

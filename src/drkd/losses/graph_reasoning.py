@@ -75,10 +75,13 @@ class GraphReasoningUnit(nn.Module):
         if feature.ndim != 4 or feature.shape[1] != self.state.in_channels:
             raise ValueError(f"Expected a map (B, {self.state.in_channels}, h, w), got {tuple(feature.shape)}")
         feature = feature.to(self.state.weight.dtype)
-        # One convolution reads the map for both.
-        weight = torch.cat([self.state.weight, self.projection.weight])
+        # One product reads the map for both; no convolution, which would keep the map for weights that are not trained.
+        weight = torch.cat([self.state.weight, self.projection.weight]).flatten(1)
         bias = torch.cat([self.state.bias, self.projection.bias])  # type: ignore[list-item]  # both have one
-        both = functional.conv2d(feature, weight, bias).flatten(2)
+        if feature.is_contiguous(memory_format=torch.channels_last):
+            both = functional.linear(feature.permute(0, 2, 3, 1), weight, bias).flatten(1, 2).transpose(1, 2)
+        else:
+            both = weight @ feature.flatten(2) + bias.unsqueeze(1)
         with full_precision(feature):
             # A sum over all positions leaves half precision's range and digits.
             both = at_least_float32(both)

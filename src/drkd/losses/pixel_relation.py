@@ -17,6 +17,7 @@ from drkd.losses.distance import (
     full_precision,
     standardise,
     tensor_distance,
+    weighted_square,
 )
 from drkd.losses.graph_reasoning import GraphNorm, GraphReasoningUnit
 from drkd.losses.instances import InstanceLayout
@@ -113,6 +114,7 @@ class PixelRelationLoss(nn.Module):
             self.student_unit.requires_grad_(False)
         if self.teacher_unit is not None and teacher_side == "frozen":
             self.teacher_unit.requires_grad_(False)
+        self.reasoning: PixelReasoning = reasoning
         self.distance: Distance = distance
         self.teacher_side: TeacherSide = teacher_side
         self.normalise_features = normalise_features
@@ -131,8 +133,10 @@ class PixelRelationLoss(nn.Module):
         if weights is None:
             return tensor_distance(ours, theirs, kind=self.distance)
         with full_precision(ours):
-            error = (at_least_float32(ours) - at_least_float32(theirs)).square().mean(dim=1)
-            return (weights * error).sum()
+            ours, theirs = at_least_float32(ours), at_least_float32(theirs)
+            # What the reasoning has made of the teacher's map is nobody else's.
+            spend = self.reasoning != "none" and not theirs.requires_grad
+            return weighted_square(ours, theirs, weights, spend=spend)
 
     def weigh(
         self,

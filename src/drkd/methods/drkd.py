@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, cast
 
@@ -326,20 +326,22 @@ class DRKD(KDMethod):
 
         Maps have no responses: those terms are left out.
         """
-        ours, theirs = self._prepare(student_features, teacher_features)
         terms: dict[str, Tensor] = {}
-        device = next(iter(ours.values())).device
+        device = next(iter(student_features.values())).device
         boxes = [own.to(device, non_blocking=True) for own in boxes]
         layout = InstanceLayout.build(count_boxes(boxes), device)
-        for pair, loss in zip(self.pixel_pairs, self.pixel_losses, strict=True):
-            maps = ours[pair.student.name], theirs[pair.teacher.name]
-            weights = cast(PixelRelationLoss, loss).weigh(maps[1], boxes, image_size=image_size, layout=layout)
-            terms[f"{PIXEL}/{pair.name}"] = loss(*maps, weights)
-            if self._looks:
-                self._spread[f"{PIXEL}/{pair.name}"] = cast(PixelRelationLoss, loss).target_spread(maps[1])
-        if not self.instance_pairs:
-            return terms
-        pooled = [self._pool(pair, ours, theirs, boxes, image_size, layout) for pair in self.instance_pairs]
+        pixel = dict(zip(self.pixel_pairs, self.pixel_losses, strict=True))
+        pooled = []
+        # Level by level: the maps of the finest are what a step pays for in memory, and are let go before the next.
+        for pair, maps in self._prepare(student_features, teacher_features):
+            if pair in pixel:
+                relation = cast(PixelRelationLoss, pixel[pair])
+                weights = relation.weigh(maps[1], boxes, image_size=image_size, layout=layout)
+                terms[f"{PIXEL}/{pair.name}"] = relation(*maps, weights)
+                if self._looks:
+                    self._spread[f"{PIXEL}/{pair.name}"] = relation.target_spread(maps[1])
+            if pair in self.instance_pairs:
+                pooled.append(self._pool(maps, boxes, image_size, layout))
         if RELATION in self.weights:
             for pair, loss, instances in zip(self.instance_pairs, self.relation_losses, pooled, strict=True):
                 terms[f"{RELATION}/{pair.name}"] = loss(*instances, boxes, image_size=image_size)
@@ -365,17 +367,17 @@ class DRKD(KDMethod):
         image_size: tuple[int, int],
     ) -> tuple[LevelRelations, ...]:
         """The maps and matrices that the two relation terms compare, level by level, without gradient."""
-        ours, theirs = self._prepare(student_features, teacher_features)
+        prepared = dict(self._prepare(student_features, teacher_features))
         found: dict[str, LevelRelations] = {}
         for pair, loss in zip(self.pixel_pairs, self.pixel_losses, strict=True):
             pixel = cast(PixelRelationLoss, loss)
-            maps = ours[pair.student.name], theirs[pair.teacher.name]
+            maps = prepared[pair]
             related, graph = pixel.maps(*maps), pixel.graph_maps(*maps)
             found[pair.name] = LevelRelations(pair.name, pair.teacher.name, *related, *graph)
         for pair, loss in zip(self.instance_pairs, self.relation_losses, strict=False):
             instance = cast(InstanceRelationLoss, loss)
-            layout = InstanceLayout.build(count_boxes(boxes), ours[pair.student.name].device)
-            pooled = self._pool(pair, ours, theirs, boxes, image_size, layout)
+            layout = InstanceLayout.build(count_boxes(boxes), prepared[pair][0].device)
+            pooled = self._pool(prepared[pair], boxes, image_size, layout)
             student_matrix, teacher_matrix, _ = instance.matrices(*pooled, boxes, image_size=image_size)
             found[pair.name] = replace(
                 found.get(pair.name, LevelRelations(pair.name, pair.teacher.name)),
@@ -387,24 +389,22 @@ class DRKD(KDMethod):
 
     def _prepare(
         self, student_features: Mapping[str, Tensor], teacher_features: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Only the maps that some term reads, the teacher's detached, both standardised where asked for."""
-        pairs = {pair.name: pair for pair in (*self.pixel_pairs, *self.instance_pairs)}.values()
+    ) -> Iterator[tuple[LevelPair, tuple[Tensor, Tensor]]]:
+        """The maps of each level that some term reads, the teacher's detached, both standardised where asked for."""
+        pairs = list(dict.fromkeys((*self.pixel_pairs, *self.instance_pairs)))
         ours = _select({pair.student.name for pair in pairs}, student_features, owner="student")
         theirs = _select({pair.teacher.name for pair in pairs}, teacher_features, owner="teacher")
-        theirs = {name: tensor.detach() for name, tensor in theirs.items()}
-        if self.adapters:
-            ours = {name: adapt(self.adapters[_key(name)], tensor) for name, tensor in ours.items()}
-        if self.normalise_features:
-            ours = {name: standardise(tensor) for name, tensor in ours.items()}
-            theirs = {name: standardise(tensor) for name, tensor in theirs.items()}
-        return ours, theirs
+        for pair in pairs:
+            student, teacher = ours[pair.student.name], theirs[pair.teacher.name].detach()
+            if self.adapters:
+                student = adapt(self.adapters[_key(pair.name)], student)
+            if self.normalise_features:
+                student, teacher = standardise(student), standardise(teacher)
+            yield pair, (student, teacher)
 
     def _pool(
         self,
-        pair: LevelPair,
-        ours: Mapping[str, Tensor],
-        theirs: Mapping[str, Tensor],
+        maps: tuple[Tensor, Tensor],
         boxes: Sequence[Tensor],
         image_size: tuple[int, int],
         layout: InstanceLayout,
@@ -419,7 +419,7 @@ class DRKD(KDMethod):
                 sampling_ratio=self.roi_sampling_ratio,
                 layout=layout,
             )
-            for feature in (ours[pair.student.name], theirs[pair.teacher.name])
+            for feature in maps
         )
         return student, teacher
 
