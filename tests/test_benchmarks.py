@@ -72,13 +72,18 @@ def test_the_speed_table_counts_what_a_method_holds(monkeypatch: pytest.MonkeyPa
 def test_the_speed_script_runs(tmp_path: Path) -> None:
     output = tmp_path / "cpu.json"
     options = ["--device=cpu", "--threads=1", "--repeats=1", "--tiny", f"--output={output}"]
-    command = [sys.executable, str(BENCHMARKS / "speed"), "--parts", "losses", "growth", *options]
+    command = [sys.executable, str(BENCHMARKS / "speed"), "--parts", "losses", "growth", "memory", *options]
+    command += ["--methods", "DRKD", "--size", "64", "64", "--student=resnet18", "--teacher=resnet18"]
+    command += ["--families", "faster_rcnn"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())
     assert {row["losses"] for row in found["losses"]} == {"released way", "DRKD", "ReleasedDRKD"}
     assert {row["what"] for row in found["growth"]["pixels"]} == {"pixel relation", "graph unit", "non-local block"}
     assert "## Growth" in output.with_suffix(".md").read_text()
+    (block,) = found["memory"]
+    assert block["rows"]["floor"]["memory_ratio"] == 1 < block["rows"]["DRKD"]["memory_ratio"] < 1.1
+    assert ": memory (cpu, float32)" in output.with_suffix(".md").read_text()
 
 
 def test_sensitivity_says_what_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from feeding import evaluation_seconds, loader_rate, usable_workers
 from losses import compare_with_released, growth
-from steps import METHODS, Setting, clock_of, make_steps, measure_steps
+from steps import METHODS, Setting, clock_of, make_steps, measure_peaks, measure_steps
 from table import write_table
 
 _OUTPUT = Path(__file__).resolve().parents[1] / "results" / "speed"
@@ -34,6 +34,8 @@ _SMALL = [
     Setting("faster_rcnn", "resnet50", "resnet101", (256, 256), 2, 60),
 ]
 _PARTS = ("steps", "losses", "growth", "feeding")
+# What "steps" has too: alone for shapes whose steps take minutes, and with other work beside.
+_MEMORY = "memory"
 
 
 def main() -> None:
@@ -46,6 +48,8 @@ def main() -> None:
     result: dict[str, Any] = {"provenance": _provenance(options, device)}
     if "steps" in options.parts:
         result["steps"] = [_measure(setting, options, device) for setting in _settings(options, device)]
+    if _MEMORY in options.parts:
+        result[_MEMORY] = [_measure_memory(setting, options, device) for setting in _settings(options, device)]
     big = device.type == "cuda"
     if "losses" in options.parts:
         size = (64, 64) if options.tiny else (800, 1344) if big else (256, 256)
@@ -101,6 +105,21 @@ def _measure(setting: Setting, options: argparse.Namespace, device: torch.device
     }
 
 
+def _measure_memory(setting: Setting, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    precision = torch.bfloat16 if device.type == "cuda" and options.precision == "bf16" else None
+    steps, impossible, held = make_steps(
+        setting, options.methods, device, precision=precision, channels_last=not options.contiguous
+    )
+    peaks = {name: held + peak for name, peak in measure_peaks(steps, warm=1).items()}
+    rows = {name: {"memory_bytes": peak, "memory_ratio": peak / peaks["floor"]} for name, peak in peaks.items()}
+    print(f"measured: {setting.name}", file=sys.stderr)
+    return {
+        **{"name": setting.name, "family": setting.family, "device": device.type},
+        "precision": "bf16" if precision else "float32",
+        **{"detector_bytes": held, "rows": rows, "impossible": impossible},
+    }
+
+
 def _settings(options: argparse.Namespace, device: torch.device) -> list[Setting]:
     if options.size is None:
         return _PAPER if device.type == "cuda" else _SMALL
@@ -119,7 +138,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: this process's time; CPU only")
     parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16", help="GPU only")
     parser.add_argument("--contiguous", action="store_true", help="not channels-last")
-    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=list(_PARTS))
+    parser.add_argument("--parts", nargs="+", choices=(*_PARTS, _MEMORY), default=list(_PARTS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--size", type=int, nargs=2, help="height and width, px, instead of the usual settings")
     parser.add_argument("--tiny", action="store_true", help="losses and growth at sizes that only show that they run")

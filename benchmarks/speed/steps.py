@@ -201,14 +201,7 @@ def measure_steps(
         shuffle.shuffle(order)
         for name in order:
             times[name].append(time_once(partial(take_round, steps[name]), device, clock) / STEPS_A_ROUND)
-    peaks = {}
-    for name, step in steps.items():
-        highest = []
-        for _ in range(STEPS_A_ROUND):
-            # Gradients belong to the step that makes them.
-            step.optimizer.zero_grad(set_to_none=True)
-            highest.append(peak_bytes(step, device))
-        peaks[name] = max(highest) + step.held_bytes()
+    peaks = measure_peaks(steps)
     found: dict[str, dict[str, Any]] = {}
     for name, own in times.items():
         ratios = sorted(ours / floor for ours, floor in zip(own, times["floor"], strict=True))
@@ -221,6 +214,26 @@ def measure_steps(
             "peak_bytes": peaks[name],
         }
     return found
+
+
+def measure_peaks(steps: dict[str, Step], *, warm: int = 0) -> dict[str, int]:
+    """By step, the peak bytes of the most demanding of a round's, with what is held between steps.
+
+    Args:
+        steps: The steps.
+        warm: How many are taken before: the first of a method measures gradients, which takes more.
+    """
+    peaks = {}
+    for name, step in steps.items():
+        for _ in range(warm):
+            step()
+        highest = []
+        for _ in range(STEPS_A_ROUND):
+            # Gradients belong to the step that makes them.
+            step.optimizer.zero_grad(set_to_none=True)
+            highest.append(peak_bytes(step, step.device))
+        peaks[name] = max(highest) + step.held_bytes()
+    return peaks
 
 
 def time_once(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:

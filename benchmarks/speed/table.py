@@ -28,6 +28,8 @@ def write_table(result: Mapping[str, Any]) -> str:
     ]
     for block in result.get("steps", ()):
         lines += _steps(block)
+    for block in result.get("memory", ()):
+        lines += _memory(block)
     if "losses" in result:
         lines += _losses(result["losses"])
     if "growth" in result:
@@ -53,6 +55,19 @@ def _steps(block: Mapping[str, Any]) -> list[str]:
             f"| {name} | {row['seconds']:.3f} | {row['ratio']:.3f} | {row['ratio_p10']:.3f} to {row['ratio_p90']:.3f} "
             f"| {row['memory_bytes'] / _MIB:.0f} | {row['memory_ratio']:.3f} |"
         )
+    if block["impossible"]:
+        lines += ["", f"Not possible with this pair: {', '.join(block['impossible'])}."]
+    return lines
+
+
+def _memory(block: Mapping[str, Any]) -> list[str]:
+    _, limit = TARGETS[block["device"], block["family"]]
+    lines = ["", f"## {block['name']}: memory ({block['device']}, {block['precision']})", ""]
+    lines += [f"Aim for DRKD: {limit:.2f}.", "", "| Step | memory, MiB | memory / floor |", "|---|---:|---:|"]
+    lines += [
+        f"| {name} | {row['memory_bytes'] / _MIB:.0f} | {row['memory_ratio']:.3f} |"
+        for name, row in block["rows"].items()
+    ]
     if block["impossible"]:
         lines += ["", f"Not possible with this pair: {', '.join(block['impossible'])}."]
     return lines
