@@ -122,3 +122,24 @@ def test_the_gradient_of_standardise(shape):
     ((other - mean) / (variance + 1e-5).sqrt()).backward(upstream)
     standardise(feature).backward(upstream)
     torch.testing.assert_close(feature.grad, other.grad)
+
+
+def test_weighted_square_is_float32_under_autocast():
+    maps = torch.randn(1, 8, 4, 4), torch.randn(1, 8, 4, 4)
+    weights = torch.full((1, 4, 4), 1000.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = weighted_square(*maps, weights)
+    torch.testing.assert_close(found, (weights * (maps[0] - maps[1]).square().mean(dim=1)).sum())
+
+
+def test_standardise_takes_another_eps_and_compiles_for_any_shape():
+    feature = torch.randn(2, 4, 6, 6, requires_grad=True)
+    torch.testing.assert_close(standardise(feature, eps=3.0), feature_by_hand(feature, eps=3.0))
+    compiled = torch.compile(standardise, backend="aot_eager", dynamic=True)
+    compiled(feature).square().sum().backward()
+    torch.testing.assert_close(compiled(feature), standardise(feature))
+
+
+def feature_by_hand(feature, *, eps):
+    variance, mean = torch.var_mean(feature, dim=(0, 2, 3), correction=0, keepdim=True)
+    return (feature - mean) / (variance + eps).sqrt()

@@ -344,3 +344,9 @@ def test_what_drkd_holds_is_counted_in_maps_of_the_finest_level():
     most, _, _ = _most_held(total.backward)
     # On top of what the forward pass has left.
     assert most / finest < 2.2
+
+
+def test_missing_maps_are_named_before_anything_else():
+    kd = DRKD.for_features(*[{"a": torch.rand(1, 8, 8, 8)}] * 2, image_size=(64, 64))
+    with pytest.raises(ValueError, match="Expected student features named a, missing a"):
+        kd.from_features({}, {"a": torch.rand(1, 8, 8, 8)}, [torch.zeros(0, 4)], image_size=(64, 64))

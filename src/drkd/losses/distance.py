@@ -27,6 +27,9 @@ and the student one that is trained.
 ONE_MODULE: frozenset[TeacherSide] = frozenset({"shared", "fixed"})
 """The teacher sides with one module for both."""
 
+# Of `standardise`; a constant, since a compiler cannot trace a number that an autograd function is given.
+_EPS = 1e-5
+
 
 def full_precision(tensor: Tensor) -> torch.autocast:
     """A context without autocast on the tensor's device."""
@@ -38,7 +41,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def standardise(feature: Tensor, *, eps: float = 1e-5) -> Tensor:
+def standardise(feature: Tensor, *, eps: float = _EPS) -> Tensor:
     """Give every channel zero mean and unit variance over batch and space together (PKD, arXiv:2207.02039).
 
     Deviation from PKD: the variance is biased and ``eps`` is added to it inside the root, so that one value a channel,
@@ -55,23 +58,24 @@ def standardise(feature: Tensor, *, eps: float = 1e-5) -> Tensor:
         feature = at_least_float32(feature)
         if feature.numel() == 0:
             return feature
-        return cast(Tensor, _Standardise.apply(feature, eps))
+        if eps != _EPS:
+            return torch.native_batch_norm(feature, None, None, None, None, True, 0.0, eps)[0]
+        return cast(Tensor, _Standardise.apply(feature))
 
 
 class _Standardise(torch.autograd.Function):
     """What batch norm computes, in one pass each way; keeps the result, which others read too, and not the input."""
 
     @staticmethod
-    def forward(ctx: Any, feature: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, feature: Tensor) -> Tensor:
         """The standardised map."""
-        result, _, inverse = torch.native_batch_norm(feature, None, None, None, None, True, 0.0, eps)
+        result, _, inverse = torch.native_batch_norm(feature, None, None, None, None, True, 0.0, _EPS)
         ctx.save_for_backward(result, inverse)
-        ctx.eps = eps
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """Of a map whose mean is 0 and whose deviation is 1, in the unit of the map that was given."""
         result, inverse = ctx.saved_tensors
         found: Tensor = torch.ops.aten.native_batch_norm_backward(
@@ -83,10 +87,10 @@ class _Standardise(torch.autograd.Function):
             torch.zeros_like(inverse),
             torch.ones_like(inverse),
             True,
-            ctx.eps,
+            _EPS,
             [True, False, False],
         )[0]
-        return found.mul_(inverse.view(1, -1, *[1] * (found.ndim - 2))), None
+        return found.mul_(inverse.view(1, -1, *[1] * (found.ndim - 2)))
 
 
 def tensor_distance(student: Tensor, teacher: Tensor, *, kind: Distance, eps: float = 1e-6) -> Tensor:
@@ -141,7 +145,8 @@ def weighted_square(student: Tensor, teacher: Tensor, weights: Tensor, *, spend:
     Returns:
         0-d, the dtype of the maps.
     """
-    return cast(Tensor, _WeightedSquare.apply(student, teacher, weights, spend))
+    with full_precision(student):
+        return cast(Tensor, _WeightedSquare.apply(student, teacher, weights, spend))
 
 
 class _WeightedSquare(torch.autograd.Function):

@@ -327,13 +327,14 @@ class DRKD(KDMethod):
         Maps have no responses: those terms are left out.
         """
         terms: dict[str, Tensor] = {}
+        prepared = self._prepare(student_features, teacher_features)
         device = next(iter(student_features.values())).device
         boxes = [own.to(device, non_blocking=True) for own in boxes]
         layout = InstanceLayout.build(count_boxes(boxes), device)
         pixel = dict(zip(self.pixel_pairs, self.pixel_losses, strict=True))
         pooled = []
         # Level by level: the maps of the finest are what a step pays for in memory, and are let go before the next.
-        for pair, maps in self._prepare(student_features, teacher_features):
+        for pair, maps in prepared:
             if pair in pixel:
                 relation = cast(PixelRelationLoss, pixel[pair])
                 weights = relation.weigh(maps[1], boxes, image_size=image_size, layout=layout)
@@ -342,6 +343,7 @@ class DRKD(KDMethod):
                     self._spread[f"{PIXEL}/{pair.name}"] = relation.target_spread(maps[1])
             if pair in self.instance_pairs:
                 pooled.append(self._pool(maps, boxes, image_size, layout))
+            del maps
         if RELATION in self.weights:
             for pair, loss, instances in zip(self.instance_pairs, self.relation_losses, pooled, strict=True):
                 terms[f"{RELATION}/{pair.name}"] = loss(*instances, boxes, image_size=image_size)
@@ -394,13 +396,21 @@ class DRKD(KDMethod):
         pairs = list(dict.fromkeys((*self.pixel_pairs, *self.instance_pairs)))
         ours = _select({pair.student.name for pair in pairs}, student_features, owner="student")
         theirs = _select({pair.teacher.name for pair in pairs}, teacher_features, owner="teacher")
+        return self._prepared(pairs, ours, theirs)
+
+    def _prepared(
+        self, pairs: Sequence[LevelPair], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+    ) -> Iterator[tuple[LevelPair, tuple[Tensor, Tensor]]]:
         for pair in pairs:
             student, teacher = ours[pair.student.name], theirs[pair.teacher.name].detach()
             if self.adapters:
                 student = adapt(self.adapters[_key(pair.name)], student)
             if self.normalise_features:
                 student, teacher = standardise(student), standardise(teacher)
-            yield pair, (student, teacher)
+            maps = student, teacher
+            del student, teacher
+            yield pair, maps
+            del maps
 
     def _pool(
         self,
