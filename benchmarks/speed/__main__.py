@@ -49,7 +49,7 @@ def main() -> None:
     if "steps" in options.parts:
         result["steps"] = [_measure(setting, options, device) for setting in _settings(options, device)]
     if _MEMORY in options.parts:
-        result[_MEMORY] = [_measure_memory(setting, options, device) for setting in _settings(options, device)]
+        result[_MEMORY] = [_measure(setting, options, device, timed=False) for setting in _settings(options, device)]
     big = device.type == "cuda"
     if "losses" in options.parts:
         size = (64, 64) if options.tiny else (800, 1344) if big else (256, 256)
@@ -82,13 +82,15 @@ def main() -> None:
     print(f"Wrote {output} and {output.with_suffix('.md').name}.")
 
 
-def _measure(setting: Setting, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def _measure(
+    setting: Setting, options: argparse.Namespace, device: torch.device, *, timed: bool = True
+) -> dict[str, Any]:
     precision = torch.bfloat16 if device.type == "cuda" and options.precision == "bf16" else None
     steps, impossible, held = make_steps(
         setting, options.methods, device, precision=precision, channels_last=not options.contiguous
     )
     clock = clock_of("wall" if device.type == "cuda" else options.clock)
-    rows = measure_steps(steps, repeats=options.repeats, clock=clock)
+    rows = measure_steps(steps, repeats=options.repeats, clock=clock) if timed else measure_peaks(steps, warm=1)
     for row in rows.values():
         row["memory_bytes"] = held + row["peak_bytes"]
         row["memory_ratio"] = row["memory_bytes"] / (held + rows["floor"]["peak_bytes"])
@@ -102,21 +104,6 @@ def _measure(setting: Setting, options: argparse.Namespace, device: torch.device
         "detector_bytes": held,
         "rows": rows,
         "impossible": impossible,
-    }
-
-
-def _measure_memory(setting: Setting, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    precision = torch.bfloat16 if device.type == "cuda" and options.precision == "bf16" else None
-    steps, impossible, held = make_steps(
-        setting, options.methods, device, precision=precision, channels_last=not options.contiguous
-    )
-    peaks = {name: held + peak for name, peak in measure_peaks(steps, warm=1).items()}
-    rows = {name: {"memory_bytes": peak, "memory_ratio": peak / peaks["floor"]} for name, peak in peaks.items()}
-    print(f"measured: {setting.name}", file=sys.stderr)
-    return {
-        **{"name": setting.name, "family": setting.family, "device": device.type},
-        "precision": "bf16" if precision else "float32",
-        **{"detector_bytes": held, "rows": rows, "impossible": impossible},
     }
 
 

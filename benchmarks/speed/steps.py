@@ -201,29 +201,27 @@ def measure_steps(
         shuffle.shuffle(order)
         for name in order:
             times[name].append(time_once(partial(take_round, steps[name]), device, clock) / STEPS_A_ROUND)
-    peaks = measure_peaks(steps)
-    found: dict[str, dict[str, Any]] = {}
+    found = measure_peaks(steps)
     for name, own in times.items():
         ratios = sorted(ours / floor for ours, floor in zip(own, times["floor"], strict=True))
         last = len(ratios) - 1
-        found[name] = {
+        found[name] |= {
             "seconds": statistics.median(own),
             "ratio": statistics.median(ratios),
             "ratio_p10": ratios[round(0.1 * last)],
             "ratio_p90": ratios[round(0.9 * last)],
-            "peak_bytes": peaks[name],
         }
     return found
 
 
-def measure_peaks(steps: dict[str, Step], *, warm: int = 0) -> dict[str, int]:
-    """By step, the peak bytes of the most demanding of a round's, with what is held between steps.
+def measure_peaks(steps: dict[str, Step], *, warm: int = 0) -> dict[str, dict[str, Any]]:
+    """By step, ``peak_bytes``: of the most demanding of a round's, with what is held between steps.
 
     Args:
         steps: The steps.
         warm: How many are taken before: the first of a method measures gradients, which takes more.
     """
-    peaks = {}
+    peaks: dict[str, dict[str, Any]] = {}
     for name, step in steps.items():
         for _ in range(warm):
             step()
@@ -232,7 +230,7 @@ def measure_peaks(steps: dict[str, Step], *, warm: int = 0) -> dict[str, int]:
             # Gradients belong to the step that makes them.
             step.optimizer.zero_grad(set_to_none=True)
             highest.append(peak_bytes(step, step.device))
-        peaks[name] = max(highest) + step.held_bytes()
+        peaks[name] = {"peak_bytes": max(highest) + step.held_bytes()}
     return peaks
 
 

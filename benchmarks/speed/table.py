@@ -55,9 +55,7 @@ def _steps(block: Mapping[str, Any]) -> list[str]:
             f"| {name} | {row['seconds']:.3f} | {row['ratio']:.3f} | {row['ratio_p10']:.3f} to {row['ratio_p90']:.3f} "
             f"| {row['memory_bytes'] / _MIB:.0f} | {row['memory_ratio']:.3f} |"
         )
-    if block["impossible"]:
-        lines += ["", f"Not possible with this pair: {', '.join(block['impossible'])}."]
-    return lines
+    return lines + _impossible(block)
 
 
 def _memory(block: Mapping[str, Any]) -> list[str]:
@@ -68,9 +66,12 @@ def _memory(block: Mapping[str, Any]) -> list[str]:
         f"| {name} | {row['memory_bytes'] / _MIB:.0f} | {row['memory_ratio']:.3f} |"
         for name, row in block["rows"].items()
     ]
-    if block["impossible"]:
-        lines += ["", f"Not possible with this pair: {', '.join(block['impossible'])}."]
-    return lines
+    return lines + _impossible(block)
+
+
+def _impossible(block: Mapping[str, Any]) -> list[str]:
+    names = ", ".join(block["impossible"])
+    return ["", f"Not possible with this pair: {names}."] if names else []
 
 
 def _losses(rows: Sequence[Mapping[str, Any]]) -> list[str]:
