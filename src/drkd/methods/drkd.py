@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from drkd.contracts import Decay, DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, NotApplicableError, Want
+from drkd.contracts import Decay, DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, Want
 from drkd.losses import (
     AdapterInit,
     Distance,
@@ -30,18 +30,13 @@ from drkd.losses import (
     standardise,
 )
 from drkd.losses.instances import count_boxes
-from drkd.methods.crosskd import CrossKD
+from drkd.methods.drkd_response import Response, make_response
 from drkd.methods.levels import LevelPair, Levels, MissingLevels, maps_by_name, match_levels, spec_of_maps
-from drkd.methods.logit_kd import LogitKD
 from drkd.methods.term_weights import by_stages
-
-Response = Literal["cross_head", "logits"]
-"""How a student's predictions are compared with the teacher's: by `CrossKD` (one-stage pairs), or by `LogitKD`."""
 
 PIXEL, RELATION, INSTANCE, RESPONSE = "pixel_relation", "instance_relation", "instance", "response"
 
 _FEATURES = frozenset[Want]({"features"})
-_RESPONSES: dict[Response, type[CrossKD] | type[LogitKD]] = {"cross_head": CrossKD, "logits": LogitKD}
 
 
 @dataclass(frozen=True)
@@ -192,7 +187,7 @@ class DRKD(KDMethod):
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         minimum = {RELATION: 2 if instance_target == "matrix" else 1, INSTANCE: 1}
         self.minimum_boxes = {name: count for name, count in minimum.items() if name in self.weights}
-        self.response = _make_response(
+        self.response = make_response(
             response, student, teacher, weight=response_weight, share=response_share, balanced=balanced
         )
         pools = bool(self.minimum_boxes)
@@ -432,30 +427,6 @@ class DRKD(KDMethod):
             for feature in maps
         )
         return student, teacher
-
-
-def _make_response(
-    response: Response,
-    student: DetectorSpec,
-    teacher: DetectorSpec,
-    *,
-    weight: float | None,
-    share: float,
-    balanced: bool,
-) -> CrossKD | LogitKD | None:
-    if response not in _RESPONSES:
-        raise ValueError(f"Expected a response out of {', '.join(_RESPONSES)}, got {response!r}")
-    if weight == 0:
-        return None
-    loudness = 1.0 if weight is None else weight
-    try:
-        return _RESPONSES[response](
-            student, teacher, class_weight=loudness, box_weight=loudness, share=share, balanced=balanced
-        )
-    except NotApplicableError:
-        if weight is None:
-            return None
-        raise
 
 
 def _key(level: str) -> str:

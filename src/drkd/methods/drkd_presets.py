@@ -17,7 +17,8 @@ from drkd.losses import (
     RelationTarget,
     TeacherSide,
 )
-from drkd.methods.drkd import DRKD, Response
+from drkd.methods.drkd import DRKD
+from drkd.methods.drkd_response import Response
 from drkd.methods.levels import Levels, MissingLevels
 
 

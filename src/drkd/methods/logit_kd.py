@@ -92,7 +92,8 @@ class LogitKD(KDMethod):
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
         self.images = ImageShare(share, with_boxes=True)
-        if not self.two_stage and "head_tail" not in self.teacher_needs:
+        if "predictions" in self.teacher_needs:
+            # The teacher's head has looked at all images already.
             self.images = ImageShare(1.0, with_boxes=True)
 
     def begin_pass(self, number: int, *, measured: bool) -> None:

@@ -27,11 +27,6 @@ def choose_weight(weight: float | None, *, balanced: bool, plain: float) -> floa
     return weight
 
 
-def is_two_stage(spec: DetectorSpec) -> bool:
-    """Whether a detector classifies regions that it has proposed; one whose predictions nobody knows does not."""
-    return spec.predictions is not None and spec.predictions.kind == "regions"
-
-
 def by_stages(student: DetectorSpec, one: _Setting, two: _Setting) -> _Setting:
-    """A setting that authors give for RetinaNet and for Faster R-CNN, for a student of one stage or of two."""
-    return two if is_two_stage(student) else one
+    """A setting that differs for students that classify regions they have proposed, and for all others."""
+    return two if student.predictions is not None and student.predictions.kind == "regions" else one

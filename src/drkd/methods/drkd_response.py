@@ -1,0 +1,44 @@
+"""DRKD's response: how a student's predictions are compared with the teacher's, beside the relations."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from drkd.contracts import DetectorSpec, NotApplicableError
+from drkd.methods.crosskd import CrossKD
+from drkd.methods.logit_kd import LogitKD
+
+Response = Literal["cross_head", "logits"]
+"""How a student's predictions are compared with the teacher's: by `CrossKD` (one-stage pairs), or by `LogitKD`."""
+
+_RESPONSES: dict[Response, type[CrossKD] | type[LogitKD]] = {"cross_head": CrossKD, "logits": LogitKD}
+
+
+def make_response(
+    response: Response,
+    student: DetectorSpec,
+    teacher: DetectorSpec,
+    *,
+    weight: float | None,
+    share: float,
+    balanced: bool,
+) -> CrossKD | LogitKD | None:
+    """The method that compares predictions; None for a weight of 0, or of None where the pair cannot be compared so.
+
+    Raises:
+        DrkdError: If a weight is asked for and the pair cannot be compared so.
+        ValueError: If there is no such response.
+    """
+    if response not in _RESPONSES:
+        raise ValueError(f"Expected a response out of {', '.join(_RESPONSES)}, got {response!r}")
+    if weight == 0:
+        return None
+    loudness = 1.0 if weight is None else weight
+    try:
+        return _RESPONSES[response](
+            student, teacher, class_weight=loudness, box_weight=loudness, share=share, balanced=balanced
+        )
+    except NotApplicableError:
+        if weight is None:
+            return None
+        raise
