@@ -130,7 +130,7 @@ def test_no_image_starts_another_program(read, tmp_path: Path, monkeypatch: pyte
     assert not started.exists()
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes among the files")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 @pytest.mark.parametrize("read", [decode_image, read_image_size])
 def test_a_pipe_is_not_waited_for(read, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "1.jpg")

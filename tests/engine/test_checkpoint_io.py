@@ -53,7 +53,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(stage: str, tmp_path: Path, monke
     assert AtomicCheckpoints().load_checkpoint(file)["state_dict"]["a"][0] == 1.0
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is of Unix")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a file (RLIMIT_FSIZE)")
 def test_a_real_write_that_is_refused_by_the_system(tmp_path: Path) -> None:
     code = f"""
 import resource, signal, sys

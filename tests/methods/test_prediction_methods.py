@@ -37,7 +37,7 @@ BOXES = [[[4.0, 5.0, 40.0, 44.0], [30.0, 20.0, 62.0, 60.0], [10.0, 30.0, 22.0, 4
 NONE = [[], []]
 COMMON = {"backbone": "resnet18", "width": 0.25, "fpn_channels": 32}
 SERVED = {"retinanet": (CrossKD, LogitKD, DeFeat), "fcos": (CrossKD, LogitKD, DeFeat), "faster_rcnn": (LogitKD, DeFeat)}
-NEEDS_ULTRALYTICS = pytest.mark.skipif(find_spec("ultralytics") is None, reason="needs ultralytics")
+NEEDS_ULTRALYTICS = pytest.mark.skipif(find_spec("ultralytics") is None, reason="needs the optional extra ultralytics")
 # After a sign #, how the teacher differs from the student but for its weights.
 PAIRS = pytest.mark.parametrize(
     ("family", "method"),
