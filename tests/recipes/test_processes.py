@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,15 @@ import pytest
 
 @pytest.mark.slow
 def test_two_processes_share_one_run(tiny_coco: Path, tiny_detector: Path, tmp_path: Path) -> None:
+    # Of six images three cannot be read; whoever meets them, the one list names all.
+    data = Path(shutil.copytree(tiny_coco, tmp_path / "data"))
+    for name in "135":
+        (data / "train" / f"{name}.png").write_bytes(b"broken")
     arguments = [
         "distill",
         "--config=digits/retinanet",
-        f"--data.root={tiny_coco}",
+        f"--data.root={data}",
+        "--data.unreadable=skip",
         "--data.val_split=val",
         "--data.batch_size=1",
         "--data.min_size=64",
@@ -37,6 +43,7 @@ def test_two_processes_share_one_run(tiny_coco: Path, tiny_detector: Path, tmp_p
     assert done.returncode == 0, done.stderr[-2000:]
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["status"] == "finished"
+    assert [Path(file).name for file in run["unreadable"]] == ["1.png", "3.png", "5.png"]
     assert run["steps"] == 3  # six images, two processes, one image each a step
     assert (tmp_path / "run" / "student.pt").is_file()
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["thresholds_px"] == [16.0, 48.0]

@@ -288,8 +288,23 @@ class DetectionDataModule(LightningDataModule):
         """Images a batch and process."""
         return self._batch_size
 
+    def share_unreadable(self, device: torch.device) -> None:
+        """Have every process know what the others could not read and replaced. Collective; nothing without a group.
+
+        Args:
+            device: Where the backend of the processes has its tensors.
+        """
+        if self._train_dataset is None or not self._substitutes or not torch.distributed.is_initialized():
+            return
+        found = self._train_dataset.unreadable.to(device)
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        self._train_dataset.unreadable.copy_(found)
+
     def unreadable_files(self) -> list[str]:
-        """Training images that this process could not read and replaced so far, in earlier sessions of the run too."""
+        """Training images that could not be read and were replaced so far, in earlier sessions of the run too.
+
+        What other processes replaced is among them as far as it has been shared (`share_unreadable`).
+        """
         found = list(self._unreadable_before)
         if self._train_dataset is not None:
             places = self._train_dataset.unreadable.nonzero().flatten().tolist()

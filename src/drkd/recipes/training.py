@@ -39,6 +39,7 @@ from drkd.recipes.requeue import requeue, under_slurm
 from drkd.recipes.restoring import Restoring, explained_by_checkpoint
 from drkd.recipes.run_folder import RunFolder, is_first_process, write_json
 from drkd.recipes.teacher_assembly import build_teacher, build_teachers, short_side
+from drkd.recipes.unreadable import SharedUnreadable
 
 
 @dataclass(frozen=True)
@@ -350,7 +351,8 @@ def _interruptible(recipe: Recipe, folder: RunFolder) -> Interruptible:
 def _callbacks(recipe: Recipe) -> list[Callback]:
     limit = recipe.training.skip_nonfinite
     guard: Callback = NonFiniteSteps(limit) if limit else FiniteLossGuard()
-    callbacks: list[Callback] = [guard, FiniteWeightsGuard(), LearningRateMonitor(logging_interval="step")]
+    shared = SharedUnreadable(recipe.data)
+    callbacks: list[Callback] = [guard, FiniteWeightsGuard(), LearningRateMonitor(logging_interval="step"), shared]
     callbacks.append(TQDMProgressBar(refresh_rate=5) if sys.stderr.isatty() else LineProgress())
     if recipe.training.patience is not None:
         # After a validation, not after an epoch: the last one may end within its images, without any.
