@@ -89,17 +89,34 @@ def test_weighted_square_is_what_it_says(layout, spend):
     student, teacher = (torch.randn(2, 5, 3, 4, dtype=torch.float64).to(memory_format=layout) for _ in range(2))
     weights = torch.rand(2, 3, 4)
     expected = (weights * (student - teacher).square().mean(dim=1)).sum()
-    found = weighted_square(student, teacher.clone(), weights, spend=spend)
+    found = weighted_square(student.clone(), teacher.clone(), weights, spend=spend)
     torch.testing.assert_close(found, expected)
     student.requires_grad_()
     if spend:
-        given = teacher.clone()
-        assert torch.autograd.gradcheck(lambda s: weighted_square(s, teacher.clone(), weights, spend=True), student)
-        weighted_square(student, given, weights, spend=True)
-        torch.testing.assert_close(given, student.detach() - teacher)
+        ours, theirs = student.clone(), teacher.clone()
+        assert torch.autograd.gradcheck(
+            lambda s: weighted_square(s.clone(), teacher.clone(), weights, spend=True), student
+        )
+        weighted_square(ours, theirs, weights, spend=True)
+        torch.testing.assert_close(theirs, student.detach() - teacher)
+        torch.testing.assert_close(ours.detach(), theirs * weights.unsqueeze(1) / 5)
     else:
         teacher.requires_grad_()
         assert torch.autograd.gradcheck(lambda s, t: weighted_square(s, t, weights), (student, teacher))
+
+
+@pytest.mark.parametrize("spend", [False, True])
+def test_weighted_square_of_maps_that_lie_in_memory_unlike(spend):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    weights = torch.rand(2, 3, 4)
+    expected = (weights * (student - teacher).square().mean(dim=1)).sum()
+    leaf = student.clone().requires_grad_()
+    last = teacher.contiguous(memory_format=torch.channels_last)
+    found = weighted_square(leaf.clone(), last, weights, spend=spend)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    torch.testing.assert_close(leaf.grad, 2 / 5 * weights.unsqueeze(1) * (student - teacher))
 
 
 def test_weighted_square_of_millions_of_cells_is_right_to_five_digits():

@@ -140,7 +140,7 @@ def weighted_square(student: Tensor, teacher: Tensor, weights: Tensor, *, spend:
         student: (B, C, H, W), at least float32.
         teacher: Same shape and dtype.
         weights: (B, H, W), constants.
-        spend: Overwrite the teacher's map, which then must be nobody else's and have no gradient.
+        spend: Overwrite both maps, which then must be nobody else's; the teacher's has no gradient.
 
     Returns:
         0-d, the dtype of the maps.
@@ -155,8 +155,11 @@ class _WeightedSquare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, spend: bool) -> Tensor:
         """The sum; keeps half its gradient."""
+        factors = (weights.detach().to(student.dtype) / max(student.shape[1], 1)).unsqueeze(1)
         difference = torch.sub(student, teacher, out=teacher) if spend else student - teacher
-        scaled = difference * (weights.detach().to(difference.dtype) / max(difference.shape[1], 1)).unsqueeze(1)
+        # Both must lie in memory alike: they are multiplied as rows.
+        alike = _is_channels_last(student) == _is_channels_last(difference)
+        scaled = torch.mul(difference, factors, out=student.detach()) if spend and alike else difference * factors
         ctx.save_for_backward(scaled)
         # Rows are summed one by one: one sum of millions of float32 is right to four digits only.
         return torch.bmm(_rows(scaled).unsqueeze(1), _rows(difference).unsqueeze(2)).sum()
@@ -172,9 +175,13 @@ class _WeightedSquare(torch.autograd.Function):
 
 def _rows(feature: Tensor) -> Tensor:
     """A map as rows that lie in memory as they are: no copy."""
-    if feature.is_contiguous(memory_format=torch.channels_last):
+    if _is_channels_last(feature):
         feature = feature.permute(0, 2, 3, 1)
     return feature.flatten(2).flatten(0, 1)
+
+
+def _is_channels_last(feature: Tensor) -> bool:
+    return feature.is_contiguous(memory_format=torch.channels_last)
 
 
 def _mean_square(difference: Tensor) -> Tensor:

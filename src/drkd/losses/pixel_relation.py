@@ -120,21 +120,30 @@ class PixelRelationLoss(nn.Module):
         self.normalise_features = normalise_features
         self.object_share = object_share
 
-    def forward(self, student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self, student: Tensor, teacher: Tensor | None, weights: Tensor | None = None, *, target: Tensor | None = None
+    ) -> Tensor:
         """Distance between the related maps.
 
         Args:
             student: See the class.
-            teacher: See the class.
+            teacher: See the class; None where its target is given.
             weights: (B, H, W) at the teacher's size, how much each cell counts, summing to one: the `weigh` of the
                 boxes. Apart from here, so that a compiled loss does not depend on the number of boxes. None: all alike.
+            target: The `target` of the teacher's map, made before: the teacher's map itself can then be let go
+                before the student's are made. It is overwritten.
         """
-        ours, theirs = self.maps(student, teacher)
+        if target is not None:
+            ours, theirs = self._related(student, target), target
+        elif teacher is not None:
+            ours, theirs = self.maps(student, teacher)
+        else:
+            raise ValueError("PixelRelationLoss expects the teacher's map or its target, got neither")
         if weights is None:
             return tensor_distance(ours, theirs, kind=self.distance)
         with full_precision(ours):
             ours, theirs = at_least_float32(ours), at_least_float32(theirs)
-            # What the reasoning has made of the teacher's map is nobody else's.
+            # What the reasoning has made of the maps is nobody else's.
             spend = self.reasoning != "none" and not theirs.requires_grad
             return weighted_square(ours, theirs, weights, spend=spend)
 
@@ -163,20 +172,26 @@ class PixelRelationLoss(nn.Module):
 
     def maps(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """The student's and the teacher's maps after the reasoning, both (B, Ct, H, W)."""
-        student, teacher = self._inputs(student, teacher)
-        if self.teacher_unit is None:
-            related = self.student_unit(self.adapter(student))
-        else:
-            related = self.adapter(self.student_unit(student))
+        check_maps(student, teacher, student_channels=self.student_channels, teacher_channels=self.teacher_channels)
+        target = self.target(teacher)
+        return self._related(student, target), target
+
+    def target(self, teacher: Tensor) -> Tensor:
+        """What the student's map is compared with: the teacher's after the reasoning, (B, Ct, H, W)."""
+        teacher = self._own(teacher.detach())
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.teacher_side == "joint"):
-            target = self._teacher_unit(teacher)
-        return related, target
+            return self._teacher_unit(teacher)
+
+    def _related(self, student: Tensor, target: Tensor) -> Tensor:
+        student = self._input(student, target)
+        if self.teacher_unit is None:
+            return cast(Tensor, self.student_unit(self.adapter(student)))
+        return cast(Tensor, self.adapter(self.student_unit(student)))
 
     @torch.no_grad()
     def target_spread(self, teacher: Tensor) -> Tensor:
         """Standard deviation over all cells and channels of the teacher's map after the reasoning, 0-d float32."""
-        teacher = standardise(teacher.detach()) if self.normalise_features else teacher.detach()
-        return at_least_float32(self._teacher_unit(teacher)).std()
+        return at_least_float32(self._teacher_unit(self._own(teacher))).std()
 
     def _teacher_unit(self, teacher: Tensor) -> Tensor:
         unit = self.student_unit if self.teacher_unit is None else self.teacher_unit
@@ -185,14 +200,14 @@ class PixelRelationLoss(nn.Module):
     @torch.no_grad()
     def graph_maps(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """What the reasoning adds to the student's and to the teacher's map, for pictures; no gradient."""
-        student, teacher = self._inputs(student, teacher)
+        student, teacher = self._input(student, teacher), self._own(teacher)
         student = self.adapter(student) if self.teacher_unit is None else student
         return self.student_unit(student) - student, self._teacher_unit(teacher) - teacher
 
-    def _inputs(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def _input(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_maps(student, teacher, student_channels=self.student_channels, teacher_channels=self.teacher_channels)
-        teacher = teacher.detach()
-        if self.normalise_features:
-            student, teacher = standardise(student), standardise(teacher)
         own = next(self.student_unit.parameters(), student)
-        return resample(student.to(own.dtype), (teacher.shape[-2], teacher.shape[-1])), teacher
+        return resample(self._own(student).to(own.dtype), (teacher.shape[-2], teacher.shape[-1]))
+
+    def _own(self, feature: Tensor) -> Tensor:
+        return standardise(feature) if self.normalise_features else feature

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, cast
 
@@ -322,23 +322,33 @@ class DRKD(KDMethod):
         Maps have no responses: those terms are left out.
         """
         terms: dict[str, Tensor] = {}
-        prepared = self._prepare(student_features, teacher_features)
+        maps = self._maps(student_features, teacher_features)
         device = next(iter(student_features.values())).device
         boxes = [own.to(device, non_blocking=True) for own in boxes]
         layout = InstanceLayout.build(count_boxes(boxes), device)
         pixel = dict(zip(self.pixel_pairs, self.pixel_losses, strict=True))
         pooled = []
-        # Level by level: the maps of the finest are what a step pays for in memory, and are let go before the next.
-        for pair, maps in prepared:
-            if pair in pixel:
-                relation = cast(PixelRelationLoss, pixel[pair])
-                weights = relation.weigh(maps[1], boxes, image_size=image_size, layout=layout)
-                terms[f"{PIXEL}/{pair.name}"] = relation(*maps, weights)
+        # Level by level and side by side: the maps of the finest level are what a step pays for in memory, so the
+        # teacher's are let go before the student's are made, and both before the next level's.
+        for pair, (ours, theirs) in maps.items():
+            relation = cast(PixelRelationLoss | None, pixel.get(pair))
+            pools = pair in self.instance_pairs
+            teacher = self._teacher_map(theirs)
+            target, weights = None, None
+            if relation is not None:
+                weights = relation.weigh(teacher, boxes, image_size=image_size, layout=layout)
+                target = relation.target(teacher)
                 if self._looks:
-                    self._spread[f"{PIXEL}/{pair.name}"] = relation.target_spread(maps[1])
-            if pair in self.instance_pairs:
-                pooled.append(self._pool(maps, boxes, image_size, layout))
-            del maps
+                    self._spread[f"{PIXEL}/{pair.name}"] = relation.target_spread(teacher)
+            theirs_pooled = self._pool(teacher, boxes, image_size, layout) if pools else None
+            del teacher
+            student = self._student_map(pair, ours)
+            if relation is not None:
+                terms[f"{PIXEL}/{pair.name}"] = relation(student, None, weights, target=target)
+            del target
+            if theirs_pooled is not None:
+                pooled.append((self._pool(student, boxes, image_size, layout), theirs_pooled))
+            del student
         if RELATION in self.weights:
             for pair, loss, instances in zip(self.instance_pairs, self.relation_losses, pooled, strict=True):
                 terms[f"{RELATION}/{pair.name}"] = loss(*instances, boxes, image_size=image_size)
@@ -364,7 +374,10 @@ class DRKD(KDMethod):
         image_size: tuple[int, int],
     ) -> tuple[LevelRelations, ...]:
         """The maps and matrices that the two relation terms compare, level by level, without gradient."""
-        prepared = dict(self._prepare(student_features, teacher_features))
+        prepared = {
+            pair: (self._student_map(pair, ours), self._teacher_map(theirs))
+            for pair, (ours, theirs) in self._maps(student_features, teacher_features).items()
+        }
         found: dict[str, LevelRelations] = {}
         for pair, loss in zip(self.pixel_pairs, self.pixel_losses, strict=True):
             pixel = cast(PixelRelationLoss, loss)
@@ -374,7 +387,8 @@ class DRKD(KDMethod):
         for pair, loss in zip(self.instance_pairs, self.relation_losses, strict=False):
             instance = cast(InstanceRelationLoss, loss)
             layout = InstanceLayout.build(count_boxes(boxes), prepared[pair][0].device)
-            pooled = self._pool(prepared[pair], boxes, image_size, layout)
+            ours, theirs = prepared[pair]
+            pooled = self._pool(ours, boxes, image_size, layout), self._pool(theirs, boxes, image_size, layout)
             student_matrix, teacher_matrix, _ = instance.matrices(*pooled, boxes, image_size=image_size)
             found[pair.name] = replace(
                 found.get(pair.name, LevelRelations(pair.name, pair.teacher.name)),
@@ -384,49 +398,38 @@ class DRKD(KDMethod):
             )
         return tuple(found.values())
 
-    def _prepare(
+    def _maps(
         self, student_features: Mapping[str, Tensor], teacher_features: Mapping[str, Tensor]
-    ) -> Iterator[tuple[LevelPair, tuple[Tensor, Tensor]]]:
-        """The maps of each level that some term reads, the teacher's detached, both standardised where asked for."""
-        pairs = list(dict.fromkeys((*self.pixel_pairs, *self.instance_pairs)))
+    ) -> dict[LevelPair, tuple[Tensor, Tensor]]:
+        """The maps, as they were given, of each level that some term reads."""
+        pairs = dict.fromkeys((*self.pixel_pairs, *self.instance_pairs))
         ours = _select({pair.student.name for pair in pairs}, student_features, owner="student")
         theirs = _select({pair.teacher.name for pair in pairs}, teacher_features, owner="teacher")
-        return self._prepared(pairs, ours, theirs)
+        return {pair: (ours[pair.student.name], theirs[pair.teacher.name]) for pair in pairs}
 
-    def _prepared(
-        self, pairs: Sequence[LevelPair], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
-    ) -> Iterator[tuple[LevelPair, tuple[Tensor, Tensor]]]:
-        for pair in pairs:
-            student, teacher = ours[pair.student.name], theirs[pair.teacher.name].detach()
-            if self.adapters:
-                student = adapt(self.adapters[_key(pair.name)], student)
-            if self.normalise_features:
-                student, teacher = standardise(student), standardise(teacher)
-            maps = student, teacher
-            del student, teacher
-            yield pair, maps
-            del maps
+    def _student_map(self, pair: LevelPair, feature: Tensor) -> Tensor:
+        """What all terms read of the student's map: adapted and standardised, where asked for."""
+        if self.adapters:
+            feature = adapt(self.adapters[_key(pair.name)], feature)
+        return standardise(feature) if self.normalise_features else feature
+
+    def _teacher_map(self, feature: Tensor) -> Tensor:
+        """What they read of the teacher's, a constant."""
+        feature = feature.detach()
+        return standardise(feature) if self.normalise_features else feature
 
     def _pool(
-        self,
-        maps: tuple[Tensor, Tensor],
-        boxes: Sequence[Tensor],
-        image_size: tuple[int, int],
-        layout: InstanceLayout,
-    ) -> tuple[Tensor, Tensor]:
-        student, teacher = (
-            pool_instances(
-                feature,
-                boxes,
-                image_size=image_size,
-                output_size=self.roi_size,
-                aligned=self.roi_aligned,
-                sampling_ratio=self.roi_sampling_ratio,
-                layout=layout,
-            )
-            for feature in maps
+        self, feature: Tensor, boxes: Sequence[Tensor], image_size: tuple[int, int], layout: InstanceLayout
+    ) -> Tensor:
+        return pool_instances(
+            feature,
+            boxes,
+            image_size=image_size,
+            output_size=self.roi_size,
+            aligned=self.roi_aligned,
+            sampling_ratio=self.roi_sampling_ratio,
+            layout=layout,
         )
-        return student, teacher
 
 
 def _key(level: str) -> str:
