@@ -49,6 +49,16 @@ def test_teacher_gets_no_gradient_stays_in_eval_mode_and_computes_features_only(
         assert torch.equal(value, before[name]), name
 
 
+def test_the_teacher_runs_before_anything_is_kept_for_the_students_backward_pass() -> None:
+    # What its layers take on the way is then never added to what the student's layers keep (docs/speed.md).
+    distiller = make()
+    order: list[str] = []
+    for name in ("student", "teacher"):
+        getattr(distiller, name).register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    distiller(toy_batch())
+    assert order == ["teacher", "student"]
+
+
 def test_without_a_teacher_it_is_the_task_alone() -> None:
     distiller = Distiller(ToyDetector())
     assert set(distiller(toy_batch())) == {"task/task"}

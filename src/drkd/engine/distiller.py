@@ -236,10 +236,11 @@ class Distiller(nn.Module):
     def _see(self, part: BatchPart, *, losses: bool, looking: bool) -> _Seen:
         """Run student, teacher and method on some of the images."""
         assert self.method is not None and self.teacher is not None  # only called with both
-        student = self.student(part.batch, want=self.method.needs | ({"losses"} if losses else frozenset[Want]()))
         teacher_needs = self.method.needs if self.method.teacher_needs is None else self.method.teacher_needs
+        # First the teacher, while nothing is kept for the student's backward pass: what its layers take is let go.
         with torch.no_grad():
             teacher = self.teacher(part.batch, want=teacher_needs)
+        student = self.student(part.batch, want=self.method.needs | ({"losses"} if losses else frozenset[Want]()))
         terms = self.method(student, teacher, part.batch)
         return _Seen(
             len(part.batch),
