@@ -111,6 +111,29 @@ def test_iterating_leaves_the_global_generator_alone(digits: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_processes_share_what_could_not_be_read(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, fails = _module(digits, unreadable="skip"), _module(digits)
+    fails.train_dataloader()
+    data.share_unreadable(torch.device("cpu"))  # no training, no group: nothing to do
+    dataset = data.train_dataloader().dataset
+    dataset.unreadable[3] = 1
+    data.share_unreadable(torch.device("cpu"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+
+    def another_has_the_fifth(tensor: torch.Tensor, op: torch.distributed.ReduceOp) -> None:
+        assert op == torch.distributed.ReduceOp.MAX
+        dataset.unreadable[4] = 1  # a worker, meanwhile
+        tensor[5] = 1
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", another_has_the_fifth)
+    data.share_unreadable(torch.device("cpu"))
+    assert dataset.unreadable.nonzero().flatten().tolist() == [3, 4, 5]
+    assert len(data.unreadable_files()) == 3
+    # Where an unreadable image ends the run, processes have nothing to tell each other.
+    monkeypatch.setattr(torch.distributed, "all_reduce", None)
+    fails.share_unreadable(torch.device("cpu"))
+
+
 def test_limits(digits: Path) -> None:
     data = _module(digits, limit=3, val_limit=2, batch_size=16)
 

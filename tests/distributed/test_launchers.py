@@ -132,19 +132,26 @@ def test_a_run_of_two_processes_killed_and_stopped_ends_as_if_it_had_not_been(
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def test_slurm(tiny_coco: Path, tiny_detector: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("machines", [1, 2])
+def test_slurm(machines: int, tiny_coco: Path, tiny_detector: Path, tmp_path: Path) -> None:
     # One image to validate on, so that one of the processes has none of its own.
     options = ("--training.strategy=ddp_find_unused_parameters_true", "--data.val_limit=1")
-    arguments = _arguments(tiny_coco, tiny_detector, tmp_path / "run", *options)
+    spread = (f"--training.devices={2 // machines}", f"--training.num_nodes={machines}")
+    arguments = _arguments(tiny_coco, tiny_detector, tmp_path / "run", *options, *spread)
     common = {
-        **{"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "run", "SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"},
-        **{"SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "127.0.0.1", "SLURM_STEP_ID": "0"},
+        **{"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "run", "SLURM_NTASKS": "2", "SLURM_NNODES": str(machines)},
+        **{"SLURM_NTASKS_PER_NODE": str(2 // machines), "SLURM_NODELIST": "127.0.0.1", "SLURM_STEP_ID": "0"},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()},
     }
+    places = {rank: (("0", rank) if machines == 1 else (rank, "0")) for rank in "01"}
     started = [
         subprocess.Popen(
             [sys.executable, *arguments],
-            env={**os.environ, **common, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            env={
+                **os.environ,
+                **common,
+                **{"SLURM_PROCID": rank, "SLURM_NODEID": places[rank][0], "SLURM_LOCALID": places[rank][1]},
+            },
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 from toys import ToyDetector, ToyMethod, toy_batch
 
@@ -17,7 +19,7 @@ from drkd.contracts import DetectionBatch, DetectorOutput, DrkdError
 from drkd.engine import Distiller
 from drkd.engine.callbacks import FiniteLossGuard, StudentAverage
 from drkd.engine.finite_weights import FiniteWeightsGuard, nonfinite_weights
-from drkd.engine.interruption import Interruptible
+from drkd.engine.interruption import Interruptible, StoppedBySignal
 from drkd.engine.module import DistillationModule, Optimization, _parameter_groups, scale_rates
 from drkd.methods import FitNet
 
@@ -42,6 +44,64 @@ def trainer(tmp_path: object, *callbacks: object, **options: object) -> Trainer:
         callbacks=list(callbacks),
         **{**settings, **options},
     )
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_send_each_other_nothing_of_a_teacher_that_never_changes(one_process: None) -> None:
+    del one_process
+    own = module()
+    wrapped = torch.nn.parallel.DistributedDataParallel(own)
+    sent = {id(buffer) for buffer in wrapped.modules_buffers}
+    teacher, student = own.distiller.teacher, own.distiller.student
+    assert teacher is not None and list(teacher.buffers())
+    assert not sent & {id(buffer) for buffer in teacher.buffers()}
+    assert {id(buffer) for buffer in student.buffers()} <= sent
+
+
+def test_all_processes_start_with_the_first_ones_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = module()
+    before = [parameter.clone() for parameter in own.distiller.student.parameters()]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+
+    def receive(tensor: torch.Tensor, src: int) -> None:
+        assert src == 0 and tensor.is_contiguous()
+        tensor.fill_(3)
+
+    monkeypatch.setattr(torch.distributed, "broadcast", receive)
+    own.on_fit_start()
+    teacher = own.distiller.teacher
+    assert teacher is not None
+    assert all(bool((tensor == 3).all()) for tensor in (*teacher.parameters(), *teacher.buffers()))
+    assert all(torch.equal(now, was) for now, was in zip(own.distiller.student.parameters(), before, strict=True))
+
+
+def test_a_signal_that_came_before_training_is_taken_over_and_lightning_asks_no_more(tmp_path: Path) -> None:
+    class Before(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer._signal_connector.received_sigterm = True
+
+    seen = []
+
+    class Loop(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *rest: object) -> None:
+            seen.append((trainer.received_sigterm, trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor))
+
+    stop = Interruptible(tmp_path / "last.ckpt", every_steps=None, every_minutes=None, signals=(signal.SIGTERM,))
+    run = trainer(tmp_path, Before(), stop, Loop(), enable_checkpointing=True)
+    # What is replaced is there: a loop that no longer has it would ask in some other way.
+    asks = type(run.fit_loop.epoch_loop)._broadcast_sigterm_tensor
+    with pytest.raises(StoppedBySignal, match="SIGTERM at step 1; a checkpoint of this step is saved"):
+        run.fit(module(), loader())
+    assert [flag for flag, _ in seen] == [False]
+    assert all(getattr(now, "__func__", now) is not asks for _, now in seen)
 
 
 def test_multistep_is_the_papers_schedule() -> None:

@@ -112,6 +112,14 @@ def test_errors_state_expected_and_got():
         loss(torch.zeros(1, 16, 4, 4), torch.zeros(1, 8, 4, 4))
     with pytest.raises(ValueError, match="one batch"):
         loss(torch.zeros(1, 8, 4, 4), torch.zeros(2, 16, 4, 4))
+    student, teacher = torch.zeros(1, 8, 4, 4), torch.zeros(1, 16, 4, 4)
+    for reasoning in ("graph", "non_local", "none"):
+        own = PixelRelationLoss(8, 16, reasoning=reasoning)
+        with pytest.raises(ValueError, match=r"Expected a teacher's map \(B, 16, H, W\), got \(1, 8, 4, 4\)"):
+            own.target(torch.zeros(1, 8, 4, 4))
+    for given in ({"teacher": None}, {"teacher": teacher, "target": loss.target(teacher)}):
+        with pytest.raises(ValueError, match="the teacher's map or its target, one of them"):
+            loss(student, **given)
     with pytest.raises(ValueError, match="teacher side"):
         PixelRelationLoss(8, 16, teacher_side="none")
     with pytest.raises(ValueError, match="norm"):
@@ -148,8 +156,39 @@ def test_the_spread_of_the_target_is_that_of_what_is_compared_with(side):
     loss = PixelRelationLoss(8, 16, nodes=4, states=8, teacher_side=side)
     student, teacher = torch.randn(2, 8, 6, 5), torch.randn(2, 16, 6, 5)
     expected = loss.maps(student, teacher)[1].std().item()
-    assert loss.target_spread(teacher).item() == pytest.approx(expected)
-    assert not loss.target_spread(teacher.requires_grad_()).requires_grad
+    target = loss.target(teacher.requires_grad_())
+    assert loss.target_spread(target).item() == pytest.approx(expected)
+    assert not loss.target_spread(target).requires_grad
+
+
+@SIDES
+@pytest.mark.parametrize("reasoning", ["graph", "non_local", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_target_made_before_gives_what_the_teachers_map_gives(side, reasoning, weighted):
+    torch.manual_seed(0)
+    loss = PixelRelationLoss(16, 16, nodes=4, states=8, teacher_side=side, reasoning=reasoning)
+    student, teacher = torch.randn(2, 3, 16, 6, 5)
+    weights = torch.rand(3, 6, 5) if weighted else None
+    before = student.clone(), teacher.clone()
+    found = []
+    for options in ({"teacher": teacher}, {"teacher": None, "target": loss.target(teacher)}):
+        leaf = student.clone().requires_grad_()
+        value = loss(leaf, weights=weights, **options)
+        # Gradient ratios are measured by several passes through one graph.
+        first, again = (torch.autograd.grad(value, leaf, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, again)
+        found.append((value.detach(), first))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
+
+
+@pytest.mark.parametrize("reasoning", ["graph", "non_local"])
+def test_an_unweighted_mean_square_is_one_in_double_precision(reasoning):
+    torch.manual_seed(0)
+    loss = PixelRelationLoss(16, 16, nodes=4, states=8, reasoning=reasoning).double()
+    student, teacher = torch.randn(2, 3, 16, 7, 5, dtype=torch.float64)
+    ours, theirs = loss.maps(student, teacher)
+    torch.testing.assert_close(loss(student, teacher), (ours - theirs).square().mean(), rtol=1e-13, atol=0)
 
 
 def test_a_fixed_target_stays_where_it_is_while_a_shared_one_moves():

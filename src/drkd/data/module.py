@@ -294,11 +294,13 @@ class DetectionDataModule(LightningDataModule):
         Args:
             device: Where the backend of the processes has its tensors.
         """
-        if self._train_dataset is None or not self._substitutes or not torch.distributed.is_initialized():
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self._train_dataset is None or not self._substitutes or not together:
             return
-        found = self._train_dataset.unreadable.to(device)
+        found = self._train_dataset.unreadable.to(device, copy=True)
         torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-        self._train_dataset.unreadable.copy_(found)
+        # Workers may still write: nothing but ones is written here either.
+        self._train_dataset.unreadable[found.bool().cpu()] = 1
 
     def unreadable_files(self) -> list[str]:
         """Training images that could not be read and were replaced so far, in earlier sessions of the run too.

@@ -1,4 +1,4 @@
-"""What several processes have to agree on before they score one student together."""
+"""What several processes have to agree on: one teacher to learn from, one student to score."""
 
 from __future__ import annotations
 
@@ -16,3 +16,17 @@ def share_buffers(module: nn.Module) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for buffer in module.buffers():
             torch.distributed.broadcast(buffer, src=0)
+
+
+@torch.no_grad()
+def share_weights(module: nn.Module) -> None:
+    """Give every process the first one's parameters and buffers, frozen or not; with one process, do nothing.
+
+    Collective.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in (*module.parameters(), *module.buffers()):
+            # A weight may lie channels last, which not every backend sends.
+            sent = tensor.contiguous()
+            torch.distributed.broadcast(sent, src=0)
+            tensor.copy_(sent)

@@ -24,7 +24,8 @@ def compile_distiller(distiller: Distiller, *, backend: str = "inductor") -> Non
     Each teacher of several is compiled, and each method of several. A detector that runs its layers one by one, as a
     YOLO of Ultralytics does, stays eager.
 
-    Heads and matching stay eager: they depend on the number of boxes, and would be compiled anew at every step. The
+    Of pixel relations the student's side is compiled; the teacher's, made before it, stays eager. So do heads and
+    matching: they depend on the number of boxes, and would be compiled anew at every step. The
     first steps take minutes; images of many sizes are compiled for a few of them, then once with sizes left open.
 
     Args:

@@ -237,7 +237,8 @@ class Distiller(nn.Module):
         """Run student, teacher and method on some of the images."""
         assert self.method is not None and self.teacher is not None  # only called with both
         teacher_needs = self.method.needs if self.method.teacher_needs is None else self.method.teacher_needs
-        # First the teacher, while nothing is kept for the student's backward pass: what its layers take is let go.
+        # First the teacher, before these images' student keeps anything for its backward pass: what the teacher's
+        # layers take on the way is let go again.
         with torch.no_grad():
             teacher = self.teacher(part.batch, want=teacher_needs)
         student = self.student(part.batch, want=self.method.needs | ({"losses"} if losses else frozenset[Want]()))

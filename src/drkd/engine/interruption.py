@@ -122,12 +122,21 @@ class Interruptible(Checkpoint):
         self._saved_at = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the signals; Lightning, which sets its own handlers before, puts the old ones back at the end."""
-        del trainer, pl_module
+        """Take over the signals; Lightning, which sets its own handlers before, puts the old ones back at the end.
+
+        Its loop would have all processes wait for the first one's note of a SIGTERM before every batch, and read it on
+        the host; here they agree by themselves, and less often.
+        """
+        del pl_module
         self._saved_at = time.monotonic()
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
         if threading.current_thread() is threading.main_thread():
             for number in self.signals:
                 signal.signal(number, self._note)
+        if trainer.received_sigterm:
+            # It came before: a process that stopped for it alone would leave the others waiting.
+            self._asked = int(signal.SIGTERM)
+            trainer._signal_connector.received_sigterm = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -174,8 +183,7 @@ class Interruptible(Checkpoint):
 
     def _agree(self, trainer: Trainer) -> tuple[int, bool]:
         """The signal that any process got, or 0, and whether the time is up on any."""
-        # Between Lightning's taking the signals and ours it keeps the note itself.
-        asked = self._asked or (int(signal.SIGTERM) if trainer.received_sigterm else 0)
+        asked = self._asked
         late = self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
         if trainer.world_size == 1:
             return asked, late
@@ -183,6 +191,10 @@ class Interruptible(Checkpoint):
         torch.distributed.all_reduce(notes, op=torch.distributed.ReduceOp.MAX)
         first, second = notes.tolist()
         return int(first), bool(second)
+
+
+def _nothing() -> None:
+    """In place of what is not to happen."""
 
 
 def _before_validation(trainer: Trainer, batch_idx: int) -> bool:

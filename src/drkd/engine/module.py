@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from drkd.contracts import DetectionBatch, Detections, Detector, DrkdError
-from drkd.engine.agreement import share_buffers
+from drkd.engine.agreement import share_buffers, share_weights
 from drkd.engine.distiller import Distiller
 
 # Under these names a checkpoint says how the images of a step were shared out, and what moved the weights.
@@ -151,6 +151,12 @@ class DistillationModule(LightningModule):
         self._channels_last = channels_last
         # The teacher is left out of the checkpoint, so loading cannot be strict; load_state_dict checks instead.
         self.strict_loading = False
+        # DDP would send the buffers of a teacher that never changes to all processes before every step.
+        self._ddp_params_and_buffers_to_ignore = [
+            name
+            for name, _ in (*self.named_parameters(), *self.named_buffers())
+            if name.startswith("distiller.teacher.")
+        ]
         if channels_last:
             self.distiller.to(memory_format=torch.channels_last)
 
@@ -161,6 +167,11 @@ class DistillationModule(LightningModule):
         if self._channels_last:
             moved = _with_images(moved, moved.images.contiguous(memory_format=torch.channels_last))
         return moved
+
+    def on_fit_start(self) -> None:
+        """Give every process one teacher, once: DDP leaves it out. Collective."""
+        if self.distiller.teacher is not None:
+            share_weights(self.distiller.teacher)
 
     def on_train_start(self) -> None:
         """Have the data go on after the last batch of the checkpoint.

@@ -130,19 +130,21 @@ class PixelRelationLoss(nn.Module):
             teacher: See the class; None where its target is given.
             weights: (B, H, W) at the teacher's size, how much each cell counts, summing to one: the `weigh` of the
                 boxes. Apart from here, so that a compiled loss does not depend on the number of boxes. None: all alike.
-            target: The `target` of the teacher's map, made before: the teacher's map itself can then be let go
-                before the student's are made. It is overwritten.
+            target: The `target` of the teacher's map, made before and for this call alone, since it may be
+                overwritten: the teacher's map itself can then be let go before the student's are made.
         """
+        if (teacher is None) == (target is None):
+            raise ValueError("PixelRelationLoss expects the teacher's map or its target, one of them")
         if target is not None:
             ours, theirs = self._related(student, target), target
-        elif teacher is not None:
-            ours, theirs = self.maps(student, teacher)
         else:
-            raise ValueError("PixelRelationLoss expects the teacher's map or its target, got neither")
-        if weights is None and self.distance == "mse":
+            assert teacher is not None  # narrowed by the check above
+            ours, theirs = self.maps(student, teacher)
+        if weights is None and self.distance == "mse" and self.reasoning != "none":
             # The same sum, which keeps one map instead of two.
             batch, _, height, width = theirs.shape
-            weights = theirs.new_full((batch, height, width), 1 / max(batch * height * width, 1), dtype=torch.float32)
+            kind = at_least_float32(theirs).dtype
+            weights = theirs.new_full((batch, height, width), 1 / max(batch * height * width, 1), dtype=kind)
         if weights is None:
             return tensor_distance(ours, theirs, kind=self.distance)
         with full_precision(ours):
@@ -182,6 +184,8 @@ class PixelRelationLoss(nn.Module):
 
     def target(self, teacher: Tensor) -> Tensor:
         """What the student's map is compared with: the teacher's after the reasoning, (B, Ct, H, W)."""
+        if teacher.ndim != 4 or teacher.shape[1] != self.teacher_channels:
+            raise ValueError(f"Expected a teacher's map (B, {self.teacher_channels}, H, W), got {tuple(teacher.shape)}")
         teacher = self._own(teacher.detach())
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.teacher_side == "joint"):
             return self._teacher_unit(teacher)
@@ -192,10 +196,10 @@ class PixelRelationLoss(nn.Module):
             return cast(Tensor, self.student_unit(self.adapter(student)))
         return cast(Tensor, self.adapter(self.student_unit(student)))
 
-    @torch.no_grad()
-    def target_spread(self, teacher: Tensor) -> Tensor:
-        """Standard deviation over all cells and channels of the teacher's map after the reasoning, 0-d float32."""
-        return at_least_float32(self._teacher_unit(self._own(teacher))).std()
+    @staticmethod
+    def target_spread(target: Tensor) -> Tensor:
+        """Standard deviation over all cells and channels of a `target`, 0-d, without gradient."""
+        return at_least_float32(target.detach()).std()
 
     def _teacher_unit(self, teacher: Tensor) -> Tensor:
         unit = self.student_unit if self.teacher_unit is None else self.teacher_unit

@@ -339,7 +339,7 @@ class DRKD(KDMethod):
                 weights = relation.weigh(teacher, boxes, image_size=image_size, layout=layout)
                 target = relation.target(teacher)
                 if self._looks:
-                    self._spread[f"{PIXEL}/{pair.name}"] = relation.target_spread(teacher)
+                    self._spread[f"{PIXEL}/{pair.name}"] = relation.target_spread(target)
             theirs_pooled = self._pool(teacher, boxes, image_size, layout) if pools else None
             del teacher
             student = self._student_map(pair, ours)

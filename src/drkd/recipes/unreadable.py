@@ -10,8 +10,8 @@ from drkd.data.module import DetectionDataModule
 class SharedUnreadable(Callback):
     """Share the list of replaced images, where unreadable ones are skipped.
 
-    An epoch's end is the one moment that all processes reach with as many steps done; what is met in an epoch that
-    does not come to its end is listed by the first process for itself alone.
+    An epoch's end is a moment that all processes reach together; of an epoch that a stop cuts short the first process
+    lists its own alone.
     """
 
     def __init__(self, data: DetectionDataModule) -> None:
