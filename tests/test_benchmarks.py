@@ -44,6 +44,10 @@ def test_the_speed_table_has_every_method(monkeypatch: pytest.MonkeyPatch) -> No
     exported -= {"Combination", "MismatchedTeacher", "LevelRelations"}
     assert {name.partition("-")[0] for name in METHODS} == exported
     setting = Setting("retinanet", "resnet18", "resnet18", (64, 64), 2, 3)
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, backend: compiled.append((type(module).__name__, backend)))
+    make_steps(setting, ["DRKD"], torch.device("cpu"), compile_with="inductor")
+    assert compiled.count(("Sequential", "inductor")) == 2 and ("PixelRelationLoss", "inductor") in compiled
     steps, impossible, held = make_steps(setting, list(METHODS), torch.device("cpu"))
     assert set(impossible) == {"LD"} and "GFL" in impossible["LD"]
     rows = measure_steps({name: steps[name] for name in ("floor", "DRKD")}, repeats=1, clock=clock_of("wall"), warm=1)

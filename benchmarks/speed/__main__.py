@@ -87,7 +87,12 @@ def _measure(
 ) -> dict[str, Any]:
     precision = torch.bfloat16 if device.type == "cuda" and options.precision == "bf16" else None
     steps, impossible, held = make_steps(
-        setting, options.methods, device, precision=precision, channels_last=not options.contiguous
+        setting,
+        options.methods,
+        device,
+        precision=precision,
+        channels_last=not options.contiguous,
+        compile_with=options.compile,
     )
     clock = clock_of("wall" if device.type == "cuda" else options.clock)
     rows = measure_steps(steps, repeats=options.repeats, clock=clock) if timed else measure_peaks(steps, warm=1)
@@ -125,6 +130,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: this process's time; CPU only")
     parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16", help="GPU only")
     parser.add_argument("--contiguous", action="store_true", help="not channels-last")
+    parser.add_argument("--compile", metavar="BACKEND", help="of torch.compile, for the floor too; inductor, ...")
     parser.add_argument("--parts", nargs="+", choices=(*_PARTS, _MEMORY), default=list(_PARTS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--size", type=int, nargs=2, help="height and width, px, instead of the usual settings")

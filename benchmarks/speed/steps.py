@@ -16,6 +16,7 @@ from torch import nn
 import drkd.methods
 from drkd.adapters import FasterRCNNBuilder, RetinaNetBuilder
 from drkd.contracts import BoxTargets, DetectionBatch, Detector, KDMethod
+from drkd.engine.compilation import compile_distiller
 from drkd.engine.distiller import Distiller
 
 # LD needs box distributions, which these detectors lack: it lands among the impossible, with the reason.
@@ -23,10 +24,14 @@ _NAMES = (
     *("DRKD", "PaperDRKD", "ReleasedDRKD", "FeatureHint", "FitNet", "PKD", "CWD", "FGD"),
     *("MGD", "NLD", "FGFI", "DeFeat", "CrossKD", "LogitKD", "LD"),
 )
+# DRKD at a step that measures gradient ratios, which one in `training.monitor_interval` is.
+MEASURING = "DRKD-measuring"
 METHODS: dict[str, Callable[..., KDMethod]] = {
     **{name: getattr(drkd.methods, name) for name in _NAMES},
     # The response terms need the teacher's head, which the floor leaves out.
     "DRKD-response": partial(drkd.methods.DRKD, response_weight=1.0),
+    "DRKD-cross-head": partial(drkd.methods.DRKD, response="cross_head", response_weight=1.0, response_share=1.0),
+    MEASURING: drkd.methods.DRKD,
 }
 # With a response, DRKD asks the teacher's head in every second pass of a batch of 2 (`response_share`): timed by twos.
 STEPS_A_ROUND = 2
@@ -142,8 +147,12 @@ def make_steps(
     *,
     precision: torch.dtype | None = None,
     channels_last: bool = True,
+    compile_with: str | None = None,
 ) -> tuple[dict[str, Step], dict[str, str], int]:
-    """The floor and each method's step on one pair of detectors; why others are impossible; bytes of both detectors."""
+    """The floor and each method's step on one pair of detectors; why others are impossible; bytes of both detectors.
+
+    With a backend of ``torch.compile``, all are compiled as a run would be, the floor's two backbones too.
+    """
     student, teacher = (detector.to(device) for detector in build_pair(setting))
     if channels_last:
         student, teacher = (detector.to(memory_format=torch.channels_last) for detector in (student, teacher))
@@ -164,8 +173,13 @@ def make_steps(
             impossible[name] = str(error)
             continue
         # Ratios are measured at the first step only, which is not timed.
-        distiller = Distiller(student, teacher, method, calibration_steps=1, monitor_interval=10**9, dead_after=10**9)
+        interval = 1 if name == MEASURING else 10**9
+        distiller = Distiller(
+            student, teacher, method, calibration_steps=1, monitor_interval=interval, dead_after=10**9
+        )
         distiller.train()
+        if compile_with is not None:
+            compile_distiller(distiller, backend=compile_with)
 
         def forward(distiller: Distiller = distiller) -> torch.Tensor:
             return torch.stack([value.float() for value in distiller(batch).values()]).sum()

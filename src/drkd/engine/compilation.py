@@ -1,4 +1,4 @@
-"""Compile what of a distillation step gains from it: the two backbones with their pyramids, and the method."""
+"""Compile parts of a distillation step: the two backbones with their pyramids, and what of a method reads maps."""
 
 from __future__ import annotations
 

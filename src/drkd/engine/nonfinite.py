@@ -19,7 +19,7 @@ class NonFiniteSteps(Callback):
     A skipped step changes no weight, no optimizer state and no running statistic of a norm layer; schedule and step
     count go on, so a run is as long as without it. Several processes skip alike, as gradients are summed over them.
 
-    Needs to read one number from the device at every step; without it nothing does (see `FiniteLossGuard`).
+    Reads one number from the device at every step; the guard that is there without it does not (`FiniteLossGuard`).
 
     Args:
         limit: Steps that may be skipped in the whole run; one more stops it.

@@ -48,7 +48,7 @@ def check_training(training: Training) -> None:
         raise DrkdError(
             f"training.strategy: {training.strategy} spreads one model over the devices, and drkd needs the student "
             "whole on each: its moving average, its detections in validation and student.pt are made from it between "
-            "steps. Use ddp; a detector with its teacher fits one device, and bf16-mixed halves its activations."
+            "steps. Use ddp; a detector with its teacher fits one device, with bf16-mixed more easily."
         )
 
 

@@ -44,7 +44,7 @@ class Training:
         keep: Which student is saved: the "last", or the "best" on the validation split (an optimistic choice if you
             also report that split).
         channels_last: Use the channels-last memory layout.
-        compile: Backend of torch.compile for the backbones and the method (inductor, ...); None = off.
+        compile: Backend of torch.compile for the backbones and what reads their maps (inductor, ...); None = off.
         monitor_interval: Steps between measurements of the gradient ratios.
         calibration_steps: Steps after which balanced weights are frozen.
         log_interval: Steps between rows of metrics.csv.
