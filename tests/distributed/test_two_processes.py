@@ -32,6 +32,11 @@ _BOUNDS = {
     "CrossKD": 0.35,
     "CrossKD, no align": 1e-6,
     "LogitKD": 0.55,
+    "Feature hint": 0.2,
+    "PKD": 0.2,
+    "DRKD": 0.25,
+    "DRKD, paper": 0.75,
+    "DRKD, released": 0.65,
 }
 
 pytestmark = pytest.mark.slow

@@ -29,7 +29,22 @@ from drkd.contracts import BoxTargets, DetectionBatch, DetectorBuilder, Detector
 from drkd.engine import Distiller
 from drkd.engine.module import DistillationModule, Optimization
 from drkd.engine.nonfinite import NonFiniteSteps
-from drkd.methods import CWD, DRKD, FGD, FGFI, MGD, NLD, PKD, CrossKD, DeFeat, FeatureHint, FitNet, LogitKD
+from drkd.methods import (
+    CWD,
+    DRKD,
+    FGD,
+    FGFI,
+    MGD,
+    NLD,
+    PKD,
+    CrossKD,
+    DeFeat,
+    FeatureHint,
+    FitNet,
+    LogitKD,
+    PaperDRKD,
+    ReleasedDRKD,
+)
 
 MethodFactory = Callable[[DetectorSpec, DetectorSpec], KDMethod]
 Found = dict[str, dict[str, torch.Tensor]]
@@ -68,6 +83,11 @@ ALONE: dict[str, Callable[..., KDMethod]] = {
     "CrossKD": CrossKD,
     "CrossKD, no align": partial(CrossKD, align=False),
     "LogitKD": LogitKD,
+    "Feature hint": FeatureHint,
+    "PKD": PKD,
+    "DRKD": DRKD,
+    "DRKD, paper": PaperDRKD,
+    "DRKD, released": ReleasedDRKD,
 }
 CASES = _cases()
 
