@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -133,8 +134,17 @@ def test_maps_in_the_teachers_unit(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("method", [LogitKD, CrossKD])
-def test_methods_of_predictions(method: type[KDMethod], device: str) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [
+        LogitKD,
+        CrossKD,
+        partial(DRKD, response_weight=1.0, response_share=1.0),
+        partial(DRKD, response="cross_head", response_weight=1.0, response_share=0.5),
+    ],
+    ids=["logit", "crosskd", "drkd", "drkd_cross_head"],
+)
+def test_methods_of_predictions(method: Callable[..., KDMethod], device: str) -> None:
     student, teacher = build("retinanet").to(device), build("retinanet").to(device).eval()
     batch = make_batch((3, 2), device)
     kd = method(student.spec, teacher.spec).to(device)
