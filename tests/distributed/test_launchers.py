@@ -73,6 +73,18 @@ def test_torchrun(finished: tuple[Path, subprocess.CompletedProcess[str]], tiny_
     _check(run, tiny_coco, done.stderr)
 
 
+def test_a_dry_run_of_two_processes_is_told_once_and_leaves_nothing(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path
+) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={_free_port()}"]
+    arguments = _arguments(tiny_coco, tiny_detector, tmp_path / "run", "--training.strategy=ddp", "--dry-run")
+    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # Six images, two processes, one image each a step.
+    assert done.stdout.count("epoch:       6 images, 3 steps") == 1 and done.stdout.count("losses:") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def _start_two(arguments: list[str]) -> list[subprocess.Popen[str]]:
     """Two processes with what torchrun tells its own, so that a signal can go to any of them."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "TORCHELASTIC_RUN_ID": "run"}
