@@ -122,6 +122,7 @@ def test_processes_share_what_could_not_be_read(digits: Path, monkeypatch: pytes
 
     def another_has_the_fifth(tensor: torch.Tensor, op: torch.distributed.ReduceOp) -> None:
         assert op == torch.distributed.ReduceOp.MAX
+        assert tensor.data_ptr() != dataset.unreadable.data_ptr()
         dataset.unreadable[4] = 1  # a worker, meanwhile
         tensor[5] = 1
 

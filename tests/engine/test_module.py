@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from torch.utils.data import DataLoader
 from toys import ToyDetector, ToyMethod, toy_batch
 
@@ -68,6 +68,8 @@ def test_processes_send_each_other_nothing_of_a_teacher_that_never_changes(one_p
 
 def test_all_processes_start_with_the_first_ones_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     own = module()
+    teacher = own.distiller.teacher
+    assert teacher is not None and any(not parameter.is_contiguous() for parameter in teacher.parameters())
     before = [parameter.clone() for parameter in own.distiller.student.parameters()]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
 
@@ -77,16 +79,17 @@ def test_all_processes_start_with_the_first_ones_teacher(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.distributed, "broadcast", receive)
     own.on_fit_start()
-    teacher = own.distiller.teacher
-    assert teacher is not None
     assert all(bool((tensor == 3).all()) for tensor in (*teacher.parameters(), *teacher.buffers()))
     assert all(torch.equal(now, was) for now, was in zip(own.distiller.student.parameters(), before, strict=True))
 
 
-def test_a_signal_that_came_before_training_is_taken_over_and_lightning_asks_no_more(tmp_path: Path) -> None:
-    class Before(Callback):
-        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            trainer._signal_connector.received_sigterm = True
+def test_a_signal_between_the_start_and_training_stops_the_run_without_lightnings_notes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Told(Callback):
+        def on_train_start(self, trainer: Trainer, *rest: object) -> None:
+            # Lightning has the signals by now, and is to give them away after this.
+            signal.raise_signal(signal.SIGTERM)
 
     seen = []
 
@@ -95,12 +98,14 @@ def test_a_signal_that_came_before_training_is_taken_over_and_lightning_asks_no_
             seen.append((trainer.received_sigterm, trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor))
 
     stop = Interruptible(tmp_path / "last.ckpt", every_steps=None, every_minutes=None, signals=(signal.SIGTERM,))
-    run = trainer(tmp_path, Before(), stop, Loop(), enable_checkpointing=True)
+    run = trainer(tmp_path, Told(), stop, Loop(), enable_checkpointing=True)
     # What is replaced is there: a loop that no longer has it would ask in some other way.
-    asks = type(run.fit_loop.epoch_loop)._broadcast_sigterm_tensor
+    asks, notes = type(run.fit_loop.epoch_loop)._broadcast_sigterm_tensor, []
+    # Its notifier would wait for the other processes, which know nothing.
+    monkeypatch.setattr(type(run._signal_connector), "_sigterm_notifier_fn", lambda *_: notes.append("told"))
     with pytest.raises(StoppedBySignal, match="SIGTERM at step 1; a checkpoint of this step is saved"):
         run.fit(module(), loader())
-    assert [flag for flag, _ in seen] == [False]
+    assert notes == [] and [flag for flag, _ in seen] == [False]
     assert all(getattr(now, "__func__", now) is not asks for _, now in seen)
 
 

@@ -312,7 +312,7 @@ def test_several_processes_stop_within_the_epoch_however_many_batches_a_step_tak
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
     stop = Interruptible(tmp_path / "last.ckpt", every_steps=None, every_minutes=None, signals=(signal.SIGTERM,))
     stop._note(signal.SIGTERM, None)
-    trainer: Any = SimpleNamespace(world_size=2, is_last_batch=False, global_step=0, received_sigterm=False)
+    trainer: Any = SimpleNamespace(world_size=2, is_last_batch=False, global_step=0)
     trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"))
     trainer.save_checkpoint = lambda path: None
     trainer.check_val_every_n_epoch = None

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-__all__ = ["Interruptible", "StoppedBySignal", "StopsAtOnce", "stop_signals"]
+__all__ = ["Interruptible", "StoppedBySignal", "StopsAtOnce", "leave_out_sigterm_broadcast", "stop_signals"]
 
 # Steps between two agreements of several processes on whether to stop; one costs a small collective.
 _AGREE_EVERY = 10
@@ -121,6 +122,16 @@ class Interruptible(Checkpoint):
         self._asked = 0
         self._saved_at = time.monotonic()
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have Lightning, which takes SIGTERM from here to training's start, leave a note here too.
+
+        Its own notifier would have the process that is told wait for all others, which were told nothing.
+        """
+        del pl_module
+        if self._takes_sigterm:
+            connector = trainer._signal_connector
+            connector._sigterm_notifier_fn = partial(self._note_early, trainer)  # type: ignore[method-assign]
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals; Lightning, which sets its own handlers before, puts the old ones back at the end.
 
@@ -129,14 +140,11 @@ class Interruptible(Checkpoint):
         """
         del pl_module
         self._saved_at = time.monotonic()
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+        if self._takes_sigterm:
+            leave_out_sigterm_broadcast(trainer)
         if threading.current_thread() is threading.main_thread():
             for number in self.signals:
                 signal.signal(number, self._note)
-        if trainer.received_sigterm:
-            # It came before: a process that stopped for it alone would leave the others waiting.
-            self._asked = int(signal.SIGTERM)
-            trainer._signal_connector.received_sigterm = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -175,6 +183,16 @@ class Interruptible(Checkpoint):
         if trainer.world_size == 1 and self._asked:
             raise StoppedBySignal(self._asked, step=trainer.global_step, saved=True)
 
+    @property
+    def _takes_sigterm(self) -> bool:
+        return signal.SIGTERM in self.signals and threading.current_thread() is threading.main_thread()
+
+    def _note_early(self, trainer: Trainer, number: int, frame: FrameType | None) -> None:
+        launcher = trainer.strategy.launcher
+        if launcher is not None and not self._asked:
+            launcher.kill(number)  # the processes that this one has started
+        self._note(number, frame)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         if number == signal.SIGINT and self._asked == signal.SIGINT:
@@ -191,6 +209,11 @@ class Interruptible(Checkpoint):
         torch.distributed.all_reduce(notes, op=torch.distributed.ReduceOp.MAX)
         first, second = notes.tolist()
         return int(first), bool(second)
+
+
+def leave_out_sigterm_broadcast(trainer: Trainer) -> None:
+    """Have Lightning's loop not ask the first process before every batch whether it got a SIGTERM."""
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
 
 
 def _nothing() -> None:

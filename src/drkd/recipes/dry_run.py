@@ -13,6 +13,7 @@ from lightning import Trainer
 
 from drkd.contracts import DetectionBatch
 from drkd.engine.callbacks import FiniteLossGuard
+from drkd.engine.interruption import leave_out_sigterm_broadcast
 from drkd.engine.module import DistillationModule
 from drkd.engine.quiet import quiet_lightning
 from drkd.engine.training_cost import TrainingCost
@@ -141,6 +142,7 @@ def dry_run(recipe: Recipe, *, kind: str, price: float | None = None) -> Project
             default_root_dir=scratch,
         )
         check_device(settings, trainer.strategy.root_device)
+        leave_out_sigterm_broadcast(trainer)  # as in the run itself
         trainer.fit(module, datamodule=recipe.data)
     per_epoch = math.ceil(int(trainer.num_training_batches) / settings.accumulate)
     epochs = float(settings.epochs) if settings.epochs else (settings.steps or 0) / per_epoch
