@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -13,9 +15,7 @@ def share_buffers(module: nn.Module) -> None:
     Parameters are equal anyway. The running statistics of batch norms are not: each process takes those of its own
     images, and what is saved is the first one's.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for buffer in module.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+    _send(module.buffers())
 
 
 @torch.no_grad()
@@ -24,8 +24,12 @@ def share_weights(module: nn.Module) -> None:
 
     Collective.
     """
+    _send((*module.parameters(), *module.buffers()))
+
+
+def _send(tensors: Iterable[Tensor]) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for tensor in (*module.parameters(), *module.buffers()):
+        for tensor in tensors:
             # A weight may lie channels last, which not every backend sends.
             sent = tensor.contiguous()
             torch.distributed.broadcast(sent, src=0)
