@@ -165,6 +165,9 @@ def make_steps(
             teacher(batch, want=frozenset({"features"}))
         return torch.stack(list(student(batch, want=frozenset({"losses"})).losses.values())).sum()
 
+    if compile_with is not None:
+        # The forms of all variants count as one function's.
+        torch._dynamo.config.recompile_limit = 1000
     steps = {"floor": Step(floor, [student], precision=precision)}
     impossible: dict[str, str] = {}
     for name in methods:
@@ -180,8 +183,6 @@ def make_steps(
         )
         distiller.train()
         if compile_with is not None:
-            # The forms of all variants count as one function's.
-            torch._dynamo.config.recompile_limit = 1000
             compile_distiller(distiller, backend=compile_with)
 
         def forward(distiller: Distiller = distiller) -> torch.Tensor:
