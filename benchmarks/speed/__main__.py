@@ -130,9 +130,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: this process's time; CPU only")
     parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16", help="GPU only")
     parser.add_argument("--contiguous", action="store_true", help="not channels-last")
-    parser.add_argument(
-        "--compile", metavar="BACKEND", help="of torch.compile; the floor too, beside a method"
-    )
+    parser.add_argument("--compile", metavar="BACKEND", help="of torch.compile; the floor too, beside a method")
     parser.add_argument("--parts", nargs="+", choices=(*_PARTS, _MEMORY), default=list(_PARTS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--size", type=int, nargs=2, help="height and width, px, instead of the usual settings")
