@@ -1,6 +1,7 @@
 """Kill a run at random moments until it has finished in spite of it, again and again; compare with a run left alone.
 
     python benchmarks/robustness/kill.py --kills 40 --seed 0
+    python benchmarks/robustness/kill.py --kills 32 --seed 0 --workers 2 --out benchmarks/results/robustness/kill_workers.json
 
 Every run is `drkd distill` of a small RetinaNet with DRKD, a moving average, warm-up and balanced weights, on the
 embedded digits, with a checkpoint every three steps. SIGKILL comes at a random moment: one in eight of the process'
@@ -174,7 +175,8 @@ def _write(
     write_json(
         options.out,
         {
-            "command": f"python benchmarks/robustness/kill.py --kills {options.kills} --seed {options.seed}",
+            "command": f"python benchmarks/robustness/kill.py --kills {options.kills} --seed {options.seed}"
+            + (f" --workers {options.workers}" if options.workers else ""),
             "passed": _passed(runs),
             "kills": _counted(runs),
             "kills_before_training": sum(len(run["kills"]) for run in runs) - _counted(runs),
@@ -194,6 +196,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--kills-per-run", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="processes that load data, killed with the run")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "robustness" / "kill.json")
     options = parser.parse_args()
     chance = random.Random(options.seed)
@@ -202,12 +205,13 @@ def main() -> None:
         folder = Path(place)
         data, teacher = prepare(folder)
         whole = folder / "whole"
-        seconds = undisturbed(command(data, teacher, whole), whole)
+        workers = f"--data.workers={options.workers}"
+        seconds = undisturbed(command(data, teacher, whole, workers), whole)
         runs: list[dict[str, Any]] = []
         while _counted(runs) < options.kills:
             output = folder / f"run{len(runs)}"
             record = disturb(
-                command(data, teacher, output), output, chance, seconds=seconds, most=options.kills_per_run
+                command(data, teacher, output, workers), output, chance, seconds=seconds, most=options.kills_per_run
             )
             different = differences(output / "student.pt", whole / "student.pt") if not record["failed"] else None
             runs.append({**record, "tensors_that_differ": different})
