@@ -1,7 +1,7 @@
 """Kill a run at random moments until it has finished in spite of it, again and again; compare with a run left alone.
 
     python benchmarks/robustness/kill.py --kills 40 --seed 0
-    python benchmarks/robustness/kill.py --kills 32 --seed 0 --workers 2 --out benchmarks/results/robustness/kill_workers.json
+    python benchmarks/robustness/kill.py --kills 32 --seed 2 --workers 2 --out kill_workers.json
 
 Every run is `drkd distill` of a small RetinaNet with DRKD, a moving average, warm-up and balanced weights, on the
 embedded digits, with a checkpoint every three steps. SIGKILL comes at a random moment: one in eight of the process'
