@@ -81,3 +81,15 @@ def test_what_is_not_finite_on_one_process_is_skipped_by_both(folder: Path) -> N
         # Running statistics are those of a process' own images.
         assert "running" in name or tensor.equal(second[1][name]), name
         assert second[1][name].equal(second[0][name]), name
+
+
+@pytest.mark.usefixtures("one_and_two")
+def test_both_learn_from_the_first_ones_teacher(folder: Path) -> None:
+    first, second = (torch.load(folder / f"learn{rank}.pt", weights_only=True) for rank in range(2))
+    torch.manual_seed(1)
+    teacher = CASES["RetinaNet, feature hint"][0].build(("cat", "dog"))
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, first[f"teacher.{name}"]), name
+    # Batch norms are frozen here, so that nothing of the student is a process' own either.
+    differ = [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]
+    assert differ == []

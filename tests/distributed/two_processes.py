@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -186,6 +186,25 @@ def skip(rank: int, *, broken: bool) -> dict[str, torch.Tensor]:
         batches = [good, replace(good, images=pixels), good, good, good]
         module.at = 3 if rank == 1 else None
     skipping = NonFiniteSteps(2)
+    _fit(module, batches, skipping)
+    state = {name: tensor for name, tensor in module.distiller.student.state_dict().items() if tensor.ndim}
+    return {**state, "skipped": torch.tensor(skipping.skipped)}
+
+
+def learn(rank: int) -> dict[str, torch.Tensor]:
+    """The teacher and the student after two steps of two processes that built unlike teachers."""
+    builder, method = CASES["RetinaNet, feature hint"]
+    torch.manual_seed(0)
+    student = builder.build(("cat", "dog"))
+    torch.manual_seed(1 + rank)
+    distiller = Distiller(student, builder.build(("cat", "dog")), method)
+    module = DistillationModule(distiller, Optimization(learning_rate=0.01, warmup_steps=0, milestones=()))
+    batch = share(images(4, (2, 2, 2, 2)), rank)
+    _fit(module, [replace(batch, images=batch.images.float())] * 2)
+    return {name: tensor for name, tensor in distiller.state_dict().items() if isinstance(tensor, Tensor)}
+
+
+def _fit(module: DistillationModule, batches: list[DetectionBatch], *callbacks: Callback) -> None:
     Trainer(
         accelerator="cpu",
         strategy="ddp",
@@ -196,14 +215,12 @@ def skip(rank: int, *, broken: bool) -> dict[str, torch.Tensor]:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[skipping],
+        callbacks=list(callbacks),
     ).fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
-    state = {name: tensor for name, tensor in module.distiller.student.state_dict().items() if tensor.ndim}
-    return {**state, "skipped": torch.tensor(skipping.skipped)}
 
 
 def run_two(folder: Path) -> tuple[Found, Found]:
-    """Start both processes and return what each found; the students of `skip` are left in the folder."""
+    """Start both processes and return what each found; what `skip` and `learn` return is left in the folder."""
     started = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder)],
@@ -246,6 +263,7 @@ def main() -> None:
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
         torch.save(compute(rank), folder / f"{rank}.pt")
         torch.save([skip(rank, broken=broken) for broken in (False, True)], folder / f"skip{rank}.pt")
+        torch.save(learn(rank), folder / f"learn{rank}.pt")
         distributed.barrier()
         distributed.destroy_process_group()
         return
