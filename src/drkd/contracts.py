@@ -93,7 +93,8 @@ class BoxTargets:
     Args:
         boxes: (N, 4) float32, xyxy px of the batch tensor.
         labels: (N,) int64, 0..K-1, no background class.
-        ignore: (N,) bool, boxes that neither train nor count (crowds).
+        ignore: (N,) bool, boxes that neither train nor count (crowds). Detectors leave them out of their losses; the
+            methods take every box for an object, so batches to train on should hold none, as drkd's own do.
         masks: (N, h, w) bool, the instances' pixels in the valid part of their image; None where nobody asked for them.
     """
 
@@ -625,6 +626,14 @@ class KDMethod(nn.Module, ABC):
         in training `Distiller` replaces it by that mean, lest a process with few outweigh the others. Empty for most.
         """
         return self._of_inner_methods(lambda method: method.shared_counts())
+
+    def compared_counts(self) -> dict[str, Tensor]:
+        """By full term name, how much the last `forward` compared, 0-d and detached: a term of 0 had nothing to say.
+
+        Of terms for which an image with enough boxes (``minimum_boxes``) may still hold nothing, as where none of them
+        is of a class that the teacher knows. Empty for most.
+        """
+        return self._of_inner_methods(lambda method: method.compared_counts())
 
     def _of_inner_methods(self, ask: Callable[[KDMethod], dict[str, Tensor]]) -> dict[str, Tensor]:
         answers = {prefix: ask(method) for prefix, method in self.inner_methods().items()}

@@ -23,6 +23,17 @@ def test_an_infinite_gradient_is_not_taken_for_none() -> None:
     feature = torch.ones(2, requires_grad=True)
     norms = gradient_norms({"loud": (feature * float("inf")).sum() * 0}, [feature])
     assert norms["loud"][0].isinf()
+    # Nor for the largest number there is, which would be a weight.
+    norms = gradient_norms({"over": (feature * 1e30).square().sum()}, [feature])
+    assert norms["over"][0].isinf()
+
+
+def test_norms_of_half_precision_maps_do_not_overflow() -> None:
+    feature = torch.full((1000,), 3.0, dtype=torch.float16, requires_grad=True)
+    # Each gradient is 300 or 120,000: too large once or at once, for what keeps small ones.
+    for factor, value in ((100, 300.0), (40_000, 120_000.0)):
+        norms = gradient_norms({"sum": (feature.float() * factor * 3).sum()}, [feature])
+        assert float(norms["sum"][0]) == pytest.approx(1000 * value**2, rel=0.01)
 
 
 @pytest.mark.parametrize("first", [(float("inf"), 1.0), (1.0, float("inf")), (0.0, 1.0), (1.0, 0.0)])

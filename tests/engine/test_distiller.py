@@ -143,6 +143,17 @@ def test_no_gradient_is_no_fault_where_there_could_be_none() -> None:
         no_boxes(toy_batch((2, 0)))
 
 
+def test_no_gradient_is_no_fault_where_nothing_was_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    distiller = make(dead=True, monitor_interval=1, dead_after=1)
+    counts = {"near/p3": torch.tensor(0.0)}
+    monkeypatch.setattr(distiller.method, "compared_counts", lambda: counts)
+    for _ in range(3):
+        distiller(toy_batch())
+    counts["near/p3"] = torch.tensor(2.0)
+    with pytest.raises(DeadDistillationError):
+        distiller(toy_batch())
+
+
 def test_what_a_first_try_gets_wrong_is_named() -> None:
     student, teacher, plain = ToyDetector(seed=1), ToyDetector(seed=2), torch.nn.Conv2d(3, 4, 1)
     with pytest.raises(TypeError, match=r"detector as its student, got Conv2d\. Wrap it: wrap_torchvision"):
@@ -194,15 +205,15 @@ def test_all_processes_judge_silence_alike(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", as_another)
     dead = make(dead=True, minimum_boxes=2, monitor_interval=1, dead_after=1, balanced=False)
-    # Most boxes, the term, the teacher.
-    other = [0, 0, 1]  # no boxes there either
+    # Most boxes, the term, the teacher, whether the term compared anything.
+    other = [0, 0, 1, 1]  # no boxes there either
     dead(toy_batch((1, 0)))
-    other = [2, 1, 1]  # there it lives
+    other = [2, 1, 1, 1]  # there it lives
     dead(toy_batch((2, 0)))
-    other = [2, 0, 1]  # boxes there, and dead
+    other = [2, 0, 1, 1]  # boxes there, and dead
     with pytest.raises(DeadDistillationError, match="an image held 2 boxes"):
         dead(toy_batch((1, 0)))
-    assert told == [[1, 0, 1], [2, 0, 1], [1, 0, 1]]
+    assert told == [[1, 0, 1, 1], [2, 0, 1, 1], [1, 0, 1, 1]]
 
 
 def test_a_frozen_students_features_are_said_to_be_out_of_reach() -> None:
@@ -242,6 +253,21 @@ def test_steps_are_optimizer_steps_under_accumulation() -> None:
     distiller.method.warmup_steps = 2
     shares = [float(distiller(toy_batch())["kd/near"].detach()) / whole for _ in range(5)]
     assert shares == pytest.approx([0.5, 0.5, 1.0, 1.0, 1.0], rel=1e-3)
+
+
+def test_a_loop_may_say_where_its_steps_are() -> None:
+    student, teacher = ToyDetector(seed=1), ToyDetector(6, seed=2)
+    kd = ToyMethod(student.spec, teacher.spec, decay="cosine")
+    distiller = Distiller(student, teacher, kd, accumulate=2, total_steps=4, monitor_interval=2)
+    found, measured = [], []
+    # A trainer that steps after two passes and at the end of an epoch of three.
+    for step, first in ((0, True), (0, False), (1, True), (2, True), (2, False), (3, True)):
+        distiller.monitor.ratios = {}
+        distiller.at_step(step, first=first)
+        found.append(float(distiller(toy_batch())["kd/near"].detach()))
+        measured.append(bool(distiller.monitor.ratios))
+    assert [value / found[0] for value in found] == pytest.approx([1, 1, 0.853553, 0.5, 0.5, 0.146447], rel=1e-3)
+    assert measured == [True, False, False, True, False, False]
 
 
 def test_weights_decay_over_a_run_of_known_length() -> None:

@@ -139,6 +139,21 @@ def test_the_trainer_tells_the_length_of_the_run(tmp_path: Path) -> None:
     assert seen == pytest.approx([1.0] * 3 + [0.853553] * 3 + [0.5] * 3 + [0.146447] * 3, rel=1e-4)
 
 
+def test_the_last_batches_of_an_epoch_are_a_step_too(tmp_path: Path) -> None:
+    """Lightning steps at an epoch's end: two epochs of three passes, two a step, are four steps and not three."""
+    learner, seen = module(), []
+    learner.distiller.accumulate = 2
+    learner.distiller.method.decay = "cosine"
+
+    class Weights(Callback):
+        def on_train_batch_end(self, *arguments: object) -> None:
+            seen.append(float(learner.distiller.monitor.weights["near/p3"]))
+
+    trainer(tmp_path, Weights(), accumulate_grad_batches=2).fit(learner, loader(3))
+    assert learner.distiller.total_steps == 4
+    assert seen == pytest.approx([1.0, 1.0, 0.853553, 0.5, 0.5, 0.146447], rel=1e-4)
+
+
 def test_the_backbone_may_have_a_rate_of_its_own() -> None:
     """In groups by owner; every trainable parameter in one of them, once."""
     detector, teacher = (RetinaNetBuilder(width=0.25, fpn_channels=16, extra="none").build(["cat"]) for _ in range(2))

@@ -8,6 +8,7 @@ from toys import ToyDetector, ToyMethod, toy_batch
 
 from drkd.contracts import DrkdError
 from drkd.engine.distiller import Distiller
+from drkd.engine.guard import DeadDistillationError
 
 
 def test_each_teacher_has_terms_of_its_own_and_weights_add_up():
@@ -54,3 +55,13 @@ def test_what_cannot_be_used_is_refused():
         Distiller(ToyDetector(), teacher, ToyMethod, teacher_weights={"a": 1.0})
     with pytest.raises(ValueError, match="does not detect"):
         Distiller(ToyDetector(), {"a": teacher}, ToyMethod).teacher.detect(toy_batch())
+
+
+def test_one_constant_teacher_of_several_stops_the_run():
+    teachers = {"good": ToyDetector(5, seed=1), "blank": ToyDetector(6, seed=2)}
+    torch.nn.init.zeros_(teachers["blank"].model["body"].weight)
+    distiller = Distiller(ToyDetector(), teachers, ToyMethod, monitor_interval=1, dead_after=2).train()
+    distiller(toy_batch())
+    with pytest.raises(DeadDistillationError, match=r"^The teacher blank teaches nothing"):
+        distiller(toy_batch())
+    assert distiller.monitor.silent["the teacher good"] == 0

@@ -12,6 +12,7 @@ from toys import ToyDetector, ToyMethod, toy_batch
 
 from drkd.contracts import DetectionBatch, Detections, DetectorOutput, DrkdError
 from drkd.engine import Distiller
+from drkd.engine.guard import DeadDistillationError
 from drkd.engine.unlabelled import UnlabelledImages, choose_labeller, detect_targets, split_batch
 from drkd.methods import Combination
 
@@ -266,3 +267,16 @@ def test_images_whose_task_loss_does_not_count_have_masks_for_it_all_the_same() 
     (part,) = split_batch(mixed((False, False)), **options)
     assert [target.masks.shape for target in part.batch.targets] == [(3, 32, 32)] * 2
     assert not part.counts and not part.batch.targets[0].masks.any()
+
+
+def test_a_run_may_begin_with_images_without_labels() -> None:
+    """No task loss counts there, so that a balanced term has no weight yet: that is not silence."""
+    distiller = make(UnlabelledImages(pseudo_labels=False), balanced=True)
+    distiller.dead_after = 2
+    for _ in range(4):
+        distiller(mixed((False, False)))
+    assert distiller.monitor.silent["near"] == 0
+    distiller.method.dead = True
+    with pytest.raises(DeadDistillationError, match="'near' sent no usable gradient"):
+        for _ in range(2):
+            distiller(mixed((False, False)))

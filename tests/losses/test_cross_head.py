@@ -95,5 +95,8 @@ def test_errors_state_expected_and_got():
         quality_focal_distance(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2), normaliser=ONE)
     with pytest.raises(ValueError, match=r"and \(3,\)"):
         overlap_distance(torch.zeros(2, 4), torch.zeros(2, 4), torch.ones(3), normaliser=ONE)
+    for beta in (0.5, -1.0):
+        with pytest.raises(ValueError, match=f"beta of 0 or at least 1, got {beta}"):
+            quality_focal_distance(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2), normaliser=ONE, beta=beta)
     with pytest.raises(ValueError, match="equal channels"):
         align_scale(torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 2, 2))

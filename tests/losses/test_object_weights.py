@@ -25,12 +25,18 @@ def test_two_boxes_by_hand():
     torch.testing.assert_close(torch.cat(alone) / 2, weights)
 
 
-def test_a_box_counts_by_the_share_that_it_covers_and_one_outside_not_at_all():
+def test_a_box_counts_by_the_share_that_it_covers_and_one_that_covers_nothing_not_at_all():
     boxes = [torch.tensor([[3.0, 0.0, 7.0, 4.0]])]
     weights = object_weights(boxes, map_size=(1, 2), image_size=(4, 8), share=1.0)
     torch.testing.assert_close(weights, torch.tensor([[[0.25, 0.75]]]))
-    away = [torch.tensor([[20.0, 0.0, 24.0, 4.0]])]
-    assert object_weights(away, map_size=(1, 2), image_size=(4, 8), share=1.0).sum() == 0
+    outside, flat = [20.0, 0.0, 24.0, 4.0], [3.0, 1.0, 3.0, 2.0]
+    for wrong in (outside, flat):
+        mixed = object_weights(
+            [torch.cat([boxes[0], torch.tensor([wrong])])], map_size=(1, 2), image_size=(4, 8), share=1
+        )
+        torch.testing.assert_close(mixed, weights)
+        alone = object_weights([torch.tensor([wrong])], map_size=(1, 2), image_size=(4, 8), share=1.0)
+        torch.testing.assert_close(alone, torch.full((1, 1, 2), 0.5))
 
 
 def test_without_boxes_or_share_all_cells_count_alike():

@@ -58,6 +58,29 @@ def test_pairs_by_name_whatever_their_strides():
         match_levels(pyramid(8, 16), pyramid(8, 16), names={})
 
 
+@pytest.mark.parametrize(
+    ("method", "name"), [(PKD, "finest_levels"), (DRKD, "pixel_levels"), (DRKD, "instance_levels")]
+)
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_level_is_no_number_of_levels(method, name, count):
+    with pytest.raises(ValueError, match=f"Expected {name} of at least 1, or None for all levels, got {count}"):
+        method(pyramid(8, 16), pyramid(8, 16), **{name: count})
+
+
+def test_a_map_made_smaller_is_as_loud_as_the_target():
+    """A mean of four cells of noise has half the deviation: a student would be paid for smoothness."""
+    torch.manual_seed(0)
+    kd = DRKD(pyramid(8), pyramid(16), levels={"l0": "l0"}, relation_weight=0, instance_weight=0, adapter_init="none")
+    seen = []
+    kd.pixel_losses[0].student_unit.register_forward_hook(lambda unit, given, result: seen.append(given[0]))
+    noise = torch.randn(2, 8, 8, 8)
+    small = torch.nn.functional.avg_pool2d(noise, 2)
+    terms = kd(output_of({"l0": noise}), output_of({"l0": small}), batch_of([torch.zeros(0, 4)] * 2))
+    assert [given.shape[-1] for given in seen] == [4, 4]
+    assert all(float(given.std(correction=0)) == pytest.approx(1, rel=1e-3) for given in seen)
+    assert terms["pixel_relation/l0"] < 0.05
+
+
 @pytest.mark.parametrize("method", [CWD, DRKD, FGD, FGFI, MGD, PKD, FitNet])
 def test_methods_take_pairs_of_levels_of_unlike_strides(method):
     torch.manual_seed(0)

@@ -474,6 +474,24 @@ def test_heads_that_do_not_fit_are_refused():
     assert LogitKD(student, blind).classes.names == ("cat", "cup")
 
 
+@pytest.mark.parametrize("family", SERVED)
+def test_boxes_of_classes_that_the_teacher_lacks_are_nothing_to_compare(family):
+    """As the guard against silence must know: there are boxes, and no term has a gradient."""
+    student, teacher = pair(family)
+    names = student.spec.class_names
+    layout = replace(teacher.spec.predictions, missing_classes=names[:1])
+    kd = LogitKD(student.spec, replace(teacher.spec, predictions=layout))
+    for label, expected in ((0, False), (1, True)):
+        batch = batch_of(BOXES)
+        targets = tuple(replace(target, labels=torch.full_like(target.labels, label)) for target in batch.targets)
+        batch = replace(batch, targets=targets)
+        ours, theirs = outputs(kd, student, teacher, batch)
+        terms = kd(ours, theirs, batch)
+        assert set(kd.compared_counts()) == set(terms)
+        assert [bool(count > 0) for count in kd.compared_counts().values()] == [expected] * 2
+        assert all((term > 0) == expected for term in terms.values())
+
+
 def test_regions_of_one_stage_detectors_are_refused():
     spec, two_stage = detector("retinanet", seed=0).spec, detector("faster_rcnn", seed=0).spec
     assert set(DeFeat(spec, two_stage).weights) == {"decoupled"}

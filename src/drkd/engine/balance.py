@@ -23,25 +23,41 @@ def gradient_norms(losses: Mapping[str, Tensor], features: Sequence[Tensor]) -> 
         features: L maps the losses were computed from.
 
     Returns:
-        (L,) float32 by name; NaN marks a map that the loss does not depend on at all.
+        (L,) float32 by name; NaN marks a map that the loss does not depend on at all, infinity one whose gradient is
+        not finite.
     """
-    # Gradients of float16 maps are float16 too, and those of a mean over a large map underflow unless they are scaled.
-    factor = 2.0**14 if any(feature.dtype == torch.float16 for feature in features) else 1.0
+    # Gradients of float16 maps are float16 too. Those of a mean over a large map underflow unless they are scaled, and
+    # those of a sum overflow if they are: measured loudly first, then as they are, then quietly.
+    half = any(feature.dtype == torch.float16 for feature in features)
+    factors = (2.0**14, 1.0, 2.0**-10) if half else (1.0,)
     measured = {}
     for name, loss in losses.items():
         if not loss.requires_grad:
             measured[name] = torch.full((len(features),), float("nan"), device=features[0].device)
             continue
-        gradients = torch.autograd.grad(loss * factor, list(features), retain_graph=True, allow_unused=True)
-        measured[name] = torch.stack(
-            [
-                torch.full((), float("nan"), device=feature.device)
-                if gradient is None
-                else (gradient.detach().float() / factor).square().sum().nan_to_num(nan=float("inf"))
-                for gradient, feature in zip(gradients, features, strict=True)
-            ]
-        )
+        for factor in factors:
+            measured[name] = _squared_norms(loss, features, factor)
+            # Only float16 waits for the device here.
+            if factor == factors[-1] or not bool(measured[name].isinf().any()):
+                break
     return measured
+
+
+def _squared_norms(loss: Tensor, features: Sequence[Tensor], factor: float) -> Tensor:
+    gradients = torch.autograd.grad(loss * factor, list(features), retain_graph=True, allow_unused=True)
+    return torch.stack(
+        [
+            torch.full((), float("nan"), device=feature.device)
+            if gradient is None
+            else _infinite_unless_finite((gradient.detach().float() / factor).square().sum())
+            for gradient, feature in zip(gradients, features, strict=True)
+        ]
+    )
+
+
+def _infinite_unless_finite(value: Tensor) -> Tensor:
+    # Said twice: by itself `nan_to_num` makes the largest number there is of infinity.
+    return value.nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
 class GradientBalance(nn.Module):

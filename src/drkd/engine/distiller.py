@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from drkd.contracts import (
     DetectionBatch,
     Detector,
+    DetectorOutput,
     DetectorSpec,
     DrkdError,
     KDMethod,
@@ -55,7 +56,8 @@ class _Seen:
         features: The student's feature maps.
         terms: The method's bare terms.
         counts: See `KDMethod.shared_counts`.
-        taught: The teacher's feature maps, where they are to be looked at.
+        compared: See `KDMethod.compared_counts`.
+        taught: A teacher's feature maps by its name, where they are to be looked at; that of a single one is empty.
     """
 
     images: int
@@ -63,7 +65,8 @@ class _Seen:
     features: list[Tensor]
     terms: Mapping[str, Tensor]
     counts: Mapping[str, Tensor]
-    taught: list[Tensor]
+    compared: Mapping[str, Tensor]
+    taught: Mapping[str, list[Tensor]]
 
 
 def _average(parts: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
@@ -86,6 +89,11 @@ def _share_counts(terms: Mapping[str, Tensor], counts: Sequence[Mapping[str, Ten
     mean = own / torch.distributed.get_world_size()
     torch.distributed.all_reduce(mean)
     return dict(zip(names, values * (own.clamp_min(1) / mean.clamp_min(1)), strict=True))
+
+
+def _maps_by_teacher(output: DetectorOutput) -> dict[str, list[Tensor]]:
+    outputs = output.members or {"": output}
+    return {name: [level.tensor for level in own.features] for name, own in outputs.items()}
 
 
 class Distiller(nn.Module):
@@ -171,6 +179,7 @@ class Distiller(nn.Module):
         self.total_steps = total_steps
         self.unlabelled = unlabelled or UnlabelledImages()
         self._passes = 0
+        self._told: tuple[int, bool] | None = None
 
     def train(self, mode: bool = True) -> Distiller:
         """Set the mode of the student and the method; the teacher stays in eval mode."""
@@ -184,6 +193,17 @@ class Distiller(nn.Module):
         for module in (self.student, self.method):
             if module is not None:
                 yield from (p for p in module.parameters() if p.requires_grad)
+
+    def at_step(self, step: int, *, first: bool) -> None:
+        """Say where the next passes are, in a loop whose optimizer steps are not always ``accumulate`` passes long.
+
+        Without it passes are counted. Some trainers, Lightning among them, step at the end of an epoch too.
+
+        Args:
+            step: Optimizer steps so far.
+            first: Whether the next pass is the first of its step: only there gradient norms are measured.
+        """
+        self._told = step, first
 
     def forward(self, batch: DetectionBatch) -> dict[str, Tensor]:
         """Run student, teacher and method.
@@ -226,8 +246,15 @@ class Distiller(nn.Module):
         if measuring:
             boxes = [box for part in parts for box in part.batch.boxes]
             total = sum(task.values(), torch.zeros((), device=batch.images.device))
-            taught = [feature for part in seen for feature in part.taught]
-            self._measure(total, terms, features, boxes=boxes, counts=counts, constant=are_constant(taught, total))
+            constant = {
+                name: are_constant([feature for part in seen for feature in part.taught[name]], total)
+                for name in seen[0].taught
+            }
+            compared: dict[str, Tensor] = {}
+            for name, value in (item for part in seen for item in part.compared.items()):
+                family = term_family(name)
+                compared[family] = compared[family] + value if family in compared else value
+            self._measure(total, terms, features, boxes=boxes, counts=counts, compared=compared, constant=constant)
         losses = {**task, **self._weigh(terms)}
         if self.training:
             self._passes += 1
@@ -249,13 +276,14 @@ class Distiller(nn.Module):
             [level.tensor for level in student.features],
             terms,
             self.method.shared_counts(),
-            [level.tensor for level in teacher.features] if looking else [],
+            self.method.compared_counts() if looking else {},
+            _maps_by_teacher(teacher) if looking else {},
         )
 
     @property
     def _step(self) -> int:
         """Optimizer steps so far."""
-        return self._passes // self.accumulate
+        return self._passes // self.accumulate if self._told is None else self._told[0]
 
     @property
     def _calibrates(self) -> bool:
@@ -266,7 +294,7 @@ class Distiller(nn.Module):
     @property
     def _measures(self) -> bool:
         """Whether gradient norms are measured at this pass."""
-        first_pass = self._passes % self.accumulate == 0
+        first_pass = self._passes % self.accumulate == 0 if self._told is None else self._told[1]
         return first_pass and (self._calibrates or self._step % self.monitor_interval == 0)
 
     def _schedule(self) -> float:
@@ -300,7 +328,8 @@ class Distiller(nn.Module):
         *,
         boxes: Sequence[Tensor],
         counts: bool,
-        constant: Tensor,
+        compared: Mapping[str, Tensor],
+        constant: Mapping[str, Tensor],
     ) -> None:
         assert self.method is not None  # only called with a method
         if not task.requires_grad or not any(feature.requires_grad for feature in features):
@@ -313,7 +342,7 @@ class Distiller(nn.Module):
         task_norms = norms.pop("")
         if self.method.balanced:
             self.balance.update(task_norms, norms, frozen=not self._calibrates)
-        self._note_ratios(task_norms, norms, terms, boxes=boxes, counts=counts, constant=constant)
+        self._note_ratios(task_norms, norms, terms, boxes=boxes, counts=counts, compared=compared, constant=constant)
         spreads: dict[str, list[Tensor]] = {}
         for name, value in self.method.target_spread().items():
             spreads.setdefault(term_family(name), []).append(value)
@@ -327,7 +356,8 @@ class Distiller(nn.Module):
         *,
         boxes: Sequence[Tensor],
         counts: bool,
-        constant: Tensor,
+        compared: Mapping[str, Tensor],
+        constant: Mapping[str, Tensor],
     ) -> None:
         assert self.method is not None  # only called with a method
         schedule = self._schedule()
@@ -336,7 +366,8 @@ class Distiller(nn.Module):
         for name, value in norms.items():
             family = term_family(name)
             known = value.nan_to_num(posinf=float("inf")).sum()
-            weighted = known * (self._weight(name, terms[name]) * schedule) ** 2
+            # Where no image has labels there is no task to be as loud as, and there may be no weight yet.
+            weighted = known * (self._weight(name, terms[name]) * schedule) ** 2 if counts else known
             squared[family] = squared[family] + weighted if family in squared else weighted
             reached[family] = reached[family] | ~value.isnan() if family in reached else ~value.isnan()
         if counts:
@@ -347,14 +378,18 @@ class Distiller(nn.Module):
                 ).sqrt()
                 for family, value in squared.items()
             }
-        *values, blank = torch.stack([*squared.values(), constant.to(task.dtype)]).tolist()
+        facts = torch.stack(
+            [value.to(task.dtype) for value in (*squared.values(), *compared.values(), *constant.values())]
+        )
+        values = iter(facts.tolist())
         stop_if_silent(
-            dict(zip(squared, values, strict=True)),
+            {name: next(values) for name in squared},
             self.monitor.silent,
             method=self.method,
             scheduled=schedule > 0,
             most_boxes=max((len(entry) for entry in boxes), default=0),
-            constant=bool(blank),
+            compared={name: next(values) for name in compared},
+            constant={name: bool(next(values)) for name in constant},
             dead_after=self.dead_after,
             step=self._step,
             like=task,

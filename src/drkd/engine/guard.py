@@ -15,7 +15,7 @@ class DeadDistillationError(DrkdError):
 
 
 _TEACHER = "the teacher"
-"""Under this name the guard counts measurements at which the teacher's maps were constant."""
+"""Under this name the guard counts measurements at which the teacher's maps were constant; of several, with theirs."""
 
 
 def stop_if_silent(
@@ -25,7 +25,8 @@ def stop_if_silent(
     method: KDMethod,
     scheduled: bool,
     most_boxes: int,
-    constant: bool,
+    compared: Mapping[str, float],
+    constant: Mapping[str, bool],
     dead_after: int,
     step: int,
     like: Tensor,
@@ -40,7 +41,8 @@ def stop_if_silent(
         method: The method, for its weights and the boxes that its terms need.
         scheduled: Whether its weights are above 0 at this step.
         most_boxes: The most boxes of an image of the batch.
-        constant: Whether the teacher's maps were, see `are_constant`.
+        compared: By term, how much it compared, see `KDMethod.compared_counts`; terms absent from it go by the boxes.
+        constant: Whether a teacher's maps were, see `are_constant`, by its name; that of a single teacher is empty.
         dead_after: How many measurements in a row stop the run.
         step: For the message.
         like: A tensor on the processes' device.
@@ -48,21 +50,24 @@ def stop_if_silent(
     Raises:
         DeadDistillationError: If a term that could have taught was silent so often, or the teacher constant.
     """
-    alive = {family: 0 < value < float("inf") for family, value in squared.items()} | {_TEACHER: not constant}
-    most_boxes, alive = _over_processes(most_boxes, alive, like=like)
-    silent[_TEACHER] = 0 if alive[_TEACHER] else silent.get(_TEACHER, 0) + 1
-    if silent[_TEACHER] >= dead_after:
-        raise DeadDistillationError(
-            "The teacher teaches nothing: every channel of all its feature maps was constant in "
-            f"{dead_after} measurements in a row, the last at step {step}, so the terms pull the "
-            "student towards a constant. Usual causes: wrong or missing weights, images that are all one colour. "
-            "Check it: `drkd evaluate` on your validation data."
-        )
+    teachers = {f"{_TEACHER} {name}".rstrip(): not blank for name, blank in constant.items()}
+    facts = {**{family: 0 < value < float("inf") for family, value in squared.items()}, **teachers}
+    facts |= {f"{family} compared": compared.get(family, 1.0) > 0 for family in squared}
+    most_boxes, facts = _over_processes(most_boxes, facts, like=like)
+    for teacher in teachers:
+        silent[teacher] = 0 if facts[teacher] else silent.get(teacher, 0) + 1
+        if silent[teacher] >= dead_after:
+            raise DeadDistillationError(
+                f"T{teacher[1:]} teaches nothing: every channel of all its feature maps was constant in "
+                f"{dead_after} measurements in a row, the last at step {step}, so the terms pull the "
+                "student towards a constant. Usual causes: wrong or missing weights, images that are all one colour. "
+                "Check it: `drkd evaluate` on your validation data."
+            )
     for family, value in squared.items():
         could = method.weights.get(family, 1.0) > 0 and scheduled and most_boxes >= method.minimum_boxes.get(family, 0)
-        if not could:
+        if not could or not facts[f"{family} compared"]:
             continue
-        dead = not alive[family]
+        dead = not facts[family]
         silent[family] = silent.get(family, 0) + 1 if dead else 0
         if silent[family] >= dead_after:
             raise DeadDistillationError(
@@ -70,7 +75,7 @@ def stop_if_silent(
                 f"student's features in {dead_after} measurements in a row, the last at step {step}, "
                 f"although its weight is {method.weights.get(family, 1.0):g} and an image held {most_boxes} "
                 "boxes. Usual causes: the teacher's features are constant (untrained or wrong checkpoint), "
-                "features that are detached, an adapter initialised to zero, or a scale that underflows under "
+                "features that are detached, an adapter initialised to zero, or a gradient beyond the range of "
                 "float16. Check the teacher first: `drkd evaluate` on your validation data."
             )
 
@@ -108,11 +113,11 @@ def check_parts(student: object, teacher: object, method: object) -> None:
         )
 
 
-def _over_processes(most_boxes: int, alive: Mapping[str, bool], *, like: Tensor) -> tuple[int, dict[str, bool]]:
-    """The most boxes of an image on any process, and whether a term lives on any; ``like`` is on their device."""
+def _over_processes(most_boxes: int, facts: Mapping[str, bool], *, like: Tensor) -> tuple[int, dict[str, bool]]:
+    """The most boxes of an image on any process, and what holds on any; ``like`` is on their device."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return most_boxes, dict(alive)
-    values = torch.tensor([most_boxes, *alive.values()], dtype=torch.int64, device=like.device)
+        return most_boxes, dict(facts)
+    values = torch.tensor([most_boxes, *facts.values()], dtype=torch.int64, device=like.device)
     torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
-    boxes, *lives = values.tolist()
-    return boxes, dict(zip(alive, map(bool, lives), strict=True))
+    boxes, *held = values.tolist()
+    return boxes, dict(zip(facts, map(bool, held), strict=True))

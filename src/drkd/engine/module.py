@@ -208,8 +208,9 @@ class DistillationModule(LightningModule):
         np.random.seed(seed % 2**32)
 
     def training_step(self, batch: DetectionBatch, batch_idx: int) -> Tensor:
-        """One step: the sum of the named losses."""
-        del batch_idx
+        """One pass: the sum of the named losses."""
+        trainer = self.trainer
+        self.distiller.at_step(trainer.global_step, first=batch_idx % trainer.accumulate_grad_batches == 0)
         losses = self.distiller(batch)
         total = torch.stack([value.float() for value in losses.values()]).sum()
         for name, value in losses.items():

@@ -29,16 +29,18 @@ def quality_focal_distance(
         teacher: Same shape, the teacher's logits; a constant.
         weight: (...), >= 0: 0 for anchors that neither are positive nor background; a constant.
         normaliser: 0-d, n: positives of the student's assignment, at least 1.
-        beta: Focusing, >= 0.
+        beta: Focusing, 0 or at least 1: between them the gradient at equal probabilities is infinite.
 
     Returns:
         0-d, at least float32; 0 where all weights are, or all probabilities are equal and ``beta`` > 0. There the value
         has a kink for ``beta`` 1: next to equality the gradient is as large as the entropy of the target.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ or beta is out of range.
     """
     _check(student, teacher, weight)
+    if not (beta == 0 or beta >= 1):
+        raise ValueError(f"Expected a beta of 0 or at least 1, got {beta}")
     with full_precision(student):
         student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
         target = teacher.sigmoid()

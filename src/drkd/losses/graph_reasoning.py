@@ -89,8 +89,8 @@ class GraphReasoningUnit(nn.Module):
             nodes = self._reason(states, assignment)
             if isinstance(self.norm, nn.GroupNorm):
                 return self._reproject(feature, nodes, assignment, self.norm)
-            mixed = nodes @ assignment
-        relations = self.norm(self.expansion(mixed.unflatten(2, feature.shape[-2:])))
+            # So does their expansion, which no norm has tamed yet.
+            relations = self.norm(self.expansion((nodes @ assignment).unflatten(2, feature.shape[-2:])))
         return feature + relations if self.residual else relations
 
     def _reason(self, states: Tensor, assignment: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ def object_weights(
 
     :math:`w_b = \frac{1}{B} (\frac{1 - a}{HW} + \frac{a}{N_b} \sum_i c_i)`, with a the share and :math:`c_i` how much
     of box i lies in each cell, divided by its sum: a box of a quarter of a cell weighs as much as one of a hundred.
-    In an image without boxes all cells count alike. A mean over images is the same however they are spread over
-    processes.
+    In an image without boxes all cells count alike; a box without area, or outside the map, is none. A mean over images
+    is the same however they are spread over processes.
 
     Args:
         boxes: One (N_b, 4) tensor an image, xyxy px of the image tensor; may leave the image.
@@ -54,7 +54,8 @@ def object_weights(
         rows = _covered(y1, y2, cells=height, length=image_size[0])
         columns = _covered(x1, x2, cells=width, length=image_size[1])
         on_objects = torch.einsum("bnh,bnw->bhw", layout.pad(rows), layout.pad(columns))
-        objects = layout.mask.sum(dim=1).view(-1, 1, 1)
+        seen = (rows.sum(dim=1) > 0) & (columns.sum(dim=1) > 0)
+        objects = layout.pad(seen.to(rows.dtype).unsqueeze(1)).sum(dim=(1, 2)).view(-1, 1, 1)
         part = share * (objects > 0)
         return (1 - part) / cells + part / (objects.clamp_min(1) * len(counts)) * on_objects
 

@@ -46,7 +46,7 @@ class CrossKD(KDMethod):
 
     Args:
         student: The student; its head must be as wide as the teacher's.
-        teacher: The teacher, of the same kind and anchors, with the student's classes in any order.
+        teacher: The teacher, of the same kind and anchors, with some of the student's classes, in any order.
         class_weight: Of the term ``classification``; None is 1 where balanced, else the authors'.
         box_weight: Of the term ``box``; same.
         after: Convolutions of the student's head that come before the teacher's; None is the authors' (RetinaNet 3,
@@ -86,8 +86,8 @@ class CrossKD(KDMethod):
         ours, theirs = require_layouts(student, teacher, method="CrossKD", kinds=("anchors", "points"))
         depth, plain_class, plain_box = _DEFAULTS[ours.kind]
         self.after = depth if after is None else after
-        if self.after < 1 or beta < 0:
-            raise ValueError(f"Expected after >= 1 and beta >= 0, got {self.after} and {beta}")
+        if self.after < 1 or not (beta == 0 or beta >= 1):
+            raise ValueError(f"Expected after >= 1 and a beta of 0 or at least 1, got {self.after} and {beta}")
         if not ours.head_channels or ours.head_channels != theirs.head_channels:
             raise NotApplicableError(
                 "CrossKD passes the student's head features through the teacher's head and expects heads of the same "

@@ -27,11 +27,12 @@ from drkd.losses import (
     adapt,
     make_adapter,
     pool_instances,
+    resample,
     standardise,
 )
 from drkd.losses.instances import count_boxes
 from drkd.methods.drkd_response import Response, make_response
-from drkd.methods.levels import LevelPair, Levels, MissingLevels, maps_by_name, match_levels, spec_of_maps
+from drkd.methods.levels import LevelPair, Levels, MissingLevels, finest, maps_by_name, match_levels, spec_of_maps
 from drkd.methods.term_weights import by_stages
 
 PIXEL, RELATION, INSTANCE, RESPONSE = "pixel_relation", "instance_relation", "instance", "response"
@@ -204,8 +205,10 @@ class DRKD(KDMethod):
         self.roi_aligned = roi_aligned
         self.roi_sampling_ratio = roi_sampling_ratio
         pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
-        self.pixel_pairs = pairs[:pixel_levels] if PIXEL in self.weights else ()
-        self.instance_pairs = pairs[:instance_levels] if pools else ()
+        pixel_pairs = finest(pairs, pixel_levels, name="pixel_levels")
+        instance_pairs = finest(pairs, instance_levels, name="instance_levels")
+        self.pixel_pairs = pixel_pairs if PIXEL in self.weights else ()
+        self.instance_pairs = instance_pairs if pools else ()
         used = {pair.name: pair for pair in (*self.pixel_pairs, *self.instance_pairs)}.values()
         self.adapters = nn.ModuleDict()
         own: AdapterInit = adapter_init
@@ -343,8 +346,8 @@ class DRKD(KDMethod):
             theirs_pooled = self._pool(teacher, boxes, image_size, layout) if pools else None
             del teacher
             student = self._student_map(pair, ours)
-            if relation is not None:
-                terms[f"{PIXEL}/{pair.name}"] = relation(student, None, weights, target=target)
+            if relation is not None and target is not None:
+                terms[f"{PIXEL}/{pair.name}"] = relation(self._at_size(student, target), None, weights, target=target)
             del target
             if theirs_pooled is not None:
                 pooled.append((self._pool(student, boxes, image_size, layout), theirs_pooled))
@@ -381,7 +384,7 @@ class DRKD(KDMethod):
         found: dict[str, LevelRelations] = {}
         for pair, loss in zip(self.pixel_pairs, self.pixel_losses, strict=True):
             pixel = cast(PixelRelationLoss, loss)
-            maps = prepared[pair]
+            maps = self._at_size(*prepared[pair]), prepared[pair][1]
             related, graph = pixel.maps(*maps), pixel.graph_maps(*maps)
             found[pair.name] = LevelRelations(pair.name, pair.teacher.name, *related, *graph)
         for pair, loss in zip(self.instance_pairs, self.relation_losses, strict=False):
@@ -412,6 +415,13 @@ class DRKD(KDMethod):
         if self.adapters:
             feature = adapt(self.adapters[_key(pair.name)], feature)
         return standardise(feature) if self.normalise_features else feature
+
+    def _at_size(self, student: Tensor, target: Tensor) -> Tensor:
+        """The student's map at the target's size: what resampling has averaged away is given its variance again."""
+        size = (target.shape[-2], target.shape[-1])
+        if student.shape[-2:] == target.shape[-2:] or not self.normalise_features:
+            return student
+        return standardise(resample(student, size))
 
     def _teacher_map(self, feature: Tensor) -> Tensor:
         """What they read of the teacher's, a constant."""

@@ -36,7 +36,7 @@ class LD(KDMethod):
 
     Args:
         student: The student, with as many bins as the teacher.
-        teacher: The teacher, of the same kind and anchors, with the student's classes in any order.
+        teacher: The teacher, of the same kind and anchors, with some of the student's classes, in any order.
         localization_weight: Of the term ``localization``; None is 1 where balanced, else the authors' 0.25.
         valuable_weight: Of the term ``valuable_region``; same.
         class_weight: Of the term ``classification``; None is 1 where balanced, else the authors' 10.
@@ -100,6 +100,7 @@ class LD(KDMethod):
         if self.classes.count == 1:
             del self.weights["classification"]
         self.minimum_boxes = dict.fromkeys(self.weights, 1)
+        self._compared: dict[str, Tensor] = {}
         self.balanced = balanced
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
@@ -113,6 +114,12 @@ class LD(KDMethod):
         with full_precision(ours.logits):
             confidence = positive * at_least_float32(ours.logits.detach()).sigmoid().amax(dim=2)
             value = (1.0 - positive) * self._value(ours.anchors.float(), batch.boxes)
+        count = positive.sum()
+        self._compared = {
+            "localization": count,
+            "valuable_region": (value > 0).sum().to(count),
+            "classification": count,
+        }
         main, valuable = (
             bin_divergence(
                 ours.bins,
@@ -134,6 +141,10 @@ class LD(KDMethod):
             normaliser=positive.sum().clamp_min(1.0),
         )
         return terms
+
+    def compared_counts(self) -> dict[str, Tensor]:
+        """The positives, and the predictions in the valuable region."""
+        return {name: count for name, count in self._compared.items() if name in self.weights}
 
     def _value(self, anchors: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """(B, A), see `valuable_region`; at points the larger one of the cells' and of the squares'."""

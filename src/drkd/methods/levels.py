@@ -103,6 +103,17 @@ def _named_pairs(student: DetectorSpec, teacher: DetectorSpec, names: Mapping[st
     return tuple(LevelPair(level, theirs[names[level.name]]) for level in ours)
 
 
+def finest(pairs: tuple[LevelPair, ...], count: int | None, *, name: str) -> tuple[LevelPair, ...]:
+    """So many of the pairs, finest first; None is all.
+
+    Raises:
+        ValueError: If that is none of them; ``name`` is the argument's.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"Expected {name} of at least 1, or None for all levels, got {count}")
+    return pairs[:count]
+
+
 def maps_by_name(features: Sequence[FeatureMap]) -> dict[str, Tensor]:
     """The tensors of a detector's features by level name."""
     return {feature.name: feature.tensor for feature in features}

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from drkd.contracts import Decay, DetectionBatch, DetectorOutput, DetectorSpec, KDMethod
-from drkd.methods.levels import Levels, MissingLevels, match_levels, paired_maps
+from drkd.methods.levels import Levels, MissingLevels, finest, match_levels, paired_maps
 from drkd.methods.term_weights import by_stages, choose_weight
 
 
@@ -69,7 +69,8 @@ class LevelwiseMethod(KDMethod):
         self.balanced = balanced
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
-        self.pairs = match_levels(student, teacher, names=levels, missing=missing_levels)[:finest_levels]
+        pairs = match_levels(student, teacher, names=levels, missing=missing_levels)
+        self.pairs = finest(pairs, finest_levels, name="finest_levels")
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """One term a level: ``<term>/<level>``."""

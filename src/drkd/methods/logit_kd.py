@@ -91,10 +91,15 @@ class LogitKD(KDMethod):
         self.balanced = balanced
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
+        self._positives: Tensor | None = None
         self.images = ImageShare(share, with_boxes=True)
         if "predictions" in self.teacher_needs:
             # The teacher's head has looked at all images already.
             self.images = ImageShare(1.0, with_boxes=True)
+
+    def compared_counts(self) -> dict[str, Tensor]:
+        """The positives, of both terms."""
+        return dict.fromkeys(self.weights, self._positives) if self._positives is not None else {}
 
     def begin_pass(self, number: int, *, measured: bool) -> None:
         """See `KDMethod`; without it every pass counts."""
@@ -104,7 +109,7 @@ class LogitKD(KDMethod):
         """The terms ``classification`` and ``box``."""
         factor = self.images.factor(len(batch.targets))
         if factor == 0:
-            zero = torch.zeros((), device=batch.images.device)
+            zero = self._positives = torch.zeros((), device=batch.images.device)
             return {"classification": zero, "box": zero}
         rows = self.images.rows(batch.targets)
         terms = self._regions(student, teacher, rows) if self.two_stage else self._dense(student, teacher, batch, rows)
@@ -127,6 +132,7 @@ class LogitKD(KDMethod):
             raise ValueError("Expected a teacher with predictions")
         labels = [batch.targets[row].labels for row in rows]
         positive = self.classes.positives(pick_rows(assignment, rows), labels).float()
+        self._positives = positive.sum()
         classes = class_divergence(
             self.classes.student_logits(pick_rows(ours.logits, rows), background=self.softmax),
             self.classes.logits(theirs.logits, background=self.softmax),
@@ -143,6 +149,7 @@ class LogitKD(KDMethod):
         ours, labels = matched_regions(regions_of(student.regions, rows), background=self.classes.background)
         theirs = teacher.region_head(ours.regions)
         positive = self.classes.known(labels).float()
+        self._positives = positive.sum()
         own_place = labels.clamp_max(ours.boxes.shape[1] - 1)
         boxes = [
             entry.gather(1, place.view(-1, 1, 1).expand(-1, 1, 4)).squeeze(1)
