@@ -693,7 +693,8 @@ def test_ld_on_predictions_by_hand(boxes):
     teacher = bins_output(theirs, seed=2)
     with NoHostSync():
         terms = kd(student, teacher, batch)
-    assert set(terms) == set(kd.weights) == set(kd.minimum_boxes)
+    assert set(terms) == set(kd.weights) == set(kd.minimum_boxes) == set(kd.compared_counts())
+    assert all((count > 0) == (boxes is BOXES) for count in kd.compared_counts().values())
     if boxes is BOXES:
         ours, target = student.predictions, teacher.predictions
         places = torch.tensor([27, 64 + 18])
@@ -756,7 +757,7 @@ def test_ld_leaves_out_the_classes_where_there_is_one():
         for entry in outputs
     ]
     terms = kd(*outputs, batch_of(BOXES[:1]))
-    assert set(terms) == set(kd.weights) and terms["localization"] > 0
+    assert set(terms) == set(kd.weights) == set(kd.compared_counts()) and terms["localization"] > 0
     assert set(LD(bins_spec(), bins_spec(classes=one)).weights) == set(kd.weights)
 
 
