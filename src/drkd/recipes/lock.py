@@ -1,11 +1,12 @@
-"""One comparison at a time in a folder, the last cells of a killed one included."""
+"""One run, or one comparison, at a time in a folder: a lock that ends with its holder, however that one ends."""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from drkd.contracts import DrkdError
@@ -13,7 +14,7 @@ from drkd.contracts import DrkdError
 
 @contextmanager
 def locked_folder(folder: Path, *, patience: float = 20.0) -> Iterator[int | None]:
-    """Hold the folder's lock; yields its descriptor, or None on a system without such locks.
+    """Hold the folder's lock for a comparison; yields its descriptor, or None on a system without such locks.
 
     The descriptor is to be inherited by processes that work in the folder: the lock ends with the last of them.
 
@@ -24,11 +25,30 @@ def locked_folder(folder: Path, *, patience: float = 20.0) -> Iterator[int | Non
     Raises:
         DrkdError: If another comparison is at work in the folder.
     """
+    descriptor = lock_folder(folder, worker="drkd compare", patience=patience)
+    try:
+        yield descriptor
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def lock_folder(folder: Path, *, worker: str, patience: float) -> int | None:
+    """Take the folder's lock; return its descriptor, or None where there are no such locks, which is said.
+
+    Args:
+        folder: Created if need be.
+        worker: What works in the folder, for the message.
+        patience: Seconds to wait for one that was killed or is about to end.
+
+    Raises:
+        DrkdError: If another one is at work in the folder.
+        OSError: If the folder cannot be made or written to.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
-        yield None
-        return
+        return None
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -36,14 +56,31 @@ def locked_folder(folder: Path, *, patience: float = 20.0) -> Iterator[int | Non
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                return descriptor
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise DrkdError(
-                        f"{folder}: another drkd compare is at work in this folder. Wait for it, stop it, or choose "
+                        f"{folder}: another {worker} is at work in this folder. Wait for it, stop it, or choose "
                         "another folder with --output."
                     ) from None
                 time.sleep(0.2)
-        yield descriptor
-    finally:
+    except OSError as error:
         os.close(descriptor)
+        print(
+            f"drkd: {folder}: the folder cannot be locked here ({error.strerror}); see to it that no other {worker} "
+            "works in it at the same time.",
+            file=sys.stderr,
+        )
+        return None
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def unlock(descriptor: int) -> None:
+    """Give the lock up, also where processes that inherited the descriptor are still about to end."""
+    import fcntl
+
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)

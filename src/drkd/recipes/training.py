@@ -202,7 +202,11 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
 
 
 def _run_until_stopped(recipe: Recipe, stops: StopsAtOnce, *, kind: str) -> RunResult:
-    folder = RunFolder(recipe.output, resume=recipe.resume, overwrite=recipe.overwrite)
+    with RunFolder(recipe.output, resume=recipe.resume, overwrite=recipe.overwrite) as folder:
+        return _run_in(folder, recipe, stops, kind=kind)
+
+
+def _run_in(folder: RunFolder, recipe: Recipe, stops: StopsAtOnce, *, kind: str) -> RunResult:
     if kind == "train":
         recipe.data.leave_out_unlabelled()
     recipe.data.setup("fit")
