@@ -80,7 +80,7 @@ def test_resumes_bit_by_bit(digits: Path, share: float | None, workers: int) -> 
 
 
 def test_training_alone_leaves_them_out(digits: Path) -> None:
-    data = make(digits, unlabelled=["rest"], limit=4)
+    data = make(digits, unlabelled=["rest"], unlabelled_share=0.5, limit=4)
     data.leave_out_unlabelled()
     (batch,) = data.train_dataloader()
     assert sorted(batch.image_ids) == [1, 2, 3, 4] and batch.labelled == ()
@@ -92,11 +92,18 @@ def test_wrong_settings_name_the_field(digits: Path, tmp_path: Path) -> None:
         ({"unlabelled": ["a", "a"]}, r"data\.unlabelled: a folder is listed twice"),
         ({"unlabelled": ["a"], "unlabelled_share": 1.0}, r"data\.unlabelled_share: expected a share in \(0, 1\)"),
         ({"unlabelled": ["a"], "unlabelled_share": 0.5, "batch_size": 1}, r"data\.unlabelled_share.*at least two"),
+        ({"unlabelled_share": 0.5}, r"data\.unlabelled_share: the share is 0\.5, but there are no unlabelled images"),
+        ({"unlabelled": [], "unlabelled_share": 0.5}, r"expected folders in data\.unlabelled"),
     ):
         with pytest.raises(DrkdError, match=message):
             make(digits, **options)
     with pytest.raises(DrkdError, match=r"data\.unlabelled: .*gone: there is no such folder"):
         make(digits, unlabelled=[str(tmp_path / "gone")]).train_dataloader()
+    for limit in (12, 20):
+        with pytest.raises(
+            DrkdError, match=rf"'rest' is what data\.limit cuts off, and a limit of {limit} leaves none"
+        ):
+            make(digits, unlabelled=["rest"], limit=limit, unlabelled_share=0.5).train_dataloader()
     with pytest.raises(DrkdError, match="no image in this folder"):
         make(digits, unlabelled=[str(tmp_path)]).train_dataloader()
     (tmp_path / "broken.png").write_bytes(b"no picture")

@@ -372,8 +372,9 @@ def test_slurm_is_told_to_requeue_on_its_signal_only(monkeypatch: pytest.MonkeyP
 def test_a_run_that_never_saved_starts_again(tmp_path: Path) -> None:
     with pytest.raises(DrkdError, match="Nothing to resume"):
         RunFolder(tmp_path / "run", resume=True)
-    assert not RunFolder(tmp_path / "run", resume="auto").resumes
-    assert not RunFolder(tmp_path / "run", resume=True).resumes  # the folder was taken, then the process was killed
+    for resume in ("auto", True):  # the folder was taken, then the process was killed
+        with RunFolder(tmp_path / "run", resume=resume) as folder:
+            assert not folder.resumes
 
 
 def test_a_log_cut_short_loses_its_last_row_only(tmp_path: Path) -> None:

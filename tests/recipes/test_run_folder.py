@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +17,7 @@ import yaml
 
 from drkd.contracts import DrkdError
 from drkd.recipes import run_folder
+from drkd.recipes.lock import locked_folder
 from drkd.recipes.run_folder import RunFolder, write_text
 
 
@@ -55,6 +62,7 @@ def test_a_run_that_goes_on_with_other_settings_says_and_keeps_which(
     assert f"goes on with other settings than it began with, which run.json keeps: {'; '.join(changed)}." in (
         capsys.readouterr().err
     )
+    folder.close()
     again = RunFolder(tmp_path / "run", resume=True)
     again.start(resolved=yaml.safe_dump(now, sort_keys=False), seed=3, kind="train")
     run = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -98,7 +106,7 @@ def test_a_session_starts_without_what_a_killed_one_left(tmp_path: Path) -> None
     for name in (*left, *mine):
         (path / name).write_text("{}")
     _interrupted(path)
-    assert sorted(file.name for file in path.iterdir()) == sorted([*mine, "checkpoints", "run.json"])
+    assert sorted(file.name for file in path.iterdir()) == sorted([*mine, ".lock", "checkpoints", "run.json"])
 
 
 def test_a_record_that_says_infinity_is_kept_without_it(tmp_path: Path) -> None:
@@ -119,3 +127,158 @@ def test_a_damaged_row_of_a_log_is_left_out(damage: str, tmp_path: Path) -> None
     (tmp_path / "run" / "logs" / "part-002" / "metrics.csv").write_text("stop,loss\n1,2\n")
     folder.merge_metrics()
     assert (tmp_path / "run" / "metrics.csv").read_text() == "step,epoch,loss\n0,0,1.5\n1,0,1.25\n"
+
+
+def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "_PATIENCE", 0.0)
+    first = RunFolder(tmp_path / "run")
+    half = first.checkpoints / ".last.ckpt.1.part"
+    half.write_bytes(b"half")
+    for options in ({}, {"resume": "auto"}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(DrkdError, match=r"run: another run is at work in this folder\. Wait for it, stop it, or"):
+            RunFolder(tmp_path / "run", **options)
+    assert half.exists()
+    # Of several processes the others write nothing.
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.rank_zero_only, "rank", 1)
+        assert not RunFolder(tmp_path / "run", resume="auto").writes
+    # What refuses the folder lets go of it.
+    first.close()
+    first.student.write_bytes(b"")
+    with pytest.raises(DrkdError, match="already holds a run"):
+        RunFolder(tmp_path / "run")
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "run", resume="auto"):
+        assert not half.exists()
+        raise ZeroDivisionError
+    RunFolder(tmp_path / "run", resume="auto").close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_run_holds_its_folder_no_longer_and_a_closed_one_not_by_its_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from drkd.recipes.run_folder import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+    monkeypatch.setattr(run_folder, "_PATIENCE", 0.0)
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(DrkdError, match="another run is at work"):
+            RunFolder(tmp_path / "run", resume="auto")
+    finally:
+        holder.kill()
+        holder.communicate()
+    folder = RunFolder(tmp_path / "run", resume="auto")
+    worker = os.fork()
+    if not worker:
+        signal.pause()
+    try:
+        folder.close()
+        RunFolder(tmp_path / "run", resume="auto").close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_where_there_are_no_locks_a_run_warns_and_goes_on(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with RunFolder(tmp_path / "run") as folder:
+        assert folder.writes
+    with locked_folder(tmp_path / "out") as lock:
+        assert lock is None
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" (")[0] for line in lines] == [
+        f"drkd: {tmp_path / name}: the folder cannot be locked here" for name in ("run", "out")
+    ]
+
+
+def _left(path: Path) -> None:
+    """What a run leaves."""
+    (path / "checkpoints").mkdir(parents=True)
+    (path / "logs" / "part-000").mkdir(parents=True)
+    for name in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "logs/part-000/metrics.csv"):
+        (path / name).write_text("")
+    for name in run_folder._WRITTEN:
+        (path / name).write_text("{}")
+
+
+def test_overwriting_cleans_also_where_the_record_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    _left(path)
+    (path / "run.json").unlink()
+    (path / "notes.txt").write_text("mine")
+    RunFolder(path, overwrite=True).close()
+    assert sorted(file.name for file in path.iterdir()) == [".lock", "checkpoints", "notes.txt"]
+    assert not list((path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("name", ["checkpoints/last.ckpt", "student.pt"])
+def test_a_checkpoint_without_a_record_is_a_run_too(name: str, tmp_path: Path) -> None:
+    _left(tmp_path / "run")
+    for file in [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path != tmp_path / "run" / name]:
+        file.unlink()
+    with pytest.raises(DrkdError, match="already holds a run"):
+        RunFolder(tmp_path / "run")
+
+
+def test_overwriting_that_is_cut_short_is_seen_and_nothing_of_the_old_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    _left(path)
+    removed: list[str] = []
+    unlink = Path.unlink
+
+    def cut(self: Path, missing_ok: bool = False) -> None:
+        if self.parent in (path, path / "checkpoints") and self.exists():
+            removed.append(self.name)
+            if self.name == "evaluation.json":
+                raise KeyboardInterrupt
+        unlink(self, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", cut)
+        with pytest.raises(KeyboardInterrupt):
+            RunFolder(path, overwrite=True)
+    assert removed[0] == "last.ckpt"
+    with pytest.raises(DrkdError, match="already holds a run"):
+        RunFolder(path)
+    with RunFolder(path, resume="auto") as folder:
+        assert not folder.resumes
+    RunFolder(path, overwrite=True).close()
+    assert sorted(file.name for file in path.iterdir()) == [".lock", "checkpoints"]
+
+
+def test_checkpoints_that_cannot_be_removed_are_no_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _left(tmp_path / "run")
+
+    def fail(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    with pytest.raises(DrkdError, match=r"checkpoints: cannot be removed \(Device or resource busy\), so the earlier"):
+        RunFolder(tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_a_run_does_not_both_go_on_and_replace(resume: bool | str, tmp_path: Path) -> None:
+    _left(tmp_path / "run")
+    with pytest.raises(
+        DrkdError, match=r"go on \(resume: (true|auto)\) and to replace .*\(overwrite: true\); expected"
+    ):
+        RunFolder(tmp_path / "run", resume=resume, overwrite=True)  # type: ignore[arg-type]
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()

@@ -13,6 +13,7 @@ from drkd.adapters import load_detector, save_student
 from drkd.contracts import DetectionBatch, DrkdError
 from drkd.engine.module import DistillationModule
 from drkd.recipes import training
+from drkd.recipes.dry_run import dry_run
 from drkd.recipes.recipe import Recipe, load_recipe
 from drkd.recipes.training import build_module, distill, train
 
@@ -100,6 +101,46 @@ def test_patience_ends_a_run_that_gets_no_better(tiny_coco: Path, tmp_path: Path
     )
     train(recipe)
     assert '"epochs": 3' in (tmp_path / "run" / "run.json").read_text()
+
+
+@pytest.mark.parametrize("choice", ["--training.keep=best", "--training.patience=1"])
+def test_a_best_student_without_a_validation_is_refused_before_training(
+    choice: str, tiny_coco: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DrkdError, match=r"training\.validate_every: training\.\w+.* expected at most training\.epochs"):
+        _recipe(tiny_coco, tmp_path / "run", choice, "--training.validate_every=4")
+    # Six images by one, two batches a step: three steps an epoch.
+    given = (choice, "--training.epochs=null", "--data.batch_size=1", "--training.accumulate=2")
+    recipe = _recipe(tiny_coco, tmp_path / "run", *given, "--training.steps=5", "--training.validate_every=2")
+    with pytest.raises(
+        DrkdError, match=r"training\.steps: .* after 6 steps \(training\.validate_every=2, 3 steps an ep"
+    ):
+        train(recipe)
+    with pytest.raises(DrkdError, match=r"training\.steps: .* after 6 steps"):
+        dry_run(recipe, kind="train")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_run_that_went_on_without_a_validation_keeps_its_last_student(
+    tiny_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(_recipe(tiny_coco, tmp_path / "run", "--training.epochs=1", "--training.validate_every=0")).folder
+    kept = load_detector(folder / "student.pt").state_dict()
+    (folder / "student.pt").unlink()
+    train(_recipe(tiny_coco, tmp_path / "run", "--training.epochs=1", "--training.keep=best", "--resume=true"))
+    assert "training.keep: the run ended without a validation" in capsys.readouterr().err
+    again = load_detector(folder / "student.pt").state_dict()
+    assert [name for name, value in kept.items() if not torch.equal(again[name], value)] == []
+    assert '"status": "finished"' in (folder / "run.json").read_text()
+
+
+def test_a_run_that_fails_before_it_starts_lets_go_of_its_folder(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "build_module", lambda *_, **__: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            train(_recipe(tiny_coco, tmp_path / "run"))
 
 
 def test_a_finished_run_is_not_overwritten_by_accident(tiny_coco: Path, tmp_path: Path) -> None:

@@ -230,7 +230,11 @@ class DetectionDataModule(LightningDataModule):
 
     @property
     def unlabelled_records(self) -> tuple[ImageRecord, ...]:
-        """The images without labels, none where none are asked for; their ids follow those of the training split."""
+        """The images without labels, none where none are asked for; their ids follow those of the training split.
+
+        Raises:
+            DrkdError: If a folder has none, or ``limit`` leaves none over for ``rest``.
+        """
         found: tuple[ImageRecord, ...] = ()
         if not self._unlabelled:
             return found
@@ -238,6 +242,11 @@ class DetectionDataModule(LightningDataModule):
         first = max(record.image_id for record in chain(train.records, self._rest)) + 1
         for entry in self._unlabelled:
             if entry == REST:
+                if not self._rest:
+                    raise DrkdError(
+                        f"data.unlabelled: 'rest' is what data.limit cuts off, and a limit of {self._limits[0]} leaves "
+                        f"none of {self._root}'s training images over; expected a smaller data.limit."
+                    )
                 found += put_labels_aside(self._rest, first_id=first + len(found))
             else:
                 found += read_unlabelled(Path(entry), first_id=first + len(found))
@@ -361,6 +370,11 @@ class DetectionDataModule(LightningDataModule):
             raise DrkdError(
                 "data.unlabelled_share: expected a share in (0, 1) and a batch of at least two, got "
                 f"{self._share} and {self._batch_size}"
+            )
+        if self._share is not None and not self._unlabelled:
+            raise DrkdError(
+                f"data.unlabelled_share: the share is {self._share}, but there are no unlabelled images to make it up; "
+                "expected folders in data.unlabelled, or no share."
             )
         if REST in self._unlabelled and limit is None:
             raise DrkdError("data.unlabelled: 'rest' is what data.limit cuts off; give a data.limit (or ./rest).")

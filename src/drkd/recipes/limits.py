@@ -52,6 +52,36 @@ def check_training(training: Training) -> None:
         )
 
 
+def check_validation(training: Training, *, epochs: int | None = None, steps_per_epoch: int | None = None) -> None:
+    """Refuse a run that would keep its best student and end before its first validation.
+
+    Args:
+        training: The recipe's section.
+        epochs: Passes over the data, where the run counts them.
+        steps_per_epoch: Optimizer steps of an epoch, where the run counts steps and the data is known.
+
+    Raises:
+        DrkdError: If there would be no validation.
+    """
+    if not training.keeps_best:
+        return
+    wanted = "training.keep=best" if training.patience is None else "training.patience"
+    if epochs is not None and training.validate_every > epochs:
+        raise DrkdError(
+            f"training.validate_every: {wanted} needs a validation, and the first one of every "
+            f"{training.validate_every} epochs comes after the run's end; expected at most training.epochs, which is "
+            f"{epochs}."
+        )
+    if training.steps is not None and steps_per_epoch is not None:
+        first = training.validate_every * steps_per_epoch
+        if training.steps < first:
+            raise DrkdError(
+                f"training.steps: {wanted} needs a validation, and the first one comes after {first} steps "
+                f"(training.validate_every={training.validate_every}, {steps_per_epoch} steps an epoch); expected at "
+                f"least so many, got {training.steps}."
+            )
+
+
 def check_device(training: Training, device: torch.device) -> None:
     """Refuse what cannot work on the device that ``accelerator`` came to, which "auto" tells only where the run is.
 

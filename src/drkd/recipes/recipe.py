@@ -14,7 +14,7 @@ from drkd.contracts import DetectorBuilder, DetectorSpec, DrkdError, KDMethod
 from drkd.data.module import DetectionDataModule
 from drkd.engine.module import Optimization
 from drkd.engine.unlabelled import UnlabelledImages
-from drkd.recipes.limits import check_training
+from drkd.recipes.limits import check_training, check_validation
 from drkd.recipes.null_values import refuse_nulls
 from drkd.recipes.recipe_error import readable
 from drkd.recipes.recipe_file import RecipeFile
@@ -89,8 +89,14 @@ class Training:
             )
         if (self.steps or self.epochs or 0) < 1:
             raise DrkdError(f"training: expected at least one step or epoch, got {self.steps or self.epochs}")
-        if (self.patience is not None or self.keep == "best") and self.validate_every == 0:
+        if self.keeps_best and self.validate_every == 0:
             raise DrkdError("training: patience and keep=best need validation; set validate_every to 1 or more")
+        check_validation(self, epochs=self.epochs)
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the student that is saved is the one that validated best."""
+        return self.keep == "best" or self.patience is not None
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class Recipe:
         output: Run folder.
         seed: Of everything random.
         resume: Go on from the run folder's last checkpoint; "auto" starts where there is nothing to go on from.
-        overwrite: Replace what is in the run folder.
+        overwrite: Replace what is in the run folder; not together with ``resume``.
         doctor: Begin a distillation with the short form of `drkd doctor`.
         resolved: The recipe as YAML, every default written out.
     """

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -24,12 +25,16 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from drkd.contracts import DrkdError
 from drkd.engine.checkpoint_io import remove_leftovers
+from drkd.recipes.lock import lock_folder, unlock
 from drkd.recipes.setting_changes import differences, without_folder
 
+# Removed in this order: as long as run.json is there, the folder is taken.
 _WRITTEN = (
-    *("run.json", "recipe.yaml", "metrics.csv", "evaluation.json", "cost.json", "training.json", "progress.json"),
-    *("student.pt", "doctor.json"),
+    *("student.pt", "doctor.json", "metrics.csv", "evaluation.json", "cost.json", "training.json", "progress.json"),
+    *("recipe.yaml", "run.json"),
 )
+# Seconds to wait for the folder: a killed run's data workers, which share its lock, look for it every five.
+_PATIENCE = 10.0
 _PACKAGES = ("drkd", "torch", "torchvision", "timm", "lightning", "faster-coco-eval", "numpy")
 
 
@@ -86,7 +91,7 @@ def _plain(value: Any) -> Any:
 
 
 class RunFolder:
-    """The folder of one run.
+    """The folder of one run, which no other run works in until this one is closed; a context that closes it.
 
     Args:
         path: The folder.
@@ -98,41 +103,86 @@ class RunFolder:
         resumes: Whether there is a checkpoint to go on from and that was asked for.
 
     Raises:
-        DrkdError: If the folder holds a run and neither resume nor overwrite was said, or there is nothing to resume.
+        DrkdError: If the folder holds a run and neither resume nor overwrite was said, or both were, or there is
+            nothing to resume, or another run is at work in the folder.
     """
 
     def __init__(self, path: Path, *, resume: bool | Literal["auto"] = False, overwrite: bool = False) -> None:
+        if resume and overwrite:
+            raise DrkdError(
+                f"{path}: the run is told both to go on (resume: {str(resume).lower()}) and to replace what is there "
+                "(overwrite: true); expected one of the two. Leave out --overwrite, or say --resume=false."
+            )
         self.path = path
-        self.resumes = bool(resume) and self.last_checkpoint.exists()
         self._run: dict[str, Any] = {}
         self._clock = time.monotonic()
+        self._lock: int | None = None
         # Of several processes only the first looks and writes: the others come when the folder is taken already.
         self.writes: bool = is_first_process()
-        if not self.writes:
-            return
-        taken = (path / "run.json").exists()
-        if resume and resume != "auto" and not self.resumes and not taken and not self.checkpoints.is_dir():
+        if self.writes:
+            self._take(resume, overwrite=overwrite)
+        self.resumes = bool(resume) and self.last_checkpoint.exists()
+
+    def _take(self, resume: bool | Literal["auto"], *, overwrite: bool) -> None:
+        """Lock the folder, then look what is in it: another run may have ended while this one waited."""
+        began = (self.path / "run.json").exists() or self.checkpoints.is_dir()
+        if resume and resume != "auto" and not began:
             raise DrkdError(f"Nothing to resume: {self.last_checkpoint} does not exist. Start without --resume.")
-        if taken and not resume and not overwrite:
-            raise DrkdError(
-                f"{path} already holds a run. Go on with it (--resume=true), replace it (--overwrite=true), or choose "
-                "another folder (--output)."
-            )
         try:
-            if taken and overwrite and not resume:
-                for name in _WRITTEN:
-                    (path / name).unlink(missing_ok=True)
-                for name in ("checkpoints", "logs"):
-                    shutil.rmtree(path / name, ignore_errors=True)
+            self._lock = lock_folder(self.path, worker="run", patience=_PATIENCE)
+            # A run that was overwritten in part, by a drkd that began with run.json, is one too.
+            taken = any(file.exists() for file in (self.path / "run.json", self.last_checkpoint, self.student))
+            if taken and not resume and not overwrite:
+                raise DrkdError(
+                    f"{self.path} already holds a run. Go on with it (--resume=true), replace it (--overwrite=true), "
+                    "or choose another folder (--output)."
+                )
+            if overwrite:
+                self._clear()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            remove_asides(path, _WRITTEN)
+            remove_asides(self.path, _WRITTEN)
             # A session that was killed left its own, which is not where this one is.
-            (path / "progress.json").unlink(missing_ok=True)
+            (self.path / "progress.json").unlink(missing_ok=True)
+            remove_leftovers(self.checkpoints)
+        except OSError as error:
+            self.close()
+            raise DrkdError(
+                f"{self.path}: the run folder cannot be made ({error.strerror}). Choose another one with --output."
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _clear(self) -> None:
+        """Remove an earlier run: first what one would go on from, last the record that the folder is taken."""
+        try:
+            self.last_checkpoint.unlink(missing_ok=True)
+            if self.checkpoints.exists():
+                shutil.rmtree(self.checkpoints)
+            # Whoever watches the curves may hold them open, which some network file systems cannot remove.
+            shutil.rmtree(self.path / "logs", ignore_errors=True)
+            for name in _WRITTEN:
+                (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise DrkdError(
-                f"{path}: the run folder cannot be made ({error.strerror}). Choose another one with --output."
+                f"{error.filename or self.checkpoints}: cannot be removed ({error.strerror or error}), so the earlier "
+                "run is not replaced. Remove it yourself, or choose another folder with --output."
             ) from error
-        remove_leftovers(self.checkpoints)
+
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        if self._lock is not None:
+            unlock(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del kind, error, trace
+        self.close()
 
     @property
     def checkpoints(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from drkd.evaluation import CocoEvaluator
 from drkd.recipes.building import explained_by_recipe
 from drkd.recipes.evaluation import evaluate_detector
 from drkd.recipes.inheritance import inherit_neck_and_head
-from drkd.recipes.limits import check_device, check_unlabelled
+from drkd.recipes.limits import check_device, check_unlabelled, check_validation
 from drkd.recipes.precision import choose_precision
 from drkd.recipes.preflight import preflight
 from drkd.recipes.recipe import Recipe
@@ -201,7 +202,11 @@ def _run(recipe: Recipe, *, kind: str) -> RunResult:
 
 
 def _run_until_stopped(recipe: Recipe, stops: StopsAtOnce, *, kind: str) -> RunResult:
-    folder = RunFolder(recipe.output, resume=recipe.resume, overwrite=recipe.overwrite)
+    with RunFolder(recipe.output, resume=recipe.resume, overwrite=recipe.overwrite) as folder:
+        return _run_in(folder, recipe, stops, kind=kind)
+
+
+def _run_in(folder: RunFolder, recipe: Recipe, stops: StopsAtOnce, *, kind: str) -> RunResult:
     if kind == "train":
         recipe.data.leave_out_unlabelled()
     recipe.data.setup("fit")
@@ -210,7 +215,7 @@ def _run_until_stopped(recipe: Recipe, stops: StopsAtOnce, *, kind: str) -> RunR
     last, best = _checkpoints(recipe, folder)
     cost = TrainingCost(folder.note_progress)
     restoring = Restoring(
-        folder.last_checkpoint if folder.resumes else None, needs_best=best is not None and _keeps_best(recipe)
+        folder.last_checkpoint if folder.resumes else None, needs_best=best is not None and recipe.training.keeps_best
     )
     callbacks = [cost, *_callbacks(recipe), *([average] if average else []), *([best] if best else []), last]
     interruptible = _interruptible(recipe, folder)
@@ -218,6 +223,9 @@ def _run_until_stopped(recipe: Recipe, stops: StopsAtOnce, *, kind: str) -> RunR
     with quiet_lightning():
         trainer = _trainer(recipe, folder, callbacks)
     check_device(recipe.training, trainer.strategy.root_device)
+    if recipe.training.steps and recipe.training.keeps_best and not folder.resumes:
+        batches = max(1, len(recipe.data.train_dataloader()) // trainer.world_size)
+        check_validation(recipe.training, steps_per_epoch=math.ceil(batches / recipe.training.accumulate))
     folder.start(resolved=recipe.resolved, seed=recipe.seed, kind=kind)
     try:
         if kind == "distill" and recipe.doctor and not folder.resumes:
@@ -292,14 +300,17 @@ def _restore(
     recipe: Recipe, module: DistillationModule, best: ModelCheckpoint | None, average: StudentAverage | None
 ) -> None:
     """Put the weights that are to be saved into the student."""
-    if best is not None and _keeps_best(recipe):
-        if not best.best_model_path:
-            raise DrkdError(
-                "training.keep: the run ended before its first validation, so there is no best student; the last one "
-                "is in the checkpoint. Lower training.validate_every, or train for longer."
-            )
-        saved = AtomicCheckpoints().load_checkpoint(best.best_model_path)
-        with explained_by_checkpoint(best.best_model_path):
+    kept = best.best_model_path if best is not None and recipe.training.keeps_best else None
+    if kept == "" and is_first_process():
+        # Refused before training, but for a run that goes on: it may have kept its last student until then.
+        print(
+            "drkd: training.keep: the run ended without a validation, so there is no best student and the last one is "
+            "saved. Lower training.validate_every, or train for longer, where that is not wanted.",
+            file=sys.stderr,
+        )
+    if kept:
+        saved = AtomicCheckpoints().load_checkpoint(kept)
+        with explained_by_checkpoint(kept):
             module.on_load_checkpoint(saved)  # which compares the names
             module.load_state_dict(saved["state_dict"], strict=False)
             states = [state for key, state in saved["callbacks"].items() if str(key).startswith("StudentAverage")]
@@ -309,11 +320,6 @@ def _restore(
                 average.apply_to(module)
     elif average is not None:
         average.apply_to(module)
-
-
-def _keeps_best(recipe: Recipe) -> bool:
-    """Whether the student that is saved is the one that validated best."""
-    return recipe.training.keep == "best" or recipe.training.patience is not None
 
 
 def _checkpoints(recipe: Recipe, folder: RunFolder) -> tuple[ModelCheckpoint, ModelCheckpoint | None]:

@@ -48,6 +48,9 @@ def test_a_cell_runs_what_the_comparison_says(comparison_file: Path) -> None:
     cells = _cells(comparison_file, "--overrides.training.clip_norm=3")
     assert cells["tiny/student/1"].command()[:2] == ("drkd", "train")
     assert {"--seed=1", "--evaluation.split=val", "--overwrite=true"} <= set(cells["tiny/student/1"].command())
+    # A recipe may say resume or overwrite itself, and a run that is told both is refused.
+    for how, other in (("overwrite", "resume"), ("resume", "overwrite")):
+        assert cells["tiny/drkd/1"].command(how)[-2:] == (f"--{other}=false", f"--{how}=true")
     drkd = cells["tiny/drkd/1"].settings
     # Nothing of the recipe's own DRKD (warmup_steps: 77) is left.
     assert drkd["method"]["init_args"]["warmup_steps"] != 77

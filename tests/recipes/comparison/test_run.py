@@ -21,7 +21,7 @@ from drkd.cli import main
 from drkd.contracts import DrkdError
 from drkd.recipes.comparison import run
 from drkd.recipes.comparison.definition import Comparison, load_comparison
-from drkd.recipes.comparison.lock import locked_folder
+from drkd.recipes.lock import locked_folder
 
 NAMES = ["tiny/teacher.json", *(f"tiny/{m}/seed{s}.json" for m in ("student", "hint", "drkd") for s in (0, 1))]
 

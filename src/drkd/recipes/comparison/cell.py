@@ -91,7 +91,9 @@ class Cell:
     def command(self, how: Literal["overwrite", "resume"] = "overwrite") -> tuple[str, ...]:
         """The command line, without the interpreter."""
         program = ("python", "-m", "drkd.recipes.comparison.teacher") if self.seed is None else ("drkd", self.verb)
-        return (*program, *self.arguments, f"--output={self.run_folder}", f"--{how}=true")
+        # A recipe may say the other one, and no run does both.
+        other = "resume" if how == "overwrite" else "overwrite"
+        return (*program, *self.arguments, f"--output={self.run_folder}", f"--{other}=false", f"--{how}=true")
 
 
 def make_cells(comparison: Comparison, *, source: str) -> list[Cell]:

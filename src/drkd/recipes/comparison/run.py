@@ -30,8 +30,8 @@ from drkd.recipes.comparison.cell import (
 )
 from drkd.recipes.comparison.definition import Comparison
 from drkd.recipes.comparison.leash import let_go, start_leashed
-from drkd.recipes.comparison.lock import locked_folder
 from drkd.recipes.comparison.progress import Board, Task
+from drkd.recipes.lock import locked_folder
 from drkd.recipes.run_folder import remove_asides, write_json
 
 Rerun = Literal["no", "changed", "all"]

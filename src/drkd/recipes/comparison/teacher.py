@@ -22,26 +22,26 @@ def evaluate_teacher(recipe: Recipe) -> Path:
     """
     if recipe.teacher is None or recipe.evaluation.split is None:
         raise DrkdError("Expected a recipe with a teacher and with evaluation.split.")
-    folder = RunFolder(recipe.output, overwrite=recipe.overwrite)
-    recipe.data.setup("fit")
-    teacher = build_teacher(
-        recipe.teacher,
-        recipe.data.class_names,
-        image_settings=recipe.data.image_settings,
-        class_map=recipe.class_map,
-        teacher_size=recipe.teacher_size,
-    )
-    folder.start(resolved=recipe.resolved, seed=recipe.seed, kind="teacher")
-    accelerator = recipe.training.accelerator
-    evaluated = evaluate_detector(
-        teacher,
-        recipe.data.split(recipe.evaluation.split),
-        loader=recipe.data.loader(recipe.evaluation.split),
-        area_scale=recipe.evaluation.area_scale,
-        device=choose_device("cuda" if accelerator == "gpu" else accelerator),
-    )
-    write_json(folder.path / "evaluation.json", evaluated.metrics)
-    folder.finish("finished")
+    with RunFolder(recipe.output, overwrite=recipe.overwrite) as folder:
+        recipe.data.setup("fit")
+        teacher = build_teacher(
+            recipe.teacher,
+            recipe.data.class_names,
+            image_settings=recipe.data.image_settings,
+            class_map=recipe.class_map,
+            teacher_size=recipe.teacher_size,
+        )
+        folder.start(resolved=recipe.resolved, seed=recipe.seed, kind="teacher")
+        accelerator = recipe.training.accelerator
+        evaluated = evaluate_detector(
+            teacher,
+            recipe.data.split(recipe.evaluation.split),
+            loader=recipe.data.loader(recipe.evaluation.split),
+            area_scale=recipe.evaluation.area_scale,
+            device=choose_device("cuda" if accelerator == "gpu" else accelerator),
+        )
+        write_json(folder.path / "evaluation.json", evaluated.metrics)
+        folder.finish("finished")
     return folder.path
 
 
