@@ -137,7 +137,8 @@ class RunFolder:
                     f"{self.path} already holds a run. Go on with it (--resume=true), replace it (--overwrite=true), "
                     "or choose another folder (--output)."
                 )
-            if overwrite:
+            # A folder of something else may have a `logs` of its own.
+            if overwrite and (taken or began):
                 self._clear()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             remove_asides(self.path, _WRITTEN)
