@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import write_coco
 from tests.export.test_graph import BUILDERS, make_batch, make_detector
 
 from drkd import cli
@@ -145,6 +146,22 @@ def test_near_ties_excuse_a_few_detections_only(
     with pytest.raises(DrkdError, match="near ties"):
         exporting.export(student, output=tmp_path / "a.onnx", images=str(tiny_coco / "val"), dynamic="none")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_data_of_two_formats_are_read_as_the_user_says(
+    student: Path, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_copy(detector: Any, path: Path, **_: Any) -> None:
+        path.write_bytes((shipped / "tiny.onnx").read_bytes())
+
+    monkeypatch.setattr(exporting, "write_onnx", write_copy)
+    data = write_coco(tmp_path / "coco")
+    (data / "data.yaml").write_text("train: train\nval: val\nnames: [x]\n")
+    told = ["export", str(student), f"--output={tmp_path / 'a.onnx'}", f"--images={data / 'val'}", "--image_limit=1"]
+    told += ["--dynamic=none", "--repeats=1", "--int8", f"--calibration={data}", "--calibration_images=1"]
+    assert cli.main([*told, "--evaluation_images=1"]) == 2
+    assert cli.main([*told, "--evaluation_images=1", "--format=coco"]) == 0
+    assert (tmp_path / "a.int8.onnx").is_file()
 
 
 def test_images_that_show_nothing_prove_nothing(

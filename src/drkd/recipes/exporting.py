@@ -16,6 +16,7 @@ from torchvision import tv_tensors
 from drkd.contracts import BoxTargets, DetectionBatch, Detector, DrkdError
 from drkd.data.dataset import Sample
 from drkd.data.digits import build_digits
+from drkd.data.formats.reading import FormatChoice
 from drkd.data.image import decode_image
 from drkd.data.module import DetectionDataModule
 from drkd.data.transforms import collate, eval_transforms
@@ -53,6 +54,7 @@ def export(
     int8: bool = False,
     calibration: str | None = None,
     calibration_images: int = 128,
+    format: FormatChoice = "auto",
     evaluation_split: str = "val",
     evaluation_images: int | None = None,
     min_size: int | None = None,
@@ -72,6 +74,7 @@ def export(
         int8: Also write an int8 version, as OUTPUT.int8.onnx.
         calibration: For int8: a data set's folder, or ``digits``. Calibrated on its train split.
         calibration_images: Calibrate on the first so many images.
+        format: The format of that data set; by default the one that its content shows.
         evaluation_split: Split of that data set that both versions' AP is measured on.
         evaluation_images: Measure on the first so many images; all by default.
         min_size: Short side that images are resized to, px; the checkpoint's own by default.
@@ -119,7 +122,9 @@ def export(
             "commit": source_commit(),
         }
         if int8 and calibration is not None:
-            data = _Calibration(calibration, evaluation_split, calibration_images, evaluation_images, size, dynamic)
+            data = _Calibration(
+                calibration, format, evaluation_split, calibration_images, evaluation_images, size, dynamic
+            )
             report["int8"] = _quantize(aside, aside_int8, found, data, batches[0][1], repeats=repeats)
             target = output.with_name(f"{output.stem}.int8.onnx")
             report["int8"]["output"] = str(target)
@@ -201,6 +206,7 @@ def compare_latency(detector: Detector, found: OnnxDetector, batch: DetectionBat
 @dataclass(frozen=True)
 class _Calibration:
     root: str
+    format: FormatChoice
     split: str
     train_limit: int
     limit: int | None
@@ -219,6 +225,7 @@ class _Calibration:
             pad_to=None if self.dynamic == "all" else self.size.fixed,
             workers=0,
             class_names=class_names,
+            format=self.format,
         )
 
 
@@ -238,6 +245,7 @@ def _quantize(
         pad_to=None if data.dynamic == "all" else data.size.fixed,
         workers=0,
         class_names=plain.spec.class_names,
+        format=data.format,
     )
     quantize(source, target, calibration.val_dataloader())
     small = OnnxDetector(target)
