@@ -164,6 +164,28 @@ def test_calibration_data_of_two_formats_are_read_as_the_user_says(
     assert (tmp_path / "a.int8.onnx").is_file()
 
 
+def test_an_output_that_would_replace_an_input_is_refused(tiny_coco: Path, student: Path, tmp_path: Path) -> None:
+    for name in ("student.pt", "a.onnx", "b.int8.onnx", "c.onnx.json"):
+        (tmp_path / name).write_bytes(student.read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for checkpoint, output, text in (
+        ("student.pt", "student.pt", r"ends in \.onnx"),
+        ("student.pt", "new", r"ends in \.onnx"),
+        ("a.onnx", "a.onnx", "is read as an input"),
+        ("b.int8.onnx", "b.onnx", "is read as an input"),
+        ("c.onnx.json", "c.onnx", "is read as an input"),
+    ):
+        with pytest.raises(DrkdError, match=text):
+            exporting.export(
+                tmp_path / checkpoint,
+                output=tmp_path / output,
+                images=str(tiny_coco / "val"),
+                int8=True,
+                calibration=str(tiny_coco),
+            )
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_images_that_show_nothing_prove_nothing(
     tiny_coco: Path, student: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
