@@ -127,7 +127,7 @@ def predict_parser(description: str, **settings: Any) -> ArgumentParser:
         "path": "An image, or a folder of images; its sub-folders are searched too.",
     }
     flags = {
-        "overwrite": "Replace what an earlier prediction left in the output folder.",
+        "overwrite": "Replace what an earlier prediction left in the output folder; nothing else is ever replaced.",
         "trust_pickle": _TRUST,
         "trust_code": _TRUST_CODE,
     }

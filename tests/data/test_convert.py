@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from drkd.contracts import DrkdError
 from drkd.data.check import check_data
-from drkd.data.convert import convert
+from drkd.data.convert import _WRITERS, convert
 from drkd.data.dataset import load_split
 from drkd.data.image import decode_image
 from drkd.data.orientation import as_shown, as_stored, turn_boxes
@@ -120,6 +121,64 @@ def test_names_that_would_clash_are_made_different(source: Path, tmp_path: Path)
     convert(source, tmp_path / "voc", to="voc")
     names = sorted(path.name for path in (tmp_path / "voc/JPEGImages").iterdir())
     assert names == ["train_A_2.jpg", "train_a.png", "train_deep_c d.png", "val_a.png", "val_b.png", "val_deep_c d.png"]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_images_of_any_name_keep_their_boxes(coco: CocoFolder, tmp_path: Path, to: str) -> None:
+    names = ["a.png", "b.jfif", "c.jp2", "d.JPE", ".hidden.png"]
+    names += ["images/e.png", "deep/images/f.g/h.png", "labels/k.png"]
+    for name in names:
+        coco.write_image(name)
+    kinds = {"frame.0001": "PNG", "plain": "JPEG", "camera.raw": "JPEG2000", ".png": "BMP"}
+    for name, kind in kinds.items():
+        Image.new("RGB", (60, 40), (9, 99, 199)).save(coco.images / name, format=kind)
+    everything = [*names, *kinds]
+    coco.document["images"] = [
+        {"id": number, "file_name": name, "height": 40, "width": 60} for number, name in enumerate(everything, start=1)
+    ]
+    coco.document["annotations"] = [
+        {"id": number, "image_id": number, "category_id": 18, "bbox": [number, 5, 20, 10]}
+        for number in range(1, len(everything) + 1)
+    ]
+    coco.write()
+    convert(coco.root, tmp_path / "new", to=to)
+    assert content(load_split(tmp_path / "new", "train")) == content(load_split(coco.root, "train"))
+    if to == "yolo":
+        folder = tmp_path / "new/images/train"
+        written = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+        assert {"frame.0001.png", "plain.jpg", "camera.raw.jp2", "_.png", "_.hidden.png", "b.jfif"} <= written
+
+
+def test_boxes_that_are_there_twice_are_written_once(coco: CocoFolder, tmp_path: Path) -> None:
+    coco.document["annotations"].append({**coco.document["annotations"][2], "id": 4})
+    coco.write()
+    converted = convert(coco.root, tmp_path / "yolo", to="yolo")
+    assert any("train: 1 boxes that an image has twice" in line for line in converted.lost)
+    assert (tmp_path / "yolo/labels/train/b.txt").read_text().count("\n") == 1
+    assert not any("twice" in line for line in convert(coco.root, tmp_path / "voc", to="voc").lost)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_does_not_read_back_is_not_kept(
+    source: Path, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setitem(_WRITERS, to, replace(_WRITERS[to], count=lambda record: 7))
+    with pytest.raises(DrkdError, match=r"new: .*'train': expected 3 images and 21 boxes, found 3 and [34]"):
+        convert(source, tmp_path / "new", to=to)
+    monkeypatch.setitem(_WRITERS, to, replace(_WRITERS[to], write=lambda root, parts: None))
+    with pytest.raises(DrkdError, match=f"does not read back.*new: no {to.upper()} annotations"):
+        convert(source, tmp_path / "new", to=to)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_trainval_of_voc_is_train_elsewhere(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "voc", to="voc")
+    lists = tmp_path / "voc/ImageSets/Main"
+    (lists / "train.txt").rename(lists / "trainval.txt")
+    for to, name in (("yolo", "train"), ("coco", "train"), ("voc", "trainval")):
+        convert(tmp_path / "voc", tmp_path / "new" / to, to=to)
+        assert len(load_split(tmp_path / "new" / to, name)) == 3
 
 
 def test_an_image_outside_of_its_folder_is_written_within_the_target(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from drkd.contracts import DrkdError, ImageRecord
 from drkd.data.dataset import DatasetSplit, DetectionDataset
-from drkd.data.image import decode_image, read_image_size
+from drkd.data.image import FORMATS, IMAGE_SUFFIXES, choose_suffix, decode_image, read_image_size
 from drkd.data.sampler import aspect_group
 from drkd.data.transforms import train_transforms
+from drkd.data.unlabelled import read_unlabelled
+from drkd.recipes.prediction import find_images
 
 _GREY = np.array([[0, 50, 100], [150, 200, 255]], dtype=np.uint8)
 
@@ -235,3 +237,29 @@ def test_the_smallest_images_go_through_training(tmp_path: Path, size: tuple[int
 
     assert bool(sample.image.isfinite().all()) and max(sample.image.shape) <= 128
     assert aspect_group(record) == (0 if size == (1, 1) else 16)
+
+
+def test_what_pillow_gives_such_images_is_what_folders_are_searched_for(tmp_path: Path) -> None:
+    Image.init()
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    assert known - {".pfm"} == IMAGE_SUFFIXES
+    for suffix in (".jp2", ".jfif", ".jpe", ".dib"):
+        Image.new("RGB", (60, 40)).save(tmp_path / f"a{suffix}")
+    expected = {path.name for path in tmp_path.iterdir()}
+    assert {record.path.name for record in read_unlabelled(tmp_path, first_id=1)} == expected
+    assert set(find_images(tmp_path, output=tmp_path / "found")) == expected
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_an_image_of_any_kind_has_a_suffix_of_its_own(tmp_path: Path, kind: str) -> None:
+    Image.new("RGB", (60, 40)).save(tmp_path / "image", format=kind)
+    assert choose_suffix(tmp_path / "image") in IMAGE_SUFFIXES
+    (tmp_path / "image").write_bytes(b"none")
+    with pytest.raises(DrkdError, match="image: the image cannot be read"):
+        choose_suffix(tmp_path / "image")
+
+
+def test_an_image_of_several_pictures_is_a_jpeg(tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (60, 40), colour) for colour in ("red", "blue")]
+    pictures[0].save(tmp_path / "image", format="MPO", save_all=True, append_images=pictures[1:])
+    assert choose_suffix(tmp_path / "image") == ".jpg" and decode_image(tmp_path / "image").shape == (3, 40, 60)

@@ -104,6 +104,13 @@ def test_labels_beside_images_where_no_folder_is_called_so(tmp_path: Path) -> No
     assert load_split(tmp_path, "train").records[0].boxes.tolist() == [[15, 10, 45, 30]]
 
 
+@pytest.mark.parametrize("suffix", [".jp2", ".jfif", ".JPE"])
+def test_images_of_rarer_endings_are_found(yolo: Path, suffix: str) -> None:
+    before = len(scan(yolo).split)
+    write_image(yolo / "images" / "train" / f"rare{suffix}")
+    assert len(scan(yolo).split) == before + 1
+
+
 def test_polygons_become_their_boxes_and_key_points_are_ignored(yolo: Path) -> None:
     (yolo / "labels/train/a.txt").write_text("0 0.25 0.25 0.75 0.25 0.5 0.75\n1 0.5 0.5 0.5 0.5 0.6 0.5 0.5 0.9\n")
     assert load_split(yolo, "train").records[0].boxes.tolist() == [[15, 10, 45, 30], [30, 20, 36, 36]]

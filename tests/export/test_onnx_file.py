@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import write_coco
 from tests.export.test_graph import BUILDERS, make_batch, make_detector
 
 from drkd import cli
@@ -145,6 +146,44 @@ def test_near_ties_excuse_a_few_detections_only(
     with pytest.raises(DrkdError, match="near ties"):
         exporting.export(student, output=tmp_path / "a.onnx", images=str(tiny_coco / "val"), dynamic="none")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_data_of_two_formats_are_read_as_the_user_says(
+    student: Path, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_copy(detector: Any, path: Path, **_: Any) -> None:
+        path.write_bytes((shipped / "tiny.onnx").read_bytes())
+
+    monkeypatch.setattr(exporting, "write_onnx", write_copy)
+    data = write_coco(tmp_path / "coco")
+    (data / "data.yaml").write_text("train: train\nval: val\nnames: [x]\n")
+    told = ["export", str(student), f"--output={tmp_path / 'a.onnx'}", f"--images={data / 'val'}", "--image_limit=1"]
+    told += ["--dynamic=none", "--repeats=1", "--int8", f"--calibration={data}", "--calibration_images=1"]
+    assert cli.main([*told, "--evaluation_images=1"]) == 2
+    assert cli.main([*told, "--evaluation_images=1", "--format=coco"]) == 0
+    assert (tmp_path / "a.int8.onnx").is_file()
+
+
+def test_an_output_that_would_replace_an_input_is_refused(tiny_coco: Path, student: Path, tmp_path: Path) -> None:
+    for name in ("student.pt", "a.onnx", "b.int8.onnx", "c.onnx.json"):
+        (tmp_path / name).write_bytes(student.read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for checkpoint, output, text in (
+        ("student.pt", "student.pt", r"ends in \.onnx"),
+        ("student.pt", "new", r"ends in \.onnx"),
+        ("a.onnx", "a.onnx", "is read as an input"),
+        ("b.int8.onnx", "b.onnx", "is read as an input"),
+        ("c.onnx.json", "c.onnx", "is read as an input"),
+    ):
+        with pytest.raises(DrkdError, match=text):
+            exporting.export(
+                tmp_path / checkpoint,
+                output=tmp_path / output,
+                images=str(tiny_coco / "val"),
+                int8=True,
+                calibration=str(tiny_coco),
+            )
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_images_that_show_nothing_prove_nothing(

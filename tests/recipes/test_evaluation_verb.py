@@ -28,6 +28,25 @@ def test_numbers_are_those_of_the_detector_on_that_split(tiny_coco: Path, tiny_d
     assert found.cost["image_size"] == [64, 96]
 
 
+def test_an_output_that_would_replace_an_input_is_refused(tmp_path: Path) -> None:
+    data, student = write_coco(tmp_path / "coco"), write_detector(tmp_path / "student.pt")
+    annotations = data / "annotations" / "instances_val.json"
+    (tmp_path / "link.json").symlink_to(student)
+    (tmp_path / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for output, text in (
+        (student, "is read as an input"),
+        (tmp_path / "link.json", "is read as an input"),
+        (annotations, "is read as an input"),
+        (data / "annotations" / ".." / "annotations" / "instances_train.json", "is read as an input"),
+        (data / "val" / "1.png", r"does not end in \.json"),
+        (tmp_path / "notes.txt", r"does not end in \.json"),
+    ):
+        with pytest.raises(DrkdError, match=text):
+            evaluate(student, data=str(data), workers=0, device="cpu", output=output)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_a_run_folder_stands_for_its_student(tmp_path: Path) -> None:
     student = write_detector(tmp_path / "student.pt")
     assert find_checkpoint(tmp_path) == student

@@ -11,6 +11,7 @@ from tests.conftest import write_coco, write_detector
 from torchvision.models import resnet18
 
 from drkd.adapters import ZooBuilder
+from drkd.cli import main
 from drkd.contracts import Detector, DrkdError
 from drkd.recipes.initialization import initialize, look_at_data
 from drkd.recipes.recipe import load_recipe
@@ -127,6 +128,24 @@ def test_data_without_a_split_to_train_or_validate_on_is_refused(tmp_path: Path)
         look_at_data(root)
     with pytest.raises(DrkdError, match="no such folder"):
         look_at_data(tmp_path / "nowhere")
+
+
+def test_a_folder_of_two_formats_is_read_and_named_as_the_user_says(tiny_detector: Path, tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "coco")
+    (root / "data.yaml").write_text("train: train\nval: val\nnames: [x]\n")
+    output = tmp_path / "recipe.yaml"
+    with pytest.raises(DrkdError, match=r"several formats \(coco, yolo\)"):
+        initialize(root, teacher=str(tiny_detector), output=output)
+    assert main(["init", str(root), "--teacher", str(tiny_detector), "--output", str(output), "--format=coco"]) == 0
+    assert yaml.safe_load(output.read_text())["data"]["format"] == "coco"
+    recipe = load_recipe([output])
+    recipe.data.setup("fit")
+    assert recipe.data.class_names == ("cat", "dog")
+
+
+def test_the_format_is_not_named_where_it_was_not_given(tiny_coco: Path, tiny_detector: Path, tmp_path: Path) -> None:
+    initialize(tiny_coco, teacher=str(tiny_detector), output=tmp_path / "recipe.yaml")
+    assert "format" not in yaml.safe_load((tmp_path / "recipe.yaml").read_text())["data"]
 
 
 def test_a_teacher_of_mmdetection_is_recognised(tiny_coco: Path, tmp_path: Path) -> None:

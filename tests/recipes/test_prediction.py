@@ -83,6 +83,57 @@ def test_an_output_within_the_folder_is_not_predicted_on_again(
     assert predict(tiny_detector, photos, output=output, device="cpu", overwrite=True).images == 3
 
 
+def test_nothing_but_an_earlier_prediction_is_replaced(photos: Path, tiny_detector: Path, tmp_path: Path) -> None:
+    crop, output = tmp_path / "one.png", tmp_path / "found"
+    crop.write_bytes((photos / "one.png").read_bytes())
+    original = (photos / "one.png").read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(DrkdError, match=r"photos/one\.png: exists already, and no earlier prediction"):
+            predict(tiny_detector, crop, output=photos, device="cpu", overwrite=overwrite)
+        assert (photos / "one.png").read_bytes() == original and not (photos / "images.json").exists()
+    predict(tiny_detector, photos, output=output, threshold=0.0, device="cpu")
+    # A picture that the earlier prediction did not write.
+    (output / "four.png").write_bytes(original)
+    (photos / "four.png").write_bytes(original)
+    with pytest.raises(DrkdError, match=r"found/four\.png: exists already"):
+        predict(tiny_detector, photos, output=output, device="cpu", overwrite=True)
+    assert (output / "four.png").read_bytes() == original
+    (output / "four.png").unlink()
+    assert predict(tiny_detector, photos, output=output, device="cpu", overwrite=True).images == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("images.json", '{"images": [{"id": 1, "file_name": "one.png"}], "categories": []}'),
+        ("images.json", "[1]"),
+        ("images.json", "no JSON"),
+        ("detections.json", "[]"),
+    ],
+)
+def test_a_json_file_of_somebody_else_is_not_replaced(
+    name: str, text: str, photos: Path, tiny_detector: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "found"
+    output.mkdir()
+    (output / name).write_text(text)
+    for overwrite in (False, True):
+        with pytest.raises(DrkdError, match=f"found/{name}: exists already"):
+            predict(tiny_detector, photos, output=output, device="cpu", overwrite=overwrite)
+    assert (output / name).read_text() == text and len(list(output.iterdir())) == 1
+
+
+def test_every_image_has_a_picture_of_its_own(photos: Path, tiny_detector: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (50, 40)).save(photos / "three.bmp.png")
+    output = tmp_path / "found"
+    assert predict(tiny_detector, photos, output=output, device="cpu").images == 4
+    assert Image.open(output / "three.bmp.png").size == (50, 40)
+    assert Image.open(output / "three.bmp.png.png").size == (96, 64)
+    listing = json.loads((output / "images.json").read_text())
+    pictures = {entry["file_name"]: entry["picture"] for entry in listing["images"]}
+    assert pictures["three.bmp"] == "three.bmp.png.png" and pictures["deep/two.JPG"] == "deep/two.JPG"
+
+
 def test_missing_and_empty_folders_are_said_to_be_so(tmp_path: Path) -> None:
     with pytest.raises(DrkdError, match="no such image or folder"):
         find_images(tmp_path / "nowhere", output=tmp_path / "found")

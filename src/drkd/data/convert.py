@@ -13,9 +13,10 @@ from typing import Literal
 from drkd.contracts import DrkdError, ImageRecord
 from drkd.data.dataset import keep_classes, map_classes
 from drkd.data.formats import coco_writer, voc_writer, yolo_writer
-from drkd.data.formats.reading import FormatChoice, find_sources, scan_source
+from drkd.data.formats.reading import FormatChoice, find_sources, read_source, scan_source
 from drkd.data.formats.source import FormatName, SplitSource
 from drkd.data.formats.writing import Writer, WrittenSplit
+from drkd.data.image import IMAGE_SUFFIXES, choose_suffix
 from drkd.data.orientation import as_shown, as_stored
 from drkd.data.problem import raise_errors
 from drkd.data.split import DatasetSplit
@@ -60,8 +61,8 @@ def convert(
 ) -> Converted:
     """Write a data set in another format, or in its own with fewer classes.
 
-    Everything is written beside the target and renamed when all is there. Images keep their names, unless two would
-    have one name in the new format.
+    Everything is written beside the target, read back, and renamed when all is there. Images keep their names, unless
+    two would have one name in the new format, or readers of the format would not take one for an image.
 
     Args:
         source: The data set's folder.
@@ -72,7 +73,8 @@ def convert(
         classes: Keep the boxes of these classes only, in this order.
 
     Raises:
-        DrkdError: If the source cannot be read or has errors, or the target cannot be written.
+        DrkdError: If the source cannot be read or has errors, the target cannot be written, or what was written
+            does not read back with as many images and boxes.
     """
     source, target = Path(source), Path(target)
     _check_target(source, target)
@@ -83,12 +85,15 @@ def convert(
     writer = _WRITERS[to]
     place = as_shown if writer.shown else as_stored
     splits = [replace(split, records=tuple(place(record) for record in split.records)) for split in splits]
+    if to != "voc":
+        # No other format has a split of that name.
+        splits = [replace(split, name="train") if split.name == "trainval" else split for split in splits]
     kind = next(iter(chosen.values())).format
     for split in splits:
         lost += [f"{split.name}: {line}" for line in writer.losses(split)]
     names = _choose_names(splits, [entry.images for entry in chosen.values()], writer)
     parts = [WrittenSplit(split, tuple(entry)) for split, entry in zip(splits, names, strict=True)]
-    _write(target, parts, writer, images)
+    _write(target, parts, writer, images, to)
     return Converted(
         target,
         {split.name: len(split) for split in splits},
@@ -124,7 +129,7 @@ def _read(sources: Mapping[str, SplitSource], classes: Sequence[str] | None) -> 
 def _choose_names(splits: Sequence[DatasetSplit], folders: Sequence[Path], writer: Writer) -> list[list[str]]:
     """The images' paths in the target: their own, made different where the format needs it."""
     wanted = [
-        [_own_name(record, folder, flat=writer.flat) for record in split.records]
+        [_own_name(record, folder, writer) for record in split.records]
         for split, folder in zip(splits, folders, strict=True)
     ]
     if writer.flat:
@@ -139,12 +144,16 @@ def _choose_names(splits: Sequence[DatasetSplit], folders: Sequence[Path], write
     return chosen
 
 
-def _own_name(record: ImageRecord, folder: Path, *, flat: bool) -> str:
+def _own_name(record: ImageRecord, folder: Path, writer: Writer) -> str:
     # Without "..", which would lead out of the folder that the name is written under.
     path, within = Path(os.path.normpath(record.path)), Path(os.path.normpath(folder))
     parts = path.relative_to(within).parts if path.is_relative_to(within) else (path.name,)
     parts = (path.name,) if ".." in parts else parts
-    return ("_" if flat else "/").join(parts)
+    if writer.listed:
+        visible = f"_{parts[-1]}" if parts[-1].startswith(".") else parts[-1]
+        known = PurePosixPath(visible).suffix.lower() in IMAGE_SUFFIXES
+        parts = (*parts[:-1], visible if known else f"{visible}{choose_suffix(record.path)}")
+    return ("_" if writer.flat else "/").join(parts)
 
 
 def _key(name: str, writer: Writer) -> str:
@@ -161,7 +170,9 @@ def _make_free(name: str, taken: set[str], writer: Writer) -> str:
     return str(path)
 
 
-def _write(target: Path, parts: Sequence[WrittenSplit], writer: Writer, images: Literal["copy", "link"]) -> None:
+def _write(
+    target: Path, parts: Sequence[WrittenSplit], writer: Writer, images: Literal["copy", "link"], to: FormatName
+) -> None:
     aside = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -177,6 +188,7 @@ def _write(target: Path, parts: Sequence[WrittenSplit], writer: Writer, images: 
                 else:
                     shutil.copyfile(record.path, file)
         writer.write(aside, parts)
+        _read_back(aside, target, parts, writer, to)
         # mkdtemp makes private folders; a data set is to be shared like any other output.
         aside.chmod(0o755)
         if target.is_dir():
@@ -187,3 +199,23 @@ def _write(target: Path, parts: Sequence[WrittenSplit], writer: Writer, images: 
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _read_back(aside: Path, target: Path, parts: Sequence[WrittenSplit], writer: Writer, to: FormatName) -> None:
+    """Insist that every image and box that was written is found again."""
+    try:
+        sources = find_sources(aside, format=to)
+        found = {name: read_source(source) for name, source in sources.items()}
+    except DrkdError as error:
+        reason = str(error).replace(str(aside), str(target))
+        raise DrkdError(f"What was written does not read back, so it was not kept: {reason}") from None
+    for part in parts:
+        read = found[part.split.name].records if part.split.name in found else ()
+        ours = len(part.names), sum(writer.count(record) for record in part.split.records)
+        theirs = len(read), sum(len(record.labels) for record in read)
+        if ours != theirs:
+            raise DrkdError(
+                f"{target}: what was written does not read back, so it was not kept: split '{part.split.name}': "
+                f"expected {ours[0]} images and {ours[1]} boxes, found {theirs[0]} and {theirs[1]}. Do names or boxes "
+                f"of the source have something that {to.upper()} cannot hold?"
+            )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,13 +14,22 @@ from torch import Tensor
 
 from drkd.contracts import DrkdError, Size
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
-"""What image files end in, in lower case."""
+IMAGE_SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    }
+)
+"""What image files end in, in lower case: all that Pillow knows for ``FORMATS``, but for PPM's floating-point kind."""
 
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
 """What files are decoded, whatever their names end in, by Pillow's names: for EPS it would start another program."""
 
+_T = TypeVar("_T")
+
 _EXIF_ORIENTATION = 0x0112
+# By Pillow's name of the format, where that is not what its files end in.
+_SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}
 
 
 def decode_image(path: Path, size: Size | None = None, *, turned: bool = False) -> Tensor:
@@ -92,13 +103,30 @@ def read_orientation(path: Path) -> tuple[Size, int]:
     Raises:
         DrkdError: If the header cannot be read.
     """
+
+    def read(image: Image.Image) -> tuple[Size, int]:
+        orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
+        return (image.height, image.width), orientation if 1 <= orientation <= 8 else 1
+
+    return _open_header(path, read)
+
+
+def choose_suffix(path: Path) -> str:
+    """What an image file of this content should end in, one of ``IMAGE_SUFFIXES``; its name may end in anything.
+
+    Raises:
+        DrkdError: If the header cannot be read.
+    """
+    return _open_header(path, lambda image: _SUFFIXES.get(str(image.format), f".{str(image.format).lower()}"))
+
+
+def _open_header(path: Path, read: Callable[[Image.Image], _T]) -> _T:
     _refuse_special(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
-                return (image.height, image.width), orientation if 1 <= orientation <= 8 else 1
+                return read(image)
     except Exception as error:
         # Pillow's plugins raise errors of many kinds on damaged files.
         raise DrkdError(f"{path}: the image cannot be read ({error}).") from None

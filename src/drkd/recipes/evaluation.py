@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from drkd.contracts import DetectionBatch, Detections, Detector, DetectorBuilder, Size
-from drkd.data.dataset import DatasetSplit
+from drkd.data.dataset import DatasetSplit, find_splits
 from drkd.data.formats.reading import FormatChoice
 from drkd.data.module import DetectionDataModule
 from drkd.evaluation import CocoEvaluator, CocoMetrics, ModelCost, measure_cost
-from drkd.recipes.loading import choose_device, open_detector
-from drkd.recipes.run_folder import write_json
+from drkd.recipes.loading import choose_device, find_checkpoint, open_detector
+from drkd.recipes.run_folder import check_output, write_json
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def evaluate(
         split: Split to evaluate on: val, train, tune or test.
         area_scale: Factor on COCO's area limits of small and medium objects (32^2 and 96^2 px); 0.25 halves the sides.
         cost: Also measure parameters, FLOPs and CPU latency.
-        output: Also write the numbers as JSON to this file.
+        output: Also write the numbers as JSON to this file; an existing one is replaced if it ends in .json.
         detector: Instead of a checkpoint: how to build the detector, e.g. drkd.adapters.ZooBuilder.
         min_size: Short side that images are resized to, px; the checkpoint's own by default.
         max_size: Limit of the long side, px; the checkpoint's own by default.
@@ -153,7 +153,8 @@ def evaluate(
         classes: Score these classes of the data only; images that show none of them stay.
 
     Raises:
-        DrkdError: If the checkpoint or the data cannot be used, or their classes do not match.
+        DrkdError: If the checkpoint or the data cannot be used, their classes do not match, or the output would
+            replace an input.
     """
     chosen = choose_device(device)
 
@@ -169,6 +170,9 @@ def evaluate(
             **settings,
         )
 
+    if output is not None:
+        read = [file for file, _ in find_splits(module().root, format=format).values()]
+        check_output(output, ".json", inputs=read if checkpoint is None else [*read, find_checkpoint(checkpoint)])
     names = module().split(split).class_names if detector is not None else ()
     loaded = open_detector(
         checkpoint,

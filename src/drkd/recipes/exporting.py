@@ -16,6 +16,7 @@ from torchvision import tv_tensors
 from drkd.contracts import BoxTargets, DetectionBatch, Detector, DrkdError
 from drkd.data.dataset import Sample
 from drkd.data.digits import build_digits
+from drkd.data.formats.reading import FormatChoice
 from drkd.data.image import decode_image
 from drkd.data.module import DetectionDataModule
 from drkd.data.transforms import collate, eval_transforms
@@ -26,7 +27,7 @@ from drkd.export.quantization import quantize
 from drkd.recipes.evaluation import evaluate_detector
 from drkd.recipes.loading import find_checkpoint, open_detector
 from drkd.recipes.prediction import find_images
-from drkd.recipes.run_folder import machine, source_commit, versions, write_json
+from drkd.recipes.run_folder import check_output, machine, source_commit, versions, write_json
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def export(
     int8: bool = False,
     calibration: str | None = None,
     calibration_images: int = 128,
+    format: FormatChoice = "auto",
     evaluation_split: str = "val",
     evaluation_images: int | None = None,
     min_size: int | None = None,
@@ -64,7 +66,7 @@ def export(
 
     Args:
         checkpoint: A student.pt, or a run folder that holds one.
-        output: The ONNX file; its report is written beside it, as .json.
+        output: The ONNX file, which ends in .onnx; its report is written beside it, as OUTPUT.json.
         images: Check on these: an image, a folder of images, or ``digits`` for the embedded ones.
         image_limit: Check on the first so many images.
         nms: Suppression inside the graph, or outside: raw boxes and scores, for a runtime with its own.
@@ -72,6 +74,7 @@ def export(
         int8: Also write an int8 version, as OUTPUT.int8.onnx.
         calibration: For int8: a data set's folder, or ``digits``. Calibrated on its train split.
         calibration_images: Calibrate on the first so many images.
+        format: The format of that data set; by default the one that its content shows.
         evaluation_split: Split of that data set that both versions' AP is measured on.
         evaluation_images: Measure on the first so many images; all by default.
         min_size: Short side that images are resized to, px; the checkpoint's own by default.
@@ -81,11 +84,18 @@ def export(
 
     Raises:
         DrkdError: If the detector cannot be exported, or finds something else than PyTorch: no file is then left.
+            If the output does not end in .onnx, or would replace an input.
     """
     del json  # the command line's business
     require_onnx()
     if int8 != (calibration is not None):
         raise DrkdError("Expected --int8 together with --calibration DATA: the ranges of activations come from data.")
+    report_file, int8_file = output.with_name(f"{output.name}.json"), output.with_name(f"{output.stem}.int8.onnx")
+    if output.suffix.lower() != ".onnx":
+        raise DrkdError(f"{output}: expected an --output that ends in .onnx; the report is named after it.")
+    inputs = [find_checkpoint(checkpoint), Path(images), *([] if calibration is None else [Path(calibration)])]
+    for file, suffix in ((output, ".onnx"), (report_file, ".json"), *([(int8_file, ".onnx")] if int8 else [])):
+        check_output(file, suffix, inputs=inputs)
     loaded = open_detector(checkpoint, min_size=min_size, max_size=max_size)
     size = ImageSize(loaded.min_size, loaded.max_size, loaded.size_divisor)
     batches = list(_read_images(images, image_limit, size, dynamic, output))
@@ -119,16 +129,17 @@ def export(
             "commit": source_commit(),
         }
         if int8 and calibration is not None:
-            data = _Calibration(calibration, evaluation_split, calibration_images, evaluation_images, size, dynamic)
+            data = _Calibration(
+                calibration, format, evaluation_split, calibration_images, evaluation_images, size, dynamic
+            )
             report["int8"] = _quantize(aside, aside_int8, found, data, batches[0][1], repeats=repeats)
-            target = output.with_name(f"{output.stem}.int8.onnx")
-            report["int8"]["output"] = str(target)
-            aside_int8.replace(target)
+            report["int8"]["output"] = str(int8_file)
+            aside_int8.replace(int8_file)
         aside.replace(output)
     finally:
         aside.unlink(missing_ok=True)
         aside_int8.unlink(missing_ok=True)
-    write_json(output.with_name(f"{output.name}.json"), report)
+    write_json(report_file, report)
     return Exported(output, report)
 
 
@@ -201,6 +212,7 @@ def compare_latency(detector: Detector, found: OnnxDetector, batch: DetectionBat
 @dataclass(frozen=True)
 class _Calibration:
     root: str
+    format: FormatChoice
     split: str
     train_limit: int
     limit: int | None
@@ -219,6 +231,7 @@ class _Calibration:
             pad_to=None if self.dynamic == "all" else self.size.fixed,
             workers=0,
             class_names=class_names,
+            format=self.format,
         )
 
 
@@ -238,6 +251,7 @@ def _quantize(
         pad_to=None if data.dynamic == "all" else data.size.fixed,
         workers=0,
         class_names=plain.spec.class_names,
+        format=data.format,
     )
     quantize(source, target, calibration.val_dataloader())
     small = OnnxDetector(target)

@@ -15,6 +15,7 @@ import yaml
 
 from drkd.contracts import DrkdError
 from drkd.data.dataset import DatasetSplit, find_splits, load_split
+from drkd.data.formats.reading import FormatChoice
 from drkd.recipes.run_folder import write_text
 from drkd.recipes.teacher import Teacher, look_at_teacher
 
@@ -78,6 +79,7 @@ def initialize(
     class_map: str | None = None,
     overwrite: bool = False,
     trust_pickle: bool = False,
+    format: FormatChoice = "auto",
 ) -> Initialized:
     """Look at a data set and a teacher, and write a commented recipe that distils from one on the other.
 
@@ -93,27 +95,34 @@ def initialize(
         overwrite: Replace an existing recipe file.
         trust_pickle: Let the teacher be a checkpoint of Ultralytics' own, which is a pickle: loading it runs the code
             in it, now and whenever the recipe is used.
+        format: The data's format; by default the one that its content shows. The recipe names it where it is given.
 
     Raises:
         DrkdError: If the data or the teacher cannot be used, do not fit each other, or the file exists.
     """
     if output.exists() and not overwrite:
         raise DrkdError(f"{output} exists already. Replace it (--overwrite) or choose another file (--output).")
-    facts = look_at_data(root)
+    facts = look_at_data(root, format=format)
     known = look_at_teacher(teacher, facts.class_names, class_map=class_map, trust_pickle=trust_pickle)
     run = f"runs/{output.stem}"
-    text = _write_recipe(root, facts, known, student=student, backbone=backbone, class_map=class_map, run=run)
+    text = _write_recipe(
+        root, facts, known, student=student, backbone=backbone, class_map=class_map, run=run, format=format
+    )
     write_text(output, text)
     return Initialized(output, (*_describe_data(root, facts), *known.findings), f"drkd distill --config {output}")
 
 
-def look_at_data(root: Path) -> DataFacts:
+def look_at_data(root: Path, *, format: FormatChoice = "auto") -> DataFacts:
     """Count and measure a data set.
+
+    Args:
+        root: The data set's folder in COCO, YOLO or VOC format.
+        format: Its format; by default the one that its content shows.
 
     Raises:
         DrkdError: If it cannot be read, has no training or no validation split, or no box to train on.
     """
-    splits = find_splits(root)
+    splits = find_splits(root, format=format)
     if "train" not in splits:
         raise DrkdError(
             f"{root}: there is no split 'train' to learn from; this folder has {', '.join(sorted(splits))}."
@@ -121,8 +130,8 @@ def look_at_data(root: Path) -> DataFacts:
     held_out = next((name for name in ("val", "tune", "test") if name in splits), None)
     if held_out is None:
         raise DrkdError(f"{root}: there is no split to validate on; expected val, tune or test beside train.")
-    train = load_split(root, "train")
-    val = load_split(root, held_out, class_names=train.class_names)
+    train = load_split(root, "train", format=format)
+    val = load_split(root, held_out, class_names=train.class_names, format=format)
     sides = _box_sides(train)
     if not len(sides):
         raise DrkdError(f"{root}: no image of the split 'train' has a box to learn from.")
@@ -176,7 +185,15 @@ def _backbone_weights(backbone: str) -> str:
 
 
 def _write_recipe(
-    root: Path, facts: DataFacts, teacher: Teacher, *, student: Family, backbone: str, class_map: str | None, run: str
+    root: Path,
+    facts: DataFacts,
+    teacher: Teacher,
+    *,
+    student: Family,
+    backbone: str,
+    class_map: str | None,
+    run: str,
+    format: FormatChoice,
 ) -> str:
     short, long, size_reason = _image_size(facts, teacher)
     batch = min(16 if short <= 400 else 8, facts.train_images)
@@ -186,6 +203,7 @@ def _write_recipe(
     flip_reason = "mirrored digits, letters or sides mean something else" if not flip else "mirror every other image"
     frozen = 1 if backbone.startswith(("resnet", "resnext", "wide_resnet")) else -1
     joined = "" if class_map is None else f"class_map: {_quoted(class_map)} # the teacher's classes to the data's\n\n"
+    named = "" if format == "auto" else f"\n  format: {format} # the folder may hold files of others"
     return f"""\
 # Written by `drkd init` for {root} and the teacher {teacher.source}.
 # Every key can be overridden: drkd distill --config THIS_FILE --training.epochs=5. All keys: drkd distill --help
@@ -207,7 +225,7 @@ teacher: # only used in training
   class_path: drkd.methods.DRKD
 
 data:
-  root: {_quoted(str(root))}
+  root: {_quoted(str(root))}{named}
   train_split: train
   val_split: {facts.val_split}
   batch_size: {batch} # fewer if memory runs out; then lower the learning rate in proportion

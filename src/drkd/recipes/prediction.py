@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import colorsys
+import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ class Predicted:
 
     Args:
         output: Folder of the pictures, of ``detections.json`` (COCO results) and of ``images.json`` (COCO images and
-            categories, which give its ids a meaning; category ids are those of the data that the detector was trained
-            on, 1..K where they are not known).
+            categories, which give its ids a meaning, and each image's picture; category ids are those of the data that
+            the detector was trained on, 1..K where they are not known).
         images: Number of images that were read.
         detections: Number of detections in them.
         unreadable: One message for each image that could not be read.
@@ -69,12 +70,13 @@ def predict(
         min_size: Short side that images are resized to, px; the checkpoint's own by default.
         max_size: Limit of the long side, px; the checkpoint's own by default.
         device: auto, cpu, cuda, ...
-        overwrite: Replace what an earlier prediction left in the output folder.
+        overwrite: Replace what an earlier prediction left in the output folder: what its ``images.json`` lists.
         trust_pickle: Load a checkpoint of Ultralytics' own, which is a pickle: loading it runs the code in it.
         trust_code: Call the functions that a checkpoint with a detector of your own names.
 
     Raises:
-        DrkdError: If the checkpoint cannot be used, there is no image, or the output would overwrite something.
+        DrkdError: If the checkpoint cannot be used, there is no image, or the output would overwrite something that
+            no earlier prediction wrote.
     """
     if not 0 <= threshold <= 1:
         raise DrkdError(f"threshold: expected a score in [0, 1], got {threshold}.")
@@ -97,7 +99,8 @@ def predict(
             continue
         found = _detect(loaded, pixels, number, device=chosen, threshold=threshold)
         _save_picture(_draw(pixels, found, names), target)
-        images.append({"id": number, "file_name": name, "width": pixels.shape[2], "height": pixels.shape[1]})
+        size = {"width": pixels.shape[2], "height": pixels.shape[1]}
+        images.append({"id": number, "file_name": name, **size, "picture": target.relative_to(output).as_posix()})
         results += detections_to_coco([number], [found], loaded.category_ids)
     categories = [{"id": number, "name": name} for number, name in zip(loaded.category_ids, names, strict=True)]
     write_json(output / "images.json", {"images": images, "categories": categories})
@@ -144,19 +147,44 @@ def find_images(path: Path, *, output: Path) -> dict[str, Path]:
 
 
 def _plan_pictures(sources: dict[str, Path], output: Path, *, overwrite: bool) -> dict[str, Path]:
-    """Where each image's picture goes; never onto an input."""
+    """Where each image's picture goes: to a name of its own, and never onto what no earlier prediction wrote."""
     if output.exists() and not output.is_dir():
         raise DrkdError(f"{output}: expected a folder for the output, this is a file.")
-    if (output / "detections.json").exists() and not overwrite:
-        raise DrkdError(f"{output} already holds predictions. Replace them (--overwrite) or choose another --output.")
-    targets = {
-        name: output / (name if Path(name).suffix.lower() in _KEPT_SUFFIXES else f"{name}.png") for name in sources
-    }
+    targets = {name: output / _name_picture(name, sources) for name in sources}
     inputs = {file.resolve() for file in sources.values()}
     clash = next((target for target in targets.values() if target.resolve() in inputs), None)
     if clash is not None:
         raise DrkdError(f"The picture {clash} would overwrite an input image. Choose another folder with --output.")
+    own = _written_before(output)
+    wanted = (*targets.values(), output / "images.json", output / "detections.json")
+    if (other := next((file for file in wanted if os.path.lexists(file) and file not in own), None)) is not None:
+        raise DrkdError(
+            f"{other}: exists already, and no earlier prediction in {output} lists it as its own (images.json, field "
+            "'picture'), so it is not replaced. Choose another folder with --output, or remove the file."
+        )
+    if own and not overwrite:
+        raise DrkdError(f"{output} already holds predictions. Replace them (--overwrite) or choose another --output.")
     return targets
+
+
+def _name_picture(name: str, names: Container[str]) -> str:
+    """An image's own name where pictures may end so; else with .png behind it, as often as makes it nobody else's."""
+    if Path(name).suffix.lower() in _KEPT_SUFFIXES:
+        return name
+    picture = f"{name}.png"
+    while picture in names:
+        picture += ".png"
+    return picture
+
+
+def _written_before(output: Path) -> set[Path]:
+    """The files of an earlier prediction in the folder; none if there was none or images.json is somebody else's."""
+    try:
+        listing = json.loads((output / "images.json").read_text(encoding="utf-8"))
+        pictures = {output / entry["picture"] for entry in listing["images"]}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return set()
+    return {*pictures, output / "images.json", output / "detections.json"}
 
 
 @torch.inference_mode()

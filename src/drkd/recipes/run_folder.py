@@ -68,6 +68,26 @@ def write_text(path: Path, text: str, *, lasting: bool = True) -> None:
             written.unlink(missing_ok=True)
 
 
+def check_output(output: Path, suffix: str, *, inputs: Iterable[Path]) -> None:
+    """Refuse to write a file onto one that is read, or onto one that is no earlier output.
+
+    Args:
+        output: The file that is to be written.
+        suffix: What such a file's name ends in, in lower case.
+        inputs: The files that are read.
+
+    Raises:
+        DrkdError: If the output is one of the inputs, or exists and ends otherwise.
+    """
+    if output.resolve() in {path.resolve() for path in inputs}:
+        raise DrkdError(f"{output}: is read as an input, so it cannot be the output too. Choose another --output.")
+    if os.path.lexists(output) and output.suffix.lower() != suffix:
+        raise DrkdError(
+            f"{output}: exists already and does not end in {suffix}, so it is no earlier output and is not replaced. "
+            "Choose another --output."
+        )
+
+
 def write_json(path: Path, value: Any, *, lasting: bool = True) -> None:
     """Write JSON, indented; NaN and infinity become null."""
     write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n", lasting=lasting)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from drkd.contracts import ImageRecord
 from drkd.data.split import DatasetSplit
 
 
@@ -30,17 +31,21 @@ class Writer:
         folder: By split name, the target's folder of its images, relative to its root.
         write: Writes everything but the images below the root.
         losses: What of a split the format cannot hold, a line each.
+        count: How many of an image's boxes the format holds; all by default.
         flat: All images of all splits lie in one folder, without sub-folders.
         stems: Images are told apart by their names without the ending.
         shown: Boxes are in px of the images as viewers show them, turned by EXIF.
+        listed: Images are those that a folder holds: files that end as images do, and are not hidden.
     """
 
     folder: Callable[[str], str]
     write: Callable[[Path, Sequence[WrittenSplit]], None]
     losses: Callable[[DatasetSplit], list[str]]
+    count: Callable[[ImageRecord], int] = lambda record: len(record.labels)
     flat: bool = False
     stems: bool = False
     shown: bool = False
+    listed: bool = False
 
 
 def losses_of_ids(split: DatasetSplit) -> list[str]:

@@ -226,12 +226,17 @@ def _image_folder(data: DataYaml, entries: list[str]) -> Path:
 def _label_file(data: DataYaml, image: Path) -> Path:
     """``labels`` in place of the last folder called ``images``; beside the image where there is none."""
     inside = image.is_relative_to(data.base)
-    parts = list((image.relative_to(data.base) if inside else image).parts)
+    path = label_path(image.relative_to(data.base) if inside else image)
+    return data.base / path if inside else path
+
+
+def label_path(image: Path) -> Path:
+    """The label file of an image: the rule that Ultralytics has, and that what is written follows too."""
+    parts = list(image.parts)
     place = next((index for index in range(len(parts) - 2, -1, -1) if parts[index] == "images"), None)
     if place is not None:
         parts[place] = "labels"
-    path = Path(*parts).with_suffix(".txt")
-    return data.base / path if inside else path
+    return Path(*parts).with_suffix(".txt")
 
 
 class _Scanner:
