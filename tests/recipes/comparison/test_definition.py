@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from drkd.cli import main
 from drkd.contracts import DrkdError
 from drkd.recipes.comparison.cell import make_cells
 from drkd.recipes.comparison.definition import Arm, Pair, flatten, load_comparison
@@ -38,6 +39,16 @@ def test_overrides_of_the_command_line_add_up(comparison_file: Path) -> None:
         "inherit": True,
         "training.optimization.learning_rate": 0.5,
     }
+
+
+@pytest.mark.parametrize("value", ["[", "{a: 1", "2024-13-45", pytest.param("[" * 5000, id="deep")])
+def test_an_override_that_is_no_yaml_is_named_with_its_value(
+    value: str, comparison_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", f"--config={comparison_file}", "--dry-run", f"--overrides.training.steps={value}"]) == 2
+    message = capsys.readouterr().err
+    assert f"--overrides.training.steps: expected a value in YAML, got '{value}'" in message
+    assert "Traceback" not in message and message.count("\n") == 1
 
 
 def test_a_class_in_the_overrides_of_the_file_survives_one_on_the_command_line(comparison_file: Path) -> None:

@@ -135,11 +135,19 @@ class _ComparisonParser(ArgumentParser):
                 rest.append(word)
                 continue
             key, equals, value = word.removeprefix(_OVERRIDE).partition("=")
-            stated[key] = yaml.safe_load(value if equals else given.pop(0) if given else "null")
+            stated[key] = _read_value(key, value if equals else given.pop(0) if given else "null")
         config = super().parse_args(rest, namespace, env, defaults, **settings)
         if stated:
             config["overrides"] = {**flatten(config["overrides"]), **stated}
         return config
+
+
+def _read_value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = getattr(error, "problem", None) or error
+        raise DrkdError(f"{_OVERRIDE}{key}: expected a value in YAML, got {text!r} ({problem}).") from error
 
 
 def comparison_parser(description: str = "", **settings: Any) -> ArgumentParser:
