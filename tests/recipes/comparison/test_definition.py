@@ -81,6 +81,44 @@ def test_a_comparison_may_have_a_base(comparison_file: Path, tmp_path: Path) -> 
     assert comparison.seeds == [3]
 
 
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("train", Arm()),
+        (None, Arm()),
+        ({"class_path": "train"}, Arm()),
+        ({"class_path": None, "overrides": {"inherit": True}}, Arm(overrides={"inherit": True})),
+        ("drkd.methods.PKD", Arm("drkd.methods.PKD")),
+        ({"class_path": "drkd.methods.PKD", "init_args": {"weight": 2}}, Arm("drkd.methods.PKD", {"weight": 2})),
+        (
+            {"init_args": {"nodes": 5}, "overrides": {"inherit": True}},
+            Arm(
+                "drkd.methods.DRKD",
+                {"nodes": 5, "states": 8},
+                {"training.calibration_steps": 2, "inherit": True},
+            ),
+        ),
+    ],
+)
+def test_an_entry_that_says_what_it_is_replaces_that_of_the_base(
+    entry: object, expected: Arm, comparison_file: Path, tmp_path: Path
+) -> None:
+    derived = tmp_path / "derived.yaml"
+    derived.write_text(yaml.safe_dump({"base": "comparison.yaml", "methods": {"drkd": entry}}))
+    comparison = load_comparison(derived)
+    assert comparison.methods["drkd"] == expected
+    assert list(comparison.methods) == ["student", "hint", "drkd"]
+
+
+def test_a_pair_of_a_derived_comparison_takes_nothing_from_that_of_the_base(
+    comparison_file: Path, tmp_path: Path
+) -> None:
+    _changed(comparison_file, pairs={"tiny": {"recipe": "recipe.yaml", "overrides": {"inherit": True}}})
+    derived = tmp_path / "derived.yaml"
+    derived.write_text(yaml.safe_dump({"base": "comparison.yaml", "pairs": {"tiny": "recipe.yaml"}}))
+    assert load_comparison(derived).pairs == {"tiny": Pair(str(tmp_path / "recipe.yaml"))}
+
+
 def test_nested_and_dotted_keys_are_one_and_classes_stay_whole() -> None:
     builder = {"class_path": "a.B", "init_args": {"c": 1}}
     assert flatten({"training": {"steps": 3}, "data.root": "x", "student": builder}) == {
