@@ -161,16 +161,19 @@ def forget(cell: Cell) -> None:
     Raises:
         DrkdError: If a file cannot be removed.
     """
-    try:
-        # Without it the run folder holds no finished run, whatever is left of it.
-        (cell.run_folder / "run.json").unlink(missing_ok=True)
-        cell.file.unlink(missing_ok=True)
-    except OSError as error:
-        raise DrkdError(
-            f"{error.filename}: cannot be removed ({error.strerror}), so nothing is measured anew."
-        ) from error
-    shutil.rmtree(cell.run_folder, ignore_errors=True)
-    cell.inputs_file.unlink(missing_ok=True)
+    remove_run(cell)
+    _remove(cell.file)
+
+
+def remove_run(cell: Cell) -> None:
+    """Remove the cell's run, in an order in which what an interruption leaves is neither collected nor gone on with.
+
+    Raises:
+        DrkdError: If a file cannot be removed.
+    """
+    # Without run.json the folder holds no run, whatever is left of it.
+    for path in (cell.run_folder / "run.json", cell.run_folder, cell.inputs_file):
+        _remove(path)
 
 
 def collect(cell: Cell) -> dict[str, Any]:
@@ -343,6 +346,19 @@ def _recorded_status(cell: Cell) -> str | None:
     began = read_object(cell.inputs_file) if cell.inputs_file.exists() else None
     changed = differences(kept, cell.settings, stated=cell.stated) or changed_inputs(began, cell.inputs)
     return None if changed else status
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DrkdError(
+            f"{error.filename or path}: cannot be removed ({reason}), so nothing is measured anew."
+        ) from error
 
 
 def _option(key: str, value: Any) -> str:
