@@ -182,6 +182,51 @@ def test_a_run_of_the_old_teacher_is_not_one_of_the_new_after_an_interruption(
     assert new.file.exists() and not (new.run_folder / "checkpoints").exists()
 
 
+def test_a_teacher_that_is_replaced_while_cells_run_fails_those_it_may_have_reached(
+    comparison_file: Path, tmp_path: Path, tiny_detector: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tmp_path / "teacher.pt"
+    shutil.copy(tiny_detector, teacher)
+    started: list[str] = []
+
+    def program(cell: run.Cell) -> list[str]:
+        started.append(cell.name)
+        if started == ["tiny/student/0", "tiny/hint/0"]:
+            with teacher.open("ab") as file:
+                file.write(b"0")
+        return fake_cell.fake_program(cell)
+
+    monkeypatch.setattr(run, "_program", program)
+    overrides, only = ("--jobs=1", f"--overrides.teacher.init_args.path={teacher}"), ["tiny/*/0"]
+    result = _compare(comparison_file, overrides=overrides, only=only)
+    assert started == ["tiny/student/0", "tiny/hint/0"]
+    assert list(_files(tmp_path)) == ["tiny/student/seed0.json"]
+    assert [failure.name for failure in result.failures] == ["tiny/hint/0", "tiny/drkd/0"]
+    for failure in result.failures:
+        assert f"{failure.name}: teacher.init_args.path: the file was replaced" in failure.lines[-1]
+    # With the new one the command says what is measured with the old.
+    with pytest.raises(
+        DrkdError, match=r"student.seed0\.json were measured .*teacher\.init_args\.path is another file"
+    ):
+        _compare(comparison_file, overrides=overrides, only=only)
+    # With the old one again, what may have been measured with the new is measured once more.
+    shutil.copy(tiny_detector, teacher)
+    assert _compare(comparison_file, overrides=overrides, only=only).failures == ()
+    assert started[2:] == ["tiny/hint/0", "tiny/drkd/0"]
+
+
+def test_a_method_that_cannot_work_with_a_replaced_teacher_is_not_recorded_as_such(
+    comparison_file: Path, tmp_path: Path, tiny_detector: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tmp_path / "teacher.pt"
+    shutil.copy(tiny_detector, teacher)
+    code = f"open({str(teacher)!r}, 'ab').write(b'0'); raise SystemExit(3)"
+    monkeypatch.setattr(run, "_program", lambda _: [sys.executable, "-c", code])
+    overrides = (f"--overrides.teacher.init_args.path={teacher}",)
+    (failure,) = _compare(comparison_file, overrides=overrides, only=["tiny/hint/0"]).failures
+    assert "the file was replaced" in failure.lines[-1] and _files(tmp_path) == {}
+
+
 def test_a_failing_cell_does_not_stop_the_others(
     comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

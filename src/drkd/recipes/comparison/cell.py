@@ -155,6 +155,24 @@ def can_resume(cell: Cell) -> bool:
     return status is not None and status != "finished" and (cell.run_folder / "checkpoints" / "last.ckpt").exists()
 
 
+def check_inputs(cell: Cell) -> None:
+    """Refuse files that are not what they were when the cell was made: it would be recorded with those.
+
+    Files that did not change since are not read again.
+
+    Raises:
+        DrkdError: If one was replaced meanwhile, naming the setting.
+    """
+    now = Fingerprints().of(leaves(cell.settings, plain=False))
+    changes = [key for key, value in now.items() if cell.inputs.get(key) != value]
+    if changes:
+        raise DrkdError(
+            f"{cell.name}: {', '.join(changes)}: the file was replaced while drkd compare was at work, and one table "
+            "must not mix two. Put the old one back, or start the command again with --rerun, which measures with the "
+            "new one what was measured with the old."
+        )
+
+
 def forget(cell: Cell) -> None:
     """Remove what is measured of the cell, in an order that leaves nothing behind that a later run would collect.
 

@@ -20,6 +20,7 @@ from drkd.recipes.comparison.cell import (
     Cell,
     State,
     can_resume,
+    check_inputs,
     collect,
     collect_reason,
     forget,
@@ -226,9 +227,10 @@ def _start(task: Task, environment: dict[str, str], *, lock: int | None) -> subp
     """Start the cell's process.
 
     Raises:
-        DrkdError: If an old run cannot be removed, or the folder cannot be written to.
+        DrkdError: If the files that the settings name were replaced, or the folder cannot be written to.
     """
     task.state, task.began = "running", time.monotonic()
+    check_inputs(task.cell)
     if can_resume(task.cell):
         task.look()
         task.first = task.step
@@ -248,6 +250,8 @@ def _program(cell: Cell) -> list[str]:
 def _end(task: Task, code: int, board: Board, failures: list[Failure]) -> None:
     reason = f"its process ended with code {code}" + (" (killed: out of memory?)" if code == 137 else "")
     try:
+        if task.state == "running":
+            _check_run(task.cell)
         if code in (0, _INAPPLICABLE):
             task.content = collect(task.cell) if code == 0 else _collect_inapplicable(task.cell)
             task.state = "done"
@@ -257,6 +261,19 @@ def _end(task: Task, code: int, board: Board, failures: list[Failure]) -> None:
         reason = str(error)
     lines = (*_last_lines(task.cell.log), f"({reason})")
     _fail(task, board, failures, Failure(task.cell.name, task.cell.log, lines))
+
+
+def _check_run(cell: Cell) -> None:
+    """Refuse the ended run if files were replaced meanwhile: nobody knows which of the two it has loaded.
+
+    Raises:
+        DrkdError: After the run is removed, which would count as one with the old files should they come back.
+    """
+    try:
+        check_inputs(cell)
+    except DrkdError:
+        remove_run(cell)
+        raise
 
 
 def _collect_inapplicable(cell: Cell) -> dict[str, Any]:
