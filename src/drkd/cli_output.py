@@ -77,7 +77,8 @@ def print_cells(cells: Sequence[tuple[Cell, str, list[str]]], console: Console) 
 def print_failures(failures: Sequence[Failure]) -> None:
     """Print on standard error which cells failed, and the last lines of their logs."""
     for failure in failures:
-        print(f"\n{failure.name} failed; the end of {failure.log}:", file=sys.stderr)
+        where = "" if failure.log is None else f"; the end of {failure.log}"
+        print(f"\n{failure.name} failed{where}:", file=sys.stderr)
         for line in failure.lines:
             print(f"  {line}", file=sys.stderr)
     if failures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -197,6 +198,23 @@ def test_another_label_of_an_image_is_a_change(layout: str, tiny_coco: Path, tmp
     # One that is gone is a change too.
     label.unlink()
     assert changed_inputs(now, Fingerprints().of(settings)) == ["data.root val labels is another file"]
+
+
+def test_files_that_did_not_change_are_read_once(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "data"
+    convert(tiny_coco, root, to="yolo")
+    settings = {"data.root": str(root), "evaluation.split": "val", "teacher.init_args.path": str(tiny_detector)}
+    before = Fingerprints().of(settings)
+    assert set(before) == {"data.root val", "data.root val labels", "teacher.init_args.path"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read again"))
+        patch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("a file was read again"))
+        assert Fingerprints().of(settings) == before
+    label = _label_of("val", settings)
+    label.write_text(label.read_text().replace("0", "1"))
+    assert changed_inputs(before, Fingerprints().of(settings)) == ["data.root val labels is another file"]
 
 
 def test_a_teacher_that_is_a_folder_has_a_digest(tiny_detector: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from drkd.cli import main
 from drkd.contracts import DrkdError
 from drkd.recipes.comparison.cell import make_cells
 from drkd.recipes.comparison.definition import Arm, Pair, flatten, load_comparison
@@ -40,6 +41,16 @@ def test_overrides_of_the_command_line_add_up(comparison_file: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("value", ["[", "{a: 1", "2024-13-45", pytest.param("[" * 5000, id="deep")])
+def test_an_override_that_is_no_yaml_is_named_with_its_value(
+    value: str, comparison_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", f"--config={comparison_file}", "--dry-run", f"--overrides.training.steps={value}"]) == 2
+    message = capsys.readouterr().err
+    assert f"--overrides.training.steps: expected a value in YAML, got '{value}'" in message
+    assert "Traceback" not in message and message.count("\n") == 1
+
+
 def test_a_class_in_the_overrides_of_the_file_survives_one_on_the_command_line(comparison_file: Path) -> None:
     builder = {"class_path": "drkd.adapters.RetinaNetBuilder", "init_args": {"norm": "off", "width": 0.5}}
     file = _changed(comparison_file, overrides={"teacher": builder})
@@ -68,6 +79,44 @@ def test_a_comparison_may_have_a_base(comparison_file: Path, tmp_path: Path) -> 
     assert list(comparison.methods) == ["student", "hint", "drkd", "paper"]
     assert Path(comparison.pairs["tiny"].recipe).samefile(tmp_path / "recipe.yaml")
     assert comparison.seeds == [3]
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("train", Arm()),
+        (None, Arm()),
+        ({"class_path": "train"}, Arm()),
+        ({"class_path": None, "overrides": {"inherit": True}}, Arm(overrides={"inherit": True})),
+        ("drkd.methods.PKD", Arm("drkd.methods.PKD")),
+        ({"class_path": "drkd.methods.PKD", "init_args": {"weight": 2}}, Arm("drkd.methods.PKD", {"weight": 2})),
+        (
+            {"init_args": {"nodes": 5}, "overrides": {"inherit": True}},
+            Arm(
+                "drkd.methods.DRKD",
+                {"nodes": 5, "states": 8},
+                {"training.calibration_steps": 2, "inherit": True},
+            ),
+        ),
+    ],
+)
+def test_an_entry_that_says_what_it_is_replaces_that_of_the_base(
+    entry: object, expected: Arm, comparison_file: Path, tmp_path: Path
+) -> None:
+    derived = tmp_path / "derived.yaml"
+    derived.write_text(yaml.safe_dump({"base": "comparison.yaml", "methods": {"drkd": entry}}))
+    comparison = load_comparison(derived)
+    assert comparison.methods["drkd"] == expected
+    assert list(comparison.methods) == ["student", "hint", "drkd"]
+
+
+def test_a_pair_of_a_derived_comparison_takes_nothing_from_that_of_the_base(
+    comparison_file: Path, tmp_path: Path
+) -> None:
+    _changed(comparison_file, pairs={"tiny": {"recipe": "recipe.yaml", "overrides": {"inherit": True}}})
+    derived = tmp_path / "derived.yaml"
+    derived.write_text(yaml.safe_dump({"base": "comparison.yaml", "pairs": {"tiny": "recipe.yaml"}}))
+    assert load_comparison(derived).pairs == {"tiny": Pair(str(tmp_path / "recipe.yaml"))}
 
 
 def test_nested_and_dotted_keys_are_one_and_classes_stay_whole() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from drkd.cli import main
 from drkd.contracts import DrkdError
+from drkd.recipes.comparison import cell as cells
 from drkd.recipes.comparison import run
 from drkd.recipes.comparison.definition import Comparison, load_comparison
 from drkd.recipes.lock import locked_folder
@@ -133,6 +135,98 @@ def test_a_run_that_nobody_collected_is_collected(
     }
 
 
+def _find_cell(file: Path, overrides: tuple[str, ...], name: str) -> run.Cell:
+    comparison = load_comparison(file, overrides)
+    return next(cell for cell in run.make_cells(comparison, source="x") if cell.name == name)
+
+
+@pytest.mark.parametrize("status", ["running", "finished"])
+@pytest.mark.parametrize("removed", [0, 1, 2, 3])
+def test_a_run_of_the_old_teacher_is_not_one_of_the_new_after_an_interruption(
+    removed: int,
+    status: str,
+    fake: None,
+    comparison_file: Path,
+    tmp_path: Path,
+    tiny_detector: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    teacher = tmp_path / "teacher.pt"
+    shutil.copy(tiny_detector, teacher)
+    overrides, only = (f"--overrides.teacher.init_args.path={teacher}",), ["tiny/hint/0"]
+    _compare(comparison_file, overrides=overrides, only=only)
+    old = _find_cell(comparison_file, overrides, "tiny/hint/0")
+    old.file.unlink()
+    (old.run_folder / "run.json").write_text(json.dumps({"status": status}))
+    (old.run_folder / "checkpoints").mkdir()
+    (old.run_folder / "checkpoints" / "last.ckpt").touch()
+    assert (cells.can_resume(old), cells.is_finished(old)) == (status == "running", status == "finished")
+    with teacher.open("ab") as file:
+        file.write(b"0")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    # The session ends while the old run is removed, or before its process has begun.
+    real = cells._remove
+    left = iter([real] * removed)
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "_remove", lambda path: next(left, stop)(path))
+        patch.setattr(run, "start_leashed", stop)
+        with pytest.raises(KeyboardInterrupt):
+            _compare(comparison_file, overrides=overrides, only=only)
+    new = _find_cell(comparison_file, overrides, "tiny/hint/0")
+    assert not cells.can_resume(new) and not cells.is_finished(new)
+    # What the interruption left is no part of the new run either: nobody could tell its checkpoint from a new one.
+    _compare(comparison_file, overrides=overrides, only=only)
+    assert new.file.exists() and not (new.run_folder / "checkpoints").exists()
+
+
+def test_a_teacher_that_is_replaced_while_cells_run_fails_those_it_may_have_reached(
+    comparison_file: Path, tmp_path: Path, tiny_detector: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tmp_path / "teacher.pt"
+    shutil.copy(tiny_detector, teacher)
+    started: list[str] = []
+
+    def program(cell: run.Cell) -> list[str]:
+        started.append(cell.name)
+        if started == ["tiny/student/0", "tiny/hint/0"]:
+            with teacher.open("ab") as file:
+                file.write(b"0")
+        return fake_cell.fake_program(cell)
+
+    monkeypatch.setattr(run, "_program", program)
+    overrides, only = ("--jobs=1", f"--overrides.teacher.init_args.path={teacher}"), ["tiny/*/0"]
+    result = _compare(comparison_file, overrides=overrides, only=only)
+    assert started == ["tiny/student/0", "tiny/hint/0"]
+    assert list(_files(tmp_path)) == ["tiny/student/seed0.json"]
+    assert [failure.name for failure in result.failures] == ["tiny/hint/0", "tiny/drkd/0"]
+    for failure in result.failures:
+        assert f"{failure.name}: teacher.init_args.path: the file was replaced" in failure.lines[-1]
+    # With the new one the command says what is measured with the old.
+    with pytest.raises(
+        DrkdError, match=r"student.seed0\.json were measured .*teacher\.init_args\.path is another file"
+    ):
+        _compare(comparison_file, overrides=overrides, only=only)
+    # With the old one again, what may have been measured with the new is measured once more.
+    shutil.copy(tiny_detector, teacher)
+    assert _compare(comparison_file, overrides=overrides, only=only).failures == ()
+    assert started[2:] == ["tiny/hint/0", "tiny/drkd/0"]
+
+
+def test_a_method_that_cannot_work_with_a_replaced_teacher_is_not_recorded_as_such(
+    comparison_file: Path, tmp_path: Path, tiny_detector: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tmp_path / "teacher.pt"
+    shutil.copy(tiny_detector, teacher)
+    code = f"open({str(teacher)!r}, 'ab').write(b'0'); raise SystemExit(3)"
+    monkeypatch.setattr(run, "_program", lambda _: [sys.executable, "-c", code])
+    overrides = (f"--overrides.teacher.init_args.path={teacher}",)
+    (failure,) = _compare(comparison_file, overrides=overrides, only=["tiny/hint/0"]).failures
+    assert "the file was replaced" in failure.lines[-1] and _files(tmp_path) == {}
+
+
 def test_a_failing_cell_does_not_stop_the_others(
     comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +305,26 @@ def test_rerun_all_measures_the_selected_cells_again(fake: None, comparison_file
     after = _files(tmp_path)
     changed = sorted(name for name in NAMES if after[name][1] != before[name][1])
     assert changed == ["tiny/hint/seed0.json", "tiny/hint/seed1.json"]
+
+
+def test_what_cannot_be_removed_stops_before_anything_is_lost(
+    fake: None, comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _compare(comparison_file, only=["tiny/hint/0"])
+    before = _files(tmp_path)
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied", str(path / "checkpoints" / "last.ckpt"))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(DrkdError, match=r"hint-seed0/checkpoints/last\.ckpt: cannot be removed \(Permission denied\)"):
+        _compare(comparison_file, only=["tiny/hint/0"], rerun="all")
+    assert _files(tmp_path) == before
+    # Nor is a run begun over what is left of another one.
+    next((tmp_path / "out" / "cells").rglob("seed0.json")).unlink()
+    (failure,) = _compare(comparison_file, only=["tiny/hint/0"]).failures
+    assert "cannot be removed" in failure.lines[-1] and failure.log is None
 
 
 def test_a_pattern_that_fits_nothing_is_refused(fake: None, comparison_file: Path) -> None:

@@ -157,22 +157,43 @@ def can_resume(cell: Cell) -> bool:
     return status is not None and status != "finished" and (cell.run_folder / "checkpoints" / "last.ckpt").exists()
 
 
+def check_inputs(cell: Cell) -> None:
+    """Refuse files that are not what they were when the cell was made: it would be recorded with those.
+
+    Files that did not change since are not read again.
+
+    Raises:
+        DrkdError: If one was replaced meanwhile, naming the setting.
+    """
+    now = Fingerprints().of(leaves(cell.settings, plain=False))
+    changes = [key for key, value in now.items() if cell.inputs.get(key) != value]
+    if changes:
+        raise DrkdError(
+            f"{cell.name}: {', '.join(changes)}: the file was replaced while drkd compare was at work, and one table "
+            "must not mix two. Put the old one back, or start the command again with --rerun, which measures with the "
+            "new one what was measured with the old."
+        )
+
+
 def forget(cell: Cell) -> None:
     """Remove what is measured of the cell, in an order that leaves nothing behind that a later run would collect.
 
     Raises:
         DrkdError: If a file cannot be removed.
     """
-    try:
-        # Without it the run folder holds no finished run, whatever is left of it.
-        (cell.run_folder / "run.json").unlink(missing_ok=True)
-        cell.file.unlink(missing_ok=True)
-    except OSError as error:
-        raise DrkdError(
-            f"{error.filename}: cannot be removed ({error.strerror}), so nothing is measured anew."
-        ) from error
-    shutil.rmtree(cell.run_folder, ignore_errors=True)
-    cell.inputs_file.unlink(missing_ok=True)
+    remove_run(cell)
+    _remove(cell.file)
+
+
+def remove_run(cell: Cell) -> None:
+    """Remove the cell's run, in an order in which what an interruption leaves is neither collected nor gone on with.
+
+    Raises:
+        DrkdError: If a file cannot be removed.
+    """
+    # Without run.json the folder holds no run, whatever is left of it.
+    for path in (cell.run_folder / "run.json", cell.run_folder, cell.inputs_file):
+        _remove(path)
 
 
 def collect(cell: Cell) -> dict[str, Any]:
@@ -345,6 +366,19 @@ def _recorded_status(cell: Cell) -> str | None:
     began = read_object(cell.inputs_file) if cell.inputs_file.exists() else None
     changed = differences(kept, cell.settings, stated=cell.stated) or changed_inputs(began, cell.inputs)
     return None if changed else status
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DrkdError(
+            f"{error.filename or path}: cannot be removed ({reason}), so nothing is measured anew."
+        ) from error
 
 
 def _option(key: str, value: Any) -> str:

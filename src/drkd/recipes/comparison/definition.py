@@ -102,7 +102,9 @@ class ComparisonFile(ActionConfigFile):
         merged: dict[str, Any] = {}
         chain = recipe_chain(value)
         for path, content in chain:
-            _merge(merged, _spell_out(content, path))
+            spelled = _spell_out(content, path)
+            _drop_replaced(merged, spelled)
+            _merge(merged, spelled)
         try:
             ActionConfigFile.apply_config(parser, cfg, dest, yaml.safe_dump(merged, sort_keys=False))
         except DrkdError:
@@ -135,11 +137,19 @@ class _ComparisonParser(ArgumentParser):
                 rest.append(word)
                 continue
             key, equals, value = word.removeprefix(_OVERRIDE).partition("=")
-            stated[key] = yaml.safe_load(value if equals else given.pop(0) if given else "null")
+            stated[key] = _read_value(key, value if equals else given.pop(0) if given else "null")
         config = super().parse_args(rest, namespace, env, defaults, **settings)
         if stated:
             config["overrides"] = {**flatten(config["overrides"]), **stated}
         return config
+
+
+def _read_value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = getattr(error, "problem", None) or error
+        raise DrkdError(f"{_OVERRIDE}{key}: expected a value in YAML, got {text!r} ({problem}).") from error
 
 
 def comparison_parser(description: str = "", **settings: Any) -> ArgumentParser:
@@ -239,9 +249,17 @@ def _unshield(value: Any) -> Any:
     return bytes.fromhex(value.removeprefix(_SHIELD)).decode() if is_shielded else value
 
 
+def _drop_replaced(merged: dict[str, Any], spelled: Mapping[str, Any]) -> None:
+    """Empty the bases' pairs and methods of which a file says anew what they are; they keep their places."""
+    for kind in ("pairs", "methods"):
+        for name, entry in spelled.get(kind, {}).items():
+            if name in merged.get(kind, {}) and {"recipe", "method"} & entry.keys():
+                merged[kind][name] = {}
+
+
 def _merge(into: dict[str, Any], content: Mapping[str, Any]) -> None:
     for key, value in content.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict) and "recipe" not in value:
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
             _merge(into[key], value)
         else:
             into[key] = value
@@ -287,11 +305,10 @@ def _spell_pair(entry: Any, path: Path, place: str) -> dict[str, Any]:
 
 
 def _spell_arm(entry: Any, path: Path, place: str) -> dict[str, Any]:
-    if entry in _ALONE:
-        return {}
-    entry = {"class_path": entry} if isinstance(entry, str) else entry
-    if isinstance(entry, Mapping) and entry.get("class_path") in _ALONE:
-        entry = {key: value for key, value in entry.items() if key != "class_path"}
+    entry = {"class_path": entry} if isinstance(entry, str | None) else entry
+    if isinstance(entry, Mapping) and entry.get("class_path", "") in _ALONE:
+        # Stated, not left out: it replaces the method of a base.
+        entry = {**entry, "class_path": None}
     return _check_entry(entry, _ARM_KEYS, path, place, short="train or the import path of a method")
 
 

@@ -17,10 +17,15 @@ from drkd.data.formats.source import SplitSource
 
 _SPLITS = ("data.train_split", "data.val_split", "evaluation.split")
 _DIGITS = 16
+# Of label files, by a digest of their paths, sizes and times of change.
+_DIGESTS: dict[bytes, str] = {}
 
 
 class Fingerprints:
-    """Digests what settings name; label files of YOLO and VOC, which may be many, are read once a split."""
+    """Digests what settings name; looks once at a split's label files (YOLO and VOC), which may be many.
+
+    What this process has digested before is not read again while sizes and times of change are the same.
+    """
 
     def __init__(self) -> None:
         self._labels: dict[SplitSource, str | None] = {}
@@ -111,11 +116,18 @@ def _digest_all(files: Sequence[Path]) -> str | None:
     """One digest of the names and contents of files; None where there are none."""
     if not files:
         return None
-    digest = hashlib.sha256()
+    # Of a hundred thousand files a digest is kept, no list.
+    seen = hashlib.sha256()
     for file in files:
-        digest.update(os.fsencode(file.name) + b"\n")
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()[:_DIGITS]
+        status = file.stat()
+        seen.update(os.fsencode(f"{file.absolute()}\n{status.st_size} {status.st_mtime_ns}\n"))
+    if (key := seen.digest()) not in _DIGESTS:
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(os.fsencode(file.name) + b"\n")
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        _DIGESTS[key] = digest.hexdigest()[:_DIGITS]
+    return _DIGESTS[key]
 
 
 def _digest(file: Path) -> str | None:

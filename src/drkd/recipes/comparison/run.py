@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -20,6 +20,7 @@ from drkd.recipes.comparison.cell import (
     Cell,
     State,
     can_resume,
+    check_inputs,
     collect,
     collect_reason,
     forget,
@@ -27,6 +28,7 @@ from drkd.recipes.comparison.cell import (
     look_up,
     make_cells,
     read_object,
+    remove_run,
 )
 from drkd.recipes.comparison.definition import Comparison
 from drkd.recipes.comparison.leash import let_go, start_leashed
@@ -47,12 +49,12 @@ class Failure:
 
     Args:
         name: PAIR/METHOD/SEED.
-        log: What its process printed.
-        lines: The last of it.
+        log: What its process printed; None where none was started.
+        lines: The last of it, and the reason.
     """
 
     name: str
-    log: Path
+    log: Path | None
     lines: tuple[str, ...]
 
 
@@ -201,7 +203,11 @@ def _work(tasks: Sequence[Task], board: Board, *, jobs: int, lock: int | None) -
                     if is_finished(task.cell):
                         _end(task, 0, board, failures)
                         continue
-                    process = _start(task, environment, lock=lock)
+                    try:
+                        process = _start(task, environment, lock=lock)
+                    except DrkdError as error:
+                        _fail(task, board, failures, Failure(task.cell.name, None, (str(error),)))
+                        continue
                     running[process.pid] = task, process
                     board.say(task)
                 time.sleep(_INTERVAL if running else 0)
@@ -218,13 +224,21 @@ def _work(tasks: Sequence[Task], board: Board, *, jobs: int, lock: int | None) -
 
 
 def _start(task: Task, environment: dict[str, str], *, lock: int | None) -> subprocess.Popen[bytes]:
+    """Start the cell's process.
+
+    Raises:
+        DrkdError: If the files that the settings name were replaced, or the folder cannot be written to.
+    """
     task.state, task.began = "running", time.monotonic()
-    program = _program(task.cell)
+    check_inputs(task.cell)
     if can_resume(task.cell):
         task.look()
         task.first = task.step
+    else:
+        # Before the new digests, which would make an old run one with these files.
+        remove_run(task.cell)
     write_json(task.cell.inputs_file, dict(task.cell.inputs))
-    return start_leashed(program, log=task.cell.log, environment=environment, lock=lock)
+    return start_leashed(_program(task.cell), log=task.cell.log, environment=environment, lock=lock)
 
 
 def _program(cell: Cell) -> list[str]:
@@ -235,21 +249,42 @@ def _program(cell: Cell) -> list[str]:
 
 def _end(task: Task, code: int, board: Board, failures: list[Failure]) -> None:
     reason = f"its process ended with code {code}" + (" (killed: out of memory?)" if code == 137 else "")
-    if code == 0:
-        try:
-            task.content = collect(task.cell)
+    try:
+        if task.state == "running":
+            _check_run(task.cell)
+        if code in (0, _INAPPLICABLE):
+            task.content = collect(task.cell) if code == 0 else _collect_inapplicable(task.cell)
             task.state = "done"
-        except DrkdError as error:
-            code, reason = 1, str(error)
-    elif code == _INAPPLICABLE:
-        # The program prints this one paragraph last; what it lacks is not a setting that a second try could have.
-        last = _last_lines(task.cell.log)[-1:]
-        task.content = collect_reason(task.cell, last[0].removeprefix("drkd: ") if last else reason)
-        task.state = "done"
-        code = 0
-    if code:
-        task.state = "failed"
-        failures.append(Failure(task.cell.name, task.cell.log, (*_last_lines(task.cell.log), f"({reason})")))
+            board.say(task)
+            return
+    except DrkdError as error:
+        reason = str(error)
+    lines = (*_last_lines(task.cell.log), f"({reason})")
+    _fail(task, board, failures, Failure(task.cell.name, task.cell.log, lines))
+
+
+def _check_run(cell: Cell) -> None:
+    """Refuse the ended run if files were replaced meanwhile: nobody knows which of the two it has loaded.
+
+    Raises:
+        DrkdError: After the run is removed, which would count as one with the old files should they come back.
+    """
+    try:
+        check_inputs(cell)
+    except DrkdError:
+        remove_run(cell)
+        raise
+
+
+def _collect_inapplicable(cell: Cell) -> dict[str, Any]:
+    # The program prints this one paragraph last; what it lacks is not a setting that a second try could have.
+    last = _last_lines(cell.log)[-1:]
+    return collect_reason(cell, last[0].removeprefix("drkd: ") if last else f"exit code {_INAPPLICABLE}")
+
+
+def _fail(task: Task, board: Board, failures: list[Failure], failure: Failure) -> None:
+    task.state = "failed"
+    failures.append(failure)
     board.say(task)
 
 
