@@ -50,8 +50,8 @@ def test_a_cell_runs_what_the_comparison_says(comparison_file: Path) -> None:
     assert cells["tiny/student/1"].command()[:2] == ("drkd", "train")
     assert {"--seed=1", "--evaluation.split=val", "--overwrite=true"} <= set(cells["tiny/student/1"].command())
     # A recipe may say resume or overwrite itself, and a run that is told both is refused.
-    for how, other in (("overwrite", "resume"), ("resume", "overwrite")):
-        assert cells["tiny/drkd/1"].command(how)[-2:] == (f"--{other}=false", f"--{how}=true")
+    assert cells["tiny/drkd/1"].command("overwrite")[-2:] == ("--resume=false", "--overwrite=true")
+    assert cells["tiny/drkd/1"].command("resume")[-2:] == ("--overwrite=false", "--resume=true")
     drkd = cells["tiny/drkd/1"].settings
     # Nothing of the recipe's own DRKD (warmup_steps: 77) is left.
     assert drkd["method"]["init_args"]["warmup_steps"] != 77
@@ -59,6 +59,11 @@ def test_a_cell_runs_what_the_comparison_says(comparison_file: Path) -> None:
     assert drkd["training"]["clip_norm"] == 3.0
     assert drkd["seed"] == 1
     assert cells["tiny/student/0"].settings["method"] is None
+
+
+def test_a_date_is_no_value_of_a_setting(comparison_file: Path) -> None:
+    with pytest.raises(DrkdError, match="clip_norm"):
+        _cells(comparison_file, "--overrides.training.clip_norm=2026-11-30")
 
 
 def test_a_sum_of_methods_reaches_its_cell(comparison_file: Path) -> None:

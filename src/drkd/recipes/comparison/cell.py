@@ -382,4 +382,5 @@ def _remove(path: Path) -> None:
 
 
 def _option(key: str, value: Any) -> str:
-    return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+    # YAML knows dates, which no setting is: the recipe's parser says so.
+    return f"--{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
