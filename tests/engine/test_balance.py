@@ -36,6 +36,25 @@ def test_norms_of_half_precision_maps_do_not_overflow() -> None:
         assert float(norms["sum"][0]) == pytest.approx(1000 * value**2, rel=0.01)
 
 
+def test_all_processes_measure_again_what_overflows_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward passes may be collective (synchronised batch norm): each process must make as many."""
+    told = []
+
+    def as_another(flags: torch.Tensor, op: object) -> None:
+        told.append(flags.tolist())
+        flags.copy_(torch.maximum(flags, torch.tensor([0, int(len(told) == 1)], dtype=flags.dtype)))
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", as_another)
+    feature, passes = torch.ones(4, dtype=torch.float16, requires_grad=True), []
+    losses = {name: (feature.float() * 1e-8).sum() for name in ("here", "there")}
+    losses["there"].register_hook(passes.append)
+    norms = gradient_norms(losses, [feature])
+    assert told == [[0, 0], [0, 0]] and len(passes) == 2
+    # What was measured well here stays.
+    assert float(norms["there"][0]) == pytest.approx(4e-16, rel=0.01)
+
+
 @pytest.mark.parametrize("first", [(float("inf"), 1.0), (1.0, float("inf")), (0.0, 1.0), (1.0, 0.0)])
 def test_a_first_measurement_that_cannot_be_used_gives_no_weight(first: tuple[float, float]) -> None:
     balance = GradientBalance(calibration_steps=4, interval=1)

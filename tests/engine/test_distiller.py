@@ -268,6 +268,8 @@ def test_a_loop_may_say_where_its_steps_are() -> None:
         measured.append(bool(distiller.monitor.ratios))
     assert [value / found[0] for value in found] == pytest.approx([1, 1, 0.853553, 0.5, 0.5, 0.146447], rel=1e-3)
     assert measured == [True, False, False, True, False, False]
+    # Whoever is told no more counts passes again.
+    assert float(distiller(toy_batch())["kd/near"].detach()) / found[0] == pytest.approx(0.146447, rel=1e-3)
 
 
 def test_weights_decay_over_a_run_of_known_length() -> None:

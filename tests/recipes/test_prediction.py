@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from drkd.contracts import DrkdError
+from drkd.recipes import prediction
 from drkd.recipes.prediction import find_images, predict
 
 
@@ -100,6 +102,30 @@ def test_nothing_but_an_earlier_prediction_is_replaced(photos: Path, tiny_detect
     assert (output / "four.png").read_bytes() == original
     (output / "four.png").unlink()
     assert predict(tiny_detector, photos, output=output, device="cpu", overwrite=True).images == 4
+    # Of fewer images and then of all again: what the first left is still drkd's.
+    assert predict(tiny_detector, crop, output=output, device="cpu", overwrite=True).images == 1
+    assert json.loads((output / "images.json").read_text())["earlier_pictures"] != []
+    assert predict(tiny_detector, photos, output=output, device="cpu", overwrite=True).images == 4
+    assert "earlier_pictures" not in json.loads((output / "images.json").read_text())
+
+
+def test_a_prediction_that_was_cut_short_may_be_repeated(
+    photos: Path, tiny_detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, drawn = prediction._draw, []
+
+    def until_the_second(*arguments: Any) -> Any:
+        drawn.append(arguments)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    monkeypatch.setattr(prediction, "_draw", until_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        predict(tiny_detector, photos, output=tmp_path / "found", device="cpu")
+    with pytest.raises(DrkdError, match="already holds predictions"):
+        predict(tiny_detector, photos, output=tmp_path / "found", device="cpu")
+    assert predict(tiny_detector, photos, output=tmp_path / "found", device="cpu", overwrite=True).images == 3
 
 
 @pytest.mark.parametrize(

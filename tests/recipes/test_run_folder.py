@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from drkd.contracts import DrkdError
-from drkd.recipes import run_folder
+from drkd.recipes import lock, run_folder
 from drkd.recipes.lock import locked_folder
 from drkd.recipes.run_folder import RunFolder, write_text
 
@@ -135,7 +135,10 @@ def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path: Path, monkeypatch: 
     half = first.checkpoints / ".last.ckpt.1.part"
     half.write_bytes(b"half")
     for options in ({}, {"resume": "auto"}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(DrkdError, match=r"run: another run is at work in this folder\. Wait for it, stop it, or"):
+        message = (
+            rf"run: another run is at work in this folder \(process {os.getpid()} on .+\)\. Wait for it, stop it, or"
+        )
+        with pytest.raises(DrkdError, match=message):
             RunFolder(tmp_path / "run", **options)
     assert half.exists()
     # Of several processes the others write nothing.
@@ -151,6 +154,30 @@ def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path: Path, monkeypatch: 
         assert not half.exists()
         raise ZeroDivisionError
     RunFolder(tmp_path / "run", resume="auto").close()
+
+
+def test_a_lock_of_another_machine_may_outlive_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Network file systems let go of it when they miss the machine, after a minute or two."""
+    monkeypatch.setattr(run_folder, "_PATIENCE", 0.0)
+    monkeypatch.setattr(lock, "_LEASE", 0.3)
+    with RunFolder(tmp_path / "run"):
+        (tmp_path / "run" / ".lock").write_text("7 node3\n")
+        with pytest.raises(DrkdError, match=r"\(process 7 on node3\)\..* If node3 is gone, remove .*run/\.lock\.$"):
+            RunFolder(tmp_path / "run", resume="auto")
+    assert "waiting for node3" in capsys.readouterr().err
+    RunFolder(tmp_path / "run", resume="auto").close()
+
+
+def test_overwriting_leaves_a_folder_alone_that_held_no_run(tmp_path: Path) -> None:
+    """`checkpoints` and `logs` are common names."""
+    others = [tmp_path / "checkpoints" / "teacher.pth", tmp_path / "logs" / "mine.txt"]
+    for file in others:
+        file.parent.mkdir()
+        file.write_text("mine")
+    RunFolder(tmp_path, overwrite=True).close()
+    assert all(file.read_text() == "mine" for file in others)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -29,21 +29,26 @@ def gradient_norms(losses: Mapping[str, Tensor], features: Sequence[Tensor]) -> 
     # Gradients of float16 maps are float16 too. Those of a mean over a large map underflow unless they are scaled, and
     # those of a sum overflow if they are: measured loudly first, then as they are, then quietly.
     half = any(feature.dtype == torch.float16 for feature in features)
-    factors = (2.0**14, 1.0, 2.0**-10) if half else (1.0,)
-    measured = {}
-    for name, loss in losses.items():
-        if not loss.requires_grad:
-            measured[name] = torch.full((len(features),), float("nan"), device=features[0].device)
-            continue
-        for factor in factors:
-            measured[name] = _squared_norms(loss, features, factor)
-            # Only float16 waits for the device here.
-            if factor == factors[-1] or not bool(measured[name].isinf().any()):
-                break
+    first, *quieter = (2.0**14, 1.0, 2.0**-10) if half else (1.0,)
+    measured = {name: _squared_norms(loss, features, first) for name, loss in losses.items()}
+    for factor in quieter:
+        for name in _overflown(measured):
+            again = _squared_norms(losses[name], features, factor)
+            measured[name] = torch.where(measured[name].isinf(), again, measured[name])
     return measured
 
 
+def _overflown(measured: Mapping[str, Tensor]) -> list[str]:
+    """Names of what is infinite in any process: all measure again alike, since backward passes may be collective."""
+    found = torch.stack([norms.isinf().any() for norms in measured.values()]).int()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return [name for name, flag in zip(measured, found.tolist(), strict=True) if flag]
+
+
 def _squared_norms(loss: Tensor, features: Sequence[Tensor], factor: float) -> Tensor:
+    if not loss.requires_grad:
+        return torch.full((len(features),), float("nan"), device=features[0].device)
     gradients = torch.autograd.grad(loss * factor, list(features), retain_graph=True, allow_unused=True)
     return torch.stack(
         [

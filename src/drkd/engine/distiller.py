@@ -195,7 +195,7 @@ class Distiller(nn.Module):
                 yield from (p for p in module.parameters() if p.requires_grad)
 
     def at_step(self, step: int, *, first: bool) -> None:
-        """Say where the next passes are, in a loop whose optimizer steps are not always ``accumulate`` passes long.
+        """Say where the next pass is, in a loop whose optimizer steps are not always ``accumulate`` passes long.
 
         Without it passes are counted. Some trainers, Lightning among them, step at the end of an epoch too.
 
@@ -258,6 +258,7 @@ class Distiller(nn.Module):
         losses = {**task, **self._weigh(terms)}
         if self.training:
             self._passes += 1
+            self._told = None
         return losses
 
     def _see(self, part: BatchPart, *, losses: bool, looking: bool) -> _Seen:

@@ -209,8 +209,9 @@ class DistillationModule(LightningModule):
 
     def training_step(self, batch: DetectionBatch, batch_idx: int) -> Tensor:
         """One pass: the sum of the named losses."""
-        trainer = self.trainer
-        self.distiller.at_step(trainer.global_step, first=batch_idx % trainer.accumulate_grad_batches == 0)
+        # Without a trainer, as somebody may call this by hand, the distiller counts for itself.
+        if (trainer := self._trainer) is not None:
+            self.distiller.at_step(trainer.global_step, first=batch_idx % trainer.accumulate_grad_batches == 0)
         losses = self.distiller(batch)
         total = torch.stack([value.float() for value in losses.values()]).sum()
         for name, value in losses.items():

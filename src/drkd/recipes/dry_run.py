@@ -17,7 +17,7 @@ from drkd.engine.interruption import leave_out_sigterm_broadcast
 from drkd.engine.module import DistillationModule
 from drkd.engine.quiet import quiet_lightning
 from drkd.engine.training_cost import TrainingCost
-from drkd.recipes.limits import check_device, check_validation
+from drkd.recipes.limits import check_device, check_validation, steps_per_epoch
 from drkd.recipes.precision import choose_precision
 from drkd.recipes.recipe import Recipe
 from drkd.recipes.training import build_module, require_teacher_and_method
@@ -142,10 +142,11 @@ def dry_run(recipe: Recipe, *, kind: str, price: float | None = None) -> Project
             default_root_dir=scratch,
         )
         check_device(settings, trainer.strategy.root_device)
+        if not recipe.resume:
+            check_validation(settings, steps_per_epoch=steps_per_epoch(recipe, processes=trainer.world_size))
         leave_out_sigterm_broadcast(trainer)  # as in the run itself
         trainer.fit(module, datamodule=recipe.data)
     per_epoch = math.ceil(int(trainer.num_training_batches) / settings.accumulate)
-    check_validation(settings, steps_per_epoch=per_epoch)
     epochs = float(settings.epochs) if settings.epochs else (settings.steps or 0) / per_epoch
     loader = recipe.data.train_dataloader()
     size, rate = _loader_rate(loader)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,6 +81,12 @@ def check_validation(training: Training, *, epochs: int | None = None, steps_per
                 f"(training.validate_every={training.validate_every}, {steps_per_epoch} steps an epoch); expected at "
                 f"least so many, got {training.steps}."
             )
+
+
+def steps_per_epoch(recipe: Recipe, *, processes: int) -> int:
+    """Optimizer steps of an epoch of the recipe's data, which must be set up."""
+    batches = max(1, len(recipe.data.train_dataloader()) // processes)
+    return math.ceil(batches / recipe.training.accumulate)
 
 
 def check_device(training: Training, device: torch.device) -> None:

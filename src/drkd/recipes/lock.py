@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from drkd.contracts import DrkdError
+
+_LEASE = 120.0
+"""Seconds for which a network file system may keep the locks of a machine that is gone."""
 
 
 @contextmanager
@@ -39,7 +43,8 @@ def lock_folder(folder: Path, *, worker: str, patience: float) -> int | None:
     Args:
         folder: Created if need be.
         worker: What works in the folder, for the message.
-        patience: Seconds to wait for one that was killed or is about to end.
+        patience: Seconds to wait for one that was killed or is about to end; two minutes where it was on another
+            machine, whose locks a shared file system keeps for a while after its end.
 
     Raises:
         DrkdError: If another one is at work in the folder.
@@ -50,19 +55,29 @@ def lock_folder(folder: Path, *, worker: str, patience: float) -> int | None:
     except ImportError:  # Windows
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        deadline = time.monotonic() + patience
+        began, told = time.monotonic(), False
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
                 return descriptor
             except BlockingIOError:
-                if time.monotonic() > deadline:
+                process, _, host = os.pread(descriptor, 1000, 0).decode(errors="replace").strip().partition(" ")
+                elsewhere = host not in ("", socket.gethostname())
+                waited, enough = time.monotonic() - began, max(patience, _LEASE) if elsewhere else patience
+                if waited > enough:
+                    holder = f" (process {process} on {host})" if host else ""
+                    gone = f" If {host} is gone, remove {folder / '.lock'}." if elsewhere else ""
                     raise DrkdError(
-                        f"{folder}: another {worker} is at work in this folder. Wait for it, stop it, or choose "
-                        "another folder with --output."
+                        f"{folder}: another {worker} is at work in this folder{holder}. Wait for it, stop it, or "
+                        f"choose another folder with --output.{gone}"
                     ) from None
+                if elsewhere and waited > patience and not told:
+                    told = True
+                    print(f"drkd: {folder}: waiting for {host}, which has worked in it.", file=sys.stderr, flush=True)
                 time.sleep(0.2)
     except OSError as error:
         os.close(descriptor)

@@ -82,12 +82,16 @@ def predict(
         raise DrkdError(f"threshold: expected a score in [0, 1], got {threshold}.")
     sources = find_images(path, output=output)
     targets = _plan_pictures(sources, output, overwrite=overwrite)
+    left = sorted(_relative(file, output) for file in _written_before(output) - {*targets.values(), *_listings(output)})
     loaded = open_detector(
         checkpoint, min_size=min_size, max_size=max_size, trust_pickle=trust_pickle, trust_code=trust_code
     )
     chosen = choose_device(device)
     loaded.detector.to(chosen)
     names = loaded.detector.spec.class_names
+    # Said before the first is written: whoever repeats a prediction that was cut short may replace its pictures.
+    planned = [{"file_name": name, "picture": _relative(target, output)} for name, target in targets.items()]
+    write_json(output / "images.json", {"images": planned, "categories": [], "earlier_pictures": left})
     images: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     unreadable: list[str] = []
@@ -100,12 +104,17 @@ def predict(
         found = _detect(loaded, pixels, number, device=chosen, threshold=threshold)
         _save_picture(_draw(pixels, found, names), target)
         size = {"width": pixels.shape[2], "height": pixels.shape[1]}
-        images.append({"id": number, "file_name": name, **size, "picture": target.relative_to(output).as_posix()})
+        images.append({"id": number, "file_name": name, **size, "picture": _relative(target, output)})
         results += detections_to_coco([number], [found], loaded.category_ids)
     categories = [{"id": number, "name": name} for number, name in zip(loaded.category_ids, names, strict=True)]
-    write_json(output / "images.json", {"images": images, "categories": categories})
+    listing = {"images": images, "categories": categories}
+    write_json(output / "images.json", listing | {"earlier_pictures": left} if left else listing)
     write_json(output / "detections.json", results)
     return Predicted(output, len(images), len(results), tuple(unreadable))
+
+
+def _relative(target: Path, output: Path) -> str:
+    return target.relative_to(output).as_posix()
 
 
 def _read_pixels(path: Path) -> Tensor:
@@ -156,7 +165,7 @@ def _plan_pictures(sources: dict[str, Path], output: Path, *, overwrite: bool) -
     if clash is not None:
         raise DrkdError(f"The picture {clash} would overwrite an input image. Choose another folder with --output.")
     own = _written_before(output)
-    wanted = (*targets.values(), output / "images.json", output / "detections.json")
+    wanted = (*targets.values(), *_listings(output))
     if (other := next((file for file in wanted if os.path.lexists(file) and file not in own), None)) is not None:
         raise DrkdError(
             f"{other}: exists already, and no earlier prediction in {output} lists it as its own (images.json, field "
@@ -181,10 +190,15 @@ def _written_before(output: Path) -> set[Path]:
     """The files of an earlier prediction in the folder; none if there was none or images.json is somebody else's."""
     try:
         listing = json.loads((output / "images.json").read_text(encoding="utf-8"))
-        pictures = {output / entry["picture"] for entry in listing["images"]}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        names = [*(entry["picture"] for entry in listing["images"]), *listing.get("earlier_pictures", ())]
+        pictures = {output / name for name in names}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return set()
-    return {*pictures, output / "images.json", output / "detections.json"}
+    return {*pictures, *_listings(output)}
+
+
+def _listings(output: Path) -> tuple[Path, Path]:
+    return output / "images.json", output / "detections.json"
 
 
 @torch.inference_mode()

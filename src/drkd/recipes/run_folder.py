@@ -145,20 +145,19 @@ class RunFolder:
 
     def _take(self, resume: bool | Literal["auto"], *, overwrite: bool) -> None:
         """Lock the folder, then look what is in it: another run may have ended while this one waited."""
-        began = (self.path / "run.json").exists() or self.checkpoints.is_dir()
-        if resume and resume != "auto" and not began:
+        if resume and resume != "auto" and not self._began():
             raise DrkdError(f"Nothing to resume: {self.last_checkpoint} does not exist. Start without --resume.")
         try:
             self._lock = lock_folder(self.path, worker="run", patience=_PATIENCE)
             # A run that was overwritten in part, by a drkd that began with run.json, is one too.
-            taken = any(file.exists() for file in (self.path / "run.json", self.last_checkpoint, self.student))
-            if taken and not resume and not overwrite:
+            taken = (self.path / "run.json").exists() or self.last_checkpoint.exists()
+            if (taken or self.student.exists()) and not resume and not overwrite:
                 raise DrkdError(
                     f"{self.path} already holds a run. Go on with it (--resume=true), replace it (--overwrite=true), "
                     "or choose another folder (--output)."
                 )
-            # A folder of something else may have a `logs` of its own.
-            if overwrite and (taken or began):
+            # A folder of something else may have `checkpoints` and `logs` of its own.
+            if overwrite and taken:
                 self._clear()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             remove_asides(self.path, _WRITTEN)
@@ -173,6 +172,9 @@ class RunFolder:
         except BaseException:
             self.close()
             raise
+
+    def _began(self) -> bool:
+        return (self.path / "run.json").exists() or self.checkpoints.is_dir()
 
     def _clear(self) -> None:
         """Remove an earlier run: first what one would go on from, last the record that the folder is taken."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from drkd.evaluation import CocoEvaluator
 from drkd.recipes.building import explained_by_recipe
 from drkd.recipes.evaluation import evaluate_detector
 from drkd.recipes.inheritance import inherit_neck_and_head
-from drkd.recipes.limits import check_device, check_unlabelled, check_validation
+from drkd.recipes.limits import check_device, check_unlabelled, check_validation, steps_per_epoch
 from drkd.recipes.precision import choose_precision
 from drkd.recipes.preflight import preflight
 from drkd.recipes.recipe import Recipe
@@ -224,8 +223,7 @@ def _run_in(folder: RunFolder, recipe: Recipe, stops: StopsAtOnce, *, kind: str)
         trainer = _trainer(recipe, folder, callbacks)
     check_device(recipe.training, trainer.strategy.root_device)
     if recipe.training.steps and recipe.training.keeps_best and not folder.resumes:
-        batches = max(1, len(recipe.data.train_dataloader()) // trainer.world_size)
-        check_validation(recipe.training, steps_per_epoch=math.ceil(batches / recipe.training.accumulate))
+        check_validation(recipe.training, steps_per_epoch=steps_per_epoch(recipe, processes=trainer.world_size))
     folder.start(resolved=recipe.resolved, seed=recipe.seed, kind=kind)
     try:
         if kind == "distill" and recipe.doctor and not folder.resumes:

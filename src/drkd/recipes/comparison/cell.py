@@ -165,8 +165,8 @@ def check_inputs(cell: Cell) -> None:
     Raises:
         DrkdError: If one was replaced meanwhile, naming the setting.
     """
-    now = Fingerprints().of(leaves(cell.settings, plain=False))
-    changes = [key for key, value in now.items() if cell.inputs.get(key) != value]
+    now = Fingerprints(same_files=True).of(leaves(cell.settings, plain=False))
+    changes = [key for key, value in now.items() if cell.inputs.get(key, value) != value]
     if changes:
         raise DrkdError(
             f"{cell.name}: {', '.join(changes)}: the file was replaced while drkd compare was at work, and one table "

@@ -19,15 +19,22 @@ _SPLITS = ("data.train_split", "data.val_split", "evaluation.split")
 _DIGITS = 16
 # Of label files, by a digest of their paths, sizes and times of change.
 _DIGESTS: dict[bytes, str] = {}
+# Which label files a split had when it was last looked at in full, which looks for one beside every image.
+_LISTS: dict[SplitSource, list[Path]] = {}
 
 
 class Fingerprints:
     """Digests what settings name; looks once at a split's label files (YOLO and VOC), which may be many.
 
     What this process has digested before is not read again while sizes and times of change are the same.
+
+    Args:
+        same_files: Do not look for label files that were added since this process last did: a comparison asks before
+            and after each cell.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, same_files: bool = False) -> None:
+        self._same_files = same_files
         self._labels: dict[SplitSource, str | None] = {}
 
     def of(self, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -68,7 +75,9 @@ class Fingerprints:
     def _digest_labels(self, source: SplitSource) -> str | None:
         if source not in self._labels:
             try:
-                self._labels[source] = _digest_all(list_label_files(source))
+                if not self._same_files or source not in _LISTS:
+                    _LISTS[source] = list_label_files(source)
+                self._labels[source] = _digest_all(_LISTS[source])
             except (DrkdError, OSError, ValueError):
                 self._labels[source] = None
         return self._labels[source]
