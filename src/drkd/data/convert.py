@@ -203,14 +203,14 @@ def _write(
 
 def _read_back(aside: Path, target: Path, parts: Sequence[WrittenSplit], writer: Writer, to: FormatName) -> None:
     """Insist that every image and box that was written is found again."""
-    try:
-        sources = find_sources(aside, format=to)
-        found = {name: read_source(source) for name, source in sources.items()}
-    except DrkdError as error:
-        reason = str(error).replace(str(aside), str(target))
-        raise DrkdError(f"What was written does not read back, so it was not kept: {reason}") from None
     for part in parts:
-        read = found[part.split.name].records if part.split.name in found else ()
+        try:
+            source = find_sources(aside, format=to).get(part.split.name)
+            # One split at a time: the source's records are held beside it.
+            read = () if source is None else read_source(source).records
+        except DrkdError as error:
+            reason = str(error).replace(str(aside), str(target))
+            raise DrkdError(f"What was written does not read back, so it was not kept: {reason}") from None
         ours = len(part.names), sum(writer.count(record) for record in part.split.records)
         theirs = len(read), sum(len(record.labels) for record in read)
         if ours != theirs:
