@@ -124,34 +124,29 @@ def test_cosine_ends_at_zero() -> None:
     assert [settings.factor(s, 110) for s in (0, 10, 60, 110)] == pytest.approx([0, 1, 0.5, 0], abs=1e-9)
 
 
-def test_the_trainer_tells_the_length_of_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("accumulate", "passes", "expected"),
+    [
+        (3, 6, [1.0] * 3 + [0.853553] * 3 + [0.5] * 3 + [0.146447] * 3),
+        # Lightning steps at an epoch's end: two epochs of three passes, two a step, are four steps and not three.
+        (2, 3, [1.0, 1.0, 0.853553, 0.5, 0.5, 0.146447]),
+    ],
+)
+def test_the_trainer_tells_where_its_steps_are(
+    accumulate: int, passes: int, expected: list[float], tmp_path: Path
+) -> None:
     """A method that decays needs it: half way through the epochs its weights are at half."""
     learner, seen = module(), []
-    learner.distiller.accumulate = 3
+    learner.distiller.accumulate = accumulate
     learner.distiller.method.decay = "cosine"
 
     class Weights(Callback):
         def on_train_batch_end(self, *arguments: object) -> None:
             seen.append(float(learner.distiller.monitor.weights["near/p3"]))
 
-    trainer(tmp_path, Weights(), accumulate_grad_batches=3).fit(learner, loader())
+    trainer(tmp_path, Weights(), accumulate_grad_batches=accumulate).fit(learner, loader(passes))
     assert learner.distiller.total_steps == 4
-    assert seen == pytest.approx([1.0] * 3 + [0.853553] * 3 + [0.5] * 3 + [0.146447] * 3, rel=1e-4)
-
-
-def test_the_last_batches_of_an_epoch_are_a_step_too(tmp_path: Path) -> None:
-    """Lightning steps at an epoch's end: two epochs of three passes, two a step, are four steps and not three."""
-    learner, seen = module(), []
-    learner.distiller.accumulate = 2
-    learner.distiller.method.decay = "cosine"
-
-    class Weights(Callback):
-        def on_train_batch_end(self, *arguments: object) -> None:
-            seen.append(float(learner.distiller.monitor.weights["near/p3"]))
-
-    trainer(tmp_path, Weights(), accumulate_grad_batches=2).fit(learner, loader(3))
-    assert learner.distiller.total_steps == 4
-    assert seen == pytest.approx([1.0, 1.0, 0.853553, 0.5, 0.5, 0.146447], rel=1e-4)
+    assert seen == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_backbone_may_have_a_rate_of_its_own() -> None:
