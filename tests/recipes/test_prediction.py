@@ -102,9 +102,17 @@ def test_nothing_but_an_earlier_prediction_is_replaced(photos: Path, tiny_detect
     assert (output / "four.png").read_bytes() == original
     (output / "four.png").unlink()
     assert predict(tiny_detector, photos, output=output, device="cpu", overwrite=True).images == 4
+    # A name that leads out of the folder is none of ours.
+    listing = json.loads((output / "images.json").read_text())
+    listing["earlier_pictures"] = [str(tmp_path / "secret.png"), "../photos/one.png"]
+    (output / "images.json").write_text(json.dumps(listing))
     # Of fewer images and then of all again: what the first left is still drkd's.
     assert predict(tiny_detector, crop, output=output, device="cpu", overwrite=True).images == 1
-    assert json.loads((output / "images.json").read_text())["earlier_pictures"] != []
+    assert json.loads((output / "images.json").read_text())["earlier_pictures"] == [
+        "deep/two.JPG",
+        "four.png",
+        "three.bmp.png",
+    ]
     assert predict(tiny_detector, photos, output=output, device="cpu", overwrite=True).images == 4
     assert "earlier_pictures" not in json.loads((output / "images.json").read_text())
 
@@ -133,6 +141,7 @@ def test_a_prediction_that_was_cut_short_may_be_repeated(
     [
         ("images.json", '{"images": [{"id": 1, "file_name": "one.png"}], "categories": []}'),
         ("images.json", "[1]"),
+        ("images.json", '{"images": [{"picture": 7}], "categories": []}'),
         ("images.json", "no JSON"),
         ("detections.json", "[]"),
     ],

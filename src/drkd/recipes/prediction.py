@@ -81,8 +81,9 @@ def predict(
     if not 0 <= threshold <= 1:
         raise DrkdError(f"threshold: expected a score in [0, 1], got {threshold}.")
     sources = find_images(path, output=output)
-    targets = _plan_pictures(sources, output, overwrite=overwrite)
-    left = sorted(_relative(file, output) for file in _written_before(output) - {*targets.values(), *_listings(output)})
+    own = _written_before(output)
+    targets = _plan_pictures(sources, output, own=own, overwrite=overwrite)
+    left = sorted(_relative(file, output) for file in own - {*targets.values(), *_listings(output)})
     loaded = open_detector(
         checkpoint, min_size=min_size, max_size=max_size, trust_pickle=trust_pickle, trust_code=trust_code
     )
@@ -155,7 +156,7 @@ def find_images(path: Path, *, output: Path) -> dict[str, Path]:
     return found
 
 
-def _plan_pictures(sources: dict[str, Path], output: Path, *, overwrite: bool) -> dict[str, Path]:
+def _plan_pictures(sources: dict[str, Path], output: Path, *, own: set[Path], overwrite: bool) -> dict[str, Path]:
     """Where each image's picture goes: to a name of its own, and never onto what no earlier prediction wrote."""
     if output.exists() and not output.is_dir():
         raise DrkdError(f"{output}: expected a folder for the output, this is a file.")
@@ -164,7 +165,6 @@ def _plan_pictures(sources: dict[str, Path], output: Path, *, overwrite: bool) -
     clash = next((target for target in targets.values() if target.resolve() in inputs), None)
     if clash is not None:
         raise DrkdError(f"The picture {clash} would overwrite an input image. Choose another folder with --output.")
-    own = _written_before(output)
     wanted = (*targets.values(), *_listings(output))
     if (other := next((file for file in wanted if os.path.lexists(file) and file not in own), None)) is not None:
         raise DrkdError(
@@ -191,7 +191,9 @@ def _written_before(output: Path) -> set[Path]:
     try:
         listing = json.loads((output / "images.json").read_text(encoding="utf-8"))
         names = [*(entry["picture"] for entry in listing["images"]), *listing.get("earlier_pictures", ())]
-        pictures = {output / name for name in names}
+        # A name that leads out of the folder is none that drkd wrote.
+        inside = [name for name in map(Path, names) if not name.is_absolute() and ".." not in name.parts]
+        pictures = {output / name for name in inside}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return set()
     return {*pictures, *_listings(output)}
