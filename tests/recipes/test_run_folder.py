@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,8 @@ from drkd.contracts import DrkdError
 from drkd.recipes import lock, run_folder
 from drkd.recipes.lock import locked_folder
 from drkd.recipes.run_folder import RunFolder, write_text
+
+NEEDS_LOCKS = pytest.mark.skipif(find_spec("fcntl") is None, reason="Windows has no locks of this kind, and no fork")
 
 
 def _interrupted(path: Path) -> RunFolder:
@@ -129,6 +131,7 @@ def test_a_damaged_row_of_a_log_is_left_out(damage: str, tmp_path: Path) -> None
     assert (tmp_path / "run" / "metrics.csv").read_text() == "step,epoch,loss\n0,0,1.5\n1,0,1.25\n"
 
 
+@NEEDS_LOCKS
 def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "_PATIENCE", 0.0)
     first = RunFolder(tmp_path / "run")
@@ -156,6 +159,7 @@ def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path: Path, monkeypatch: 
     RunFolder(tmp_path / "run", resume="auto").close()
 
 
+@NEEDS_LOCKS
 def test_a_lock_of_another_machine_may_outlive_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +174,17 @@ def test_a_lock_of_another_machine_may_outlive_it(
     RunFolder(tmp_path / "run", resume="auto").close()
 
 
+@NEEDS_LOCKS
+def test_a_full_disk_is_no_reason_to_go_without_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_folder, "_PATIENCE", 0.0)
+    monkeypatch.setattr(os, "pwrite", full)
+    with RunFolder(tmp_path / "run"), pytest.raises(DrkdError, match=r"at work in this folder\. Wait"):
+        RunFolder(tmp_path / "run", resume="auto")
+
+
 def test_overwriting_leaves_a_folder_alone_that_held_no_run(tmp_path: Path) -> None:
     """`checkpoints` and `logs` are common names."""
     others = [tmp_path / "checkpoints" / "teacher.pth", tmp_path / "logs" / "mine.txt"]
@@ -180,7 +195,7 @@ def test_overwriting_leaves_a_folder_alone_that_held_no_run(tmp_path: Path) -> N
     assert all(file.read_text() == "mine" for file in others)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@NEEDS_LOCKS
 def test_a_killed_run_holds_its_folder_no_longer_and_a_closed_one_not_by_its_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +228,7 @@ time.sleep(60)
         os.waitpid(worker, 0)
 
 
+@NEEDS_LOCKS
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
 def test_where_there_are_no_locks_a_run_warns_and_goes_on(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -220,7 +236,7 @@ def test_where_there_are_no_locks_a_run_warns_and_goes_on(
     def fail(descriptor: int, operation: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(fcntl, "flock", fail)
+    monkeypatch.setattr("fcntl.flock", fail)
     with RunFolder(tmp_path / "run") as folder:
         assert folder.writes
     with locked_folder(tmp_path / "out") as lock:

@@ -61,8 +61,10 @@ def lock_folder(folder: Path, *, worker: str, patience: float) -> int | None:
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+                # Who holds it is for messages: on a full disk the lock is as good.
+                with suppress(OSError):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
                 return descriptor
             except BlockingIOError:
                 process, _, host = os.pread(descriptor, 1000, 0).decode(errors="replace").strip().partition(" ")

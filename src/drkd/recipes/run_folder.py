@@ -145,7 +145,8 @@ class RunFolder:
 
     def _take(self, resume: bool | Literal["auto"], *, overwrite: bool) -> None:
         """Lock the folder, then look what is in it: another run may have ended while this one waited."""
-        if resume and resume != "auto" and not self._began():
+        began = (self.path / "run.json").exists() or self.checkpoints.is_dir()
+        if resume and resume != "auto" and not began:
             raise DrkdError(f"Nothing to resume: {self.last_checkpoint} does not exist. Start without --resume.")
         try:
             self._lock = lock_folder(self.path, worker="run", patience=_PATIENCE)
@@ -172,9 +173,6 @@ class RunFolder:
         except BaseException:
             self.close()
             raise
-
-    def _began(self) -> bool:
-        return (self.path / "run.json").exists() or self.checkpoints.is_dir()
 
     def _clear(self) -> None:
         """Remove an earlier run: first what one would go on from, last the record that the folder is taken."""
