@@ -15,6 +15,7 @@ from drkd.contracts import DrkdError
 from drkd.data.convert import convert
 from drkd.data.formats.reading import find_sources, list_label_files
 from drkd.recipes import run_folder
+from drkd.recipes.comparison import inputs
 from drkd.recipes.comparison.cell import (
     Cell,
     collect,
@@ -217,9 +218,14 @@ def test_files_that_did_not_change_are_read_once(
         patch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read again"))
         patch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("a file was read again"))
         assert Fingerprints().of(settings) == before
+        # Nor looked for, before and after each cell.
+        patch.setattr(inputs, "list_label_files", lambda source: pytest.fail(f"{source} was searched again"))
+        assert Fingerprints(same_files=True).of(settings) == before
     label = _label_of("val", settings)
     label.write_text(label.read_text().replace("0", "1"))
-    assert changed_inputs(before, Fingerprints().of(settings)) == ["data.root val labels is another file"]
+    for same_files in (False, True):
+        now = Fingerprints(same_files=same_files).of(settings)
+        assert changed_inputs(before, now) == ["data.root val labels is another file"]
 
 
 def test_a_teacher_that_is_a_folder_has_a_digest(tiny_detector: Path, tmp_path: Path) -> None:

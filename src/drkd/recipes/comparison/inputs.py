@@ -125,7 +125,7 @@ def _digest_all(files: Sequence[Path]) -> str | None:
     """One digest of the names and contents of files; None where there are none."""
     if not files:
         return None
-    # Of a hundred thousand files a digest is kept, no list.
+    # Of what a hundred thousand files were like a digest is kept, no list.
     seen = hashlib.sha256()
     for file in files:
         status = file.stat()
