@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import rebuild_storage_fd
 from drkd import cli
 from drkd.cli import main
 from drkd.cli_errors import explain
-from drkd.contracts import DrkdError
+from drkd.contracts import DrkdError, MachineError
 from drkd.recipes import run_folder
 from drkd.recipes.builtin import builtin_recipe
 
@@ -341,6 +341,18 @@ def test_a_bug_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "data.batch_size"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 1, "batch_size"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 1, "data.batch_size"),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be"), 1, "data.batch_size"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), 1, "data.batch_size"),
+        (RuntimeError("[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried"), 1, "data.batch_size"),
+        (RuntimeError("unable to write to file </torch_7_1>: No space left on device (28)"), 1, "--shm-size"),
+        (RuntimeError("unable to open shared memory object </torch_7>: Too many open files (24)"), 1, "data.workers"),
+        (RuntimeError("received 0 items of ancdata"), 1, "ulimit -n"),
+        (OSError(errno.EMFILE, "Too many open files"), 1, "Too many open files"),
+        (MachineError("x.png: there was not enough memory to decode this image."), 1, "x.png: there was not"),
+        (
+            MachineError("Caught it.\nOriginal Traceback:\n  x\ndrkd.contracts.MachineError: x.png: too many open"),
+            *(1, "x.png: too many open"),
+        ),
         (RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0"), 1, "disk full"),
         (DrkdError("Caught DrkdError in worker.\nOriginal Traceback:\n  x\ndrkd.contracts.DrkdError: bad"), 2, "bad"),
         (ValueError("expected 1, got 2"), 2, "expected 1, got 2 (DRKD_TRACEBACK=1"),

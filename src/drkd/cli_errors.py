@@ -11,8 +11,7 @@ FAILED, WRONG, NOT_APPLICABLE, INTERRUPTED = 1, 2, 3, 130
 """Exit codes: a fault of the machine, what the user can put right, a method that does not fit the pair, Ctrl-C."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# A CPU's allocator, and libraries of a GPU that allocate beside PyTorch, report it as a plain RuntimeError.
-_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 # Where PyTorch opens the memory that a worker shares with us.
 _TAKES_OVER = os.path.join("torch", "multiprocessing", "reductions.py")  # noqa: PTH118 - an end of a name, no path
 
@@ -23,10 +22,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     Args:
         error: What reached the command line.
     """
-    import torch
-
-    from drkd.contracts import DrkdError, NotApplicableError
-    from drkd.recipes.peers import lost_peer
+    from drkd.contracts import DrkdError, MachineError, NotApplicableError
+    from drkd.recipes.faults import lost_peer, out_of_memory, out_of_shared_memory
 
     message = str(error).strip()
     if isinstance(error, NotApplicableError):
@@ -34,14 +31,21 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, DrkdError):
         full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
         return FAILED if full else WRONG, _from_worker(message)
+    if isinstance(error, MachineError):
+        return FAILED, _from_worker(message)
     if _worker_died(error, message):
         return FAILED, (
             "A process that decodes images was killed, mostly for want of (shared) memory. Use fewer of them "
             "(data.workers), or 0."
         )
+    if out_of_shared_memory(error):
+        return FAILED, (
+            "A process that decodes images could not hand them over, for want of shared memory or open files. Use "
+            "fewer of them (data.workers), or 0; or allow more (--shm-size where it runs in a container, ulimit -n)."
+        )
     if isinstance(error, OSError):
         return _explain_os(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in message for sign in _NO_MEMORY):
+    if out_of_memory(error):
         return FAILED, (
             "Out of memory. Use smaller batches (data.batch_size, with training.accumulate to make up for it), smaller "
             "images (data.min_size, data.max_size), or training.precision bf16-mixed."
@@ -78,7 +82,7 @@ def _explain_os(error: OSError) -> tuple[int, str]:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in _FULL:
         return FAILED, f"{where}no space is left on the disk. Free some, or choose another place with --output."
-    return WRONG, f"{where}{error.strerror or error}."
+    return FAILED if error.errno in _SHORT else WRONG, f"{where}{error.strerror or error}."
 
 
 def _from_worker(message: str) -> str:

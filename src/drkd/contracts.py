@@ -39,6 +39,13 @@ class DrkdError(ValueError):
     """Something that the user can put right. The message is one readable paragraph; the command line prints it bare."""
 
 
+class MachineError(RuntimeError):
+    """The machine lacks something, memory or open files say: no fault of the file that it shows at, so no `DrkdError`.
+
+    The message is one readable paragraph too.
+    """
+
+
 class NotApplicableError(DrkdError):
     """A method cannot work with a pair of detectors by its nature: no setting of the method would put that right."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import EpsImagePlugin, Image
 from PIL.PngImagePlugin import PngInfo
 
-from drkd.contracts import DrkdError, ImageRecord
+from drkd.contracts import DrkdError, ImageRecord, MachineError
 from drkd.data.dataset import DatasetSplit, DetectionDataset
 from drkd.data.image import FORMATS, IMAGE_SUFFIXES, choose_suffix, decode_image, read_image_size
 from drkd.data.sampler import aspect_group
@@ -263,3 +264,48 @@ def test_an_image_of_several_pictures_is_a_jpeg(tmp_path: Path) -> None:
     pictures = [Image.new("RGB", (60, 40), colour) for colour in ("red", "blue")]
     pictures[0].save(tmp_path / "image", format="MPO", save_all=True, append_images=pictures[1:])
     assert choose_suffix(tmp_path / "image") == ".jpg" and decode_image(tmp_path / "image").shape == (3, 40, 60)
+
+
+@pytest.mark.parametrize("read", [decode_image, read_image_size])
+@pytest.mark.parametrize(
+    ("lack", "message"),
+    [
+        (MemoryError(), r"one\.png: there was not enough memory"),
+        (OSError(errno.EMFILE, "Too many open files"), r"one\.png: the machine cannot open .*Too many open files"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_damage_of_the_file(
+    read, lack: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (4, 3)).save(tmp_path / "one.png")
+
+    def fail(*_: object, **__: object) -> None:
+        raise lack
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(MachineError, match=message):
+        read(tmp_path / "one.png")
+
+
+def test_no_other_image_stands_in_for_one_that_the_machine_could_not_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = []
+    for number in range(3):
+        Image.new("RGB", (4, 3)).save(tmp_path / f"{number}.png")
+        nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool), torch.zeros(0)
+        records.append(ImageRecord(number, tmp_path / f"{number}.png", (3, 4), torch.zeros(0, 4), *nothing))
+    (tmp_path / "0.png").write_bytes(b"")
+    dataset = DetectionDataset(DatasetSplit("train", records, ("cat",)), train_transforms(), substitutes=2)
+    real = Image.open
+
+    def fail(path: Path, **options: object) -> Image.Image:
+        if Path(path).name == "1.png":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, **options)
+
+    monkeypatch.setattr(Image, "open", fail)
+    for position in (0, 1):
+        with pytest.raises(MachineError, match=r"1\.png"):
+            dataset[position]
+    assert dataset.unreadable.tolist() == [1, 0, 0]

@@ -35,6 +35,7 @@ _BOUNDS = {
     "Feature hint": 0.2,
     "PKD": 0.2,
     "DRKD": 0.25,
+    "DRKD, balanced": 0.45,
     "DRKD, paper": 0.75,
     "DRKD, released": 0.65,
 }
@@ -93,3 +94,12 @@ def test_both_learn_from_the_first_ones_teacher(folder: Path) -> None:
     # Batch norms are frozen here, so that nothing of the student is a process' own either.
     differ = [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]
     assert differ == []
+
+
+@pytest.mark.usefixtures("one_and_two")
+def test_processes_that_do_not_see_one_checkpoint_do_not_go_on(folder: Path) -> None:
+    first, second = (torch.load(folder / f"disagree{rank}.pt", weights_only=True) for rank in range(2))
+    assert first == second
+    assert first["none"] == ""
+    assert "1 of 2 processes see a checkpoint to go on from" in first["one"]
+    assert "last.ckpt: the processes would go on from different steps (3, 4)" in first["both"]

@@ -17,6 +17,8 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from lightning import Callback, Trainer
@@ -25,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from drkd.adapters import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder
-from drkd.contracts import BoxTargets, DetectionBatch, DetectorBuilder, DetectorSpec, KDMethod
+from drkd.contracts import BoxTargets, DetectionBatch, DetectorBuilder, DetectorSpec, DrkdError, KDMethod
 from drkd.engine import Distiller
 from drkd.engine.module import DistillationModule, Optimization
 from drkd.engine.nonfinite import NonFiniteSteps
@@ -45,6 +47,7 @@ from drkd.methods import (
     PaperDRKD,
     ReleasedDRKD,
 )
+from drkd.recipes.restoring import Restoring
 
 MethodFactory = Callable[[DetectorSpec, DetectorSpec], KDMethod]
 Found = dict[str, dict[str, torch.Tensor]]
@@ -66,10 +69,14 @@ def _cases() -> dict[str, tuple[DetectorBuilder, MethodFactory | None]]:
         "RetinaNet, batch norm": (RetinaNetBuilder(fpn_channels=32, extra="none", **{**_SMALL, "norm": "batch"}), None),
         "FCOS": (FCOSBuilder(fpn_channels=64, **_SMALL), None),
         "Faster R-CNN": (FasterRCNNBuilder(fpn_channels=32, representation_size=64, **_SMALL), None),
-        **{name: (small, partial(method, balanced=False)) for name, method in ALONE.items()},
+        **{
+            name: (small, method if name == BALANCED else partial(method, balanced=False))
+            for name, method in ALONE.items()
+        },
     }
 
 
+BALANCED = "DRKD, balanced"
 # Their terms without the task's loss, which would hide them: with fixed weights they may be a millionth of it.
 ALONE: dict[str, Callable[..., KDMethod]] = {
     "FitNet": FitNet,
@@ -86,6 +93,7 @@ ALONE: dict[str, Callable[..., KDMethod]] = {
     "Feature hint": FeatureHint,
     "PKD": PKD,
     "DRKD": DRKD,
+    BALANCED: partial(DRKD, warmup_steps=0),
     "DRKD, paper": PaperDRKD,
     "DRKD, released": ReleasedDRKD,
 }
@@ -204,6 +212,22 @@ def learn(rank: int) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in distiller.state_dict().items() if isinstance(tensor, Tensor)}
 
 
+def disagree(rank: int) -> dict[str, str]:
+    """What two processes say that see a checkpoint each for itself, or checkpoints of unlike steps."""
+    trainer: Any = SimpleNamespace(callbacks=[], optimizers=[], global_step=3 + rank)
+    said = {}
+    for what, seen in {"one": rank == 0, "none": False, "both": True}.items():
+        restoring = Restoring(Path("last.ckpt") if seen else None)
+        try:
+            restoring.setup(trainer, nn.Module(), "fit")  # type: ignore[arg-type]
+            restoring.on_load_checkpoint(trainer, nn.Module(), {"global_step": 3 + rank, "callbacks": {}})  # type: ignore[arg-type]
+            restoring.on_train_start(trainer, nn.Module())  # type: ignore[arg-type]
+            said[what] = ""
+        except DrkdError as error:
+            said[what] = str(error)
+    return said
+
+
 def _fit(module: DistillationModule, batches: list[DetectionBatch], *callbacks: Callback) -> None:
     Trainer(
         accelerator="cpu",
@@ -220,7 +244,7 @@ def _fit(module: DistillationModule, batches: list[DetectionBatch], *callbacks: 
 
 
 def run_two(folder: Path) -> tuple[Found, Found]:
-    """Start both processes and return what each found; what `skip` and `learn` return is left in the folder."""
+    """Start both processes and return what each found; what `skip`, `learn` and `disagree` return is left there."""
     started = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder)],
@@ -264,6 +288,7 @@ def main() -> None:
         torch.save(compute(rank), folder / f"{rank}.pt")
         torch.save([skip(rank, broken=broken) for broken in (False, True)], folder / f"skip{rank}.pt")
         torch.save(learn(rank), folder / f"learn{rank}.pt")
+        torch.save(disagree(rank), folder / f"disagree{rank}.pt")
         distributed.barrier()
         distributed.destroy_process_group()
         return

@@ -193,3 +193,11 @@ def test_category_ids_are_those_of_the_data_that_it_was_trained_on(
     assert listing["categories"] == [{"id": 90, "name": "cat"}, {"id": 18, "name": "dog"}]
     ours, plain = (json.loads((tmp_path / name / "detections.json").read_text()) for name in ("found", "plain"))
     assert ours and [entry["category_id"] for entry in ours] == [{1: 90, 2: 18}[e["category_id"]] for e in plain]
+
+
+def test_a_name_as_long_as_the_system_allows(photos: Path, tiny_detector: Path, tmp_path: Path) -> None:
+    name = f"{'x' * 251}.png"
+    (photos / "one.png").rename(photos / name)
+    predicted = predict(tiny_detector, photos, output=tmp_path / "found", device="cpu")
+    assert predicted.images == 3 and (tmp_path / "found" / name).exists()
+    assert not list((tmp_path / "found").glob(".*"))

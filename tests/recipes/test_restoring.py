@@ -130,6 +130,7 @@ class _Trainer(SimpleNamespace):
 def _restore(trainer: Any) -> None:
     restoring = Restoring(Path("last.ckpt"))
     with restoring:
+        restoring.setup(trainer, nn.Module(), "fit")
         restoring.on_load_checkpoint(trainer, nn.Module(), trainer.content)
         restoring.on_fit_start(trainer, nn.Module())
         restoring.on_train_start(trainer, nn.Module())
@@ -183,10 +184,40 @@ def test_a_damaged_best_student_is_one_paragraph() -> None:
         raise RuntimeError("sizes\ndiffer")
 
 
-def test_a_process_that_is_gone_is_not_the_checkpoints_fault() -> None:
-    gone = RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:9134: Connection closed by peer.")
-    with pytest.raises(RuntimeError) as caught, Restoring(Path("last.ckpt")):
-        raise gone
-    assert caught.value is gone
-    with pytest.raises(DrkdError, match="the run cannot go on from this checkpoint"), Restoring(Path("last.ckpt")):
-        raise RuntimeError("size mismatch: a peer")
+@pytest.mark.parametrize(
+    "fault",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:9134: Connection closed by peer."),
+        torch.distributed.DistNetworkError("The server socket has failed to listen: EADDRINUSE"),
+        torch.distributed.DistStoreError("Timed out after 1801 seconds waiting for clients. 1/2 clients joined."),
+        torch.distributed.DistBackendError("NCCL error: unhandled system error"),
+        torch.AcceleratorError("CUDA error: all CUDA-capable devices are busy or unavailable"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_a_fault_of_the_machine_or_of_other_processes_is_not_the_checkpoints(fault: Exception) -> None:
+    restoring = Restoring(Path("last.ckpt"))
+    with pytest.raises(type(fault)) as caught, restoring:
+        restoring.setup(_Trainer(), nn.Module(), "fit")  # type: ignore[arg-type]
+        raise fault
+    assert caught.value is fault
+
+
+def test_an_error_is_the_checkpoints_only_while_it_is_restored() -> None:
+    error = RuntimeError("size mismatch: a peer")
+    early, late = Restoring(Path("last.ckpt")), Restoring(Path("last.ckpt"))
+    trainer: Any = _Trainer()
+    with pytest.raises(RuntimeError) as caught, early:
+        raise error
+    assert caught.value is error
+    with pytest.raises(DrkdError, match="the run cannot go on from this checkpoint"), early:
+        early.setup(trainer, nn.Module(), "fit")
+        raise error
+    with pytest.raises(RuntimeError) as caught, late:
+        late.setup(trainer, nn.Module(), "fit")
+        late.on_load_checkpoint(trainer, nn.Module(), trainer.content)
+        late.on_train_start(trainer, nn.Module())
+        raise error
+    assert caught.value is error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from drkd.contracts import DrkdError, Size
+from drkd.contracts import DrkdError, MachineError, Size
 
 IMAGE_SUFFIXES = frozenset(
     {
@@ -28,6 +29,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000"
 _T = TypeVar("_T")
 
 _EXIF_ORIENTATION = 0x0112
+_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # By Pillow's name of the format, where that is not what its files end in.
 _SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}
 
@@ -50,6 +52,7 @@ def decode_image(path: Path, size: Size | None = None, *, turned: bool = False) 
         (3, H, W) uint8.
 
     Raises:
+        MachineError: If memory or open files ran out, which says nothing about the file.
         DrkdError: If the file cannot be decoded or has another size.
     """
     _refuse_special(path)
@@ -68,6 +71,7 @@ def decode_image(path: Path, size: Size | None = None, *, turned: bool = False) 
     except Image.DecompressionBombError as error:
         raise DrkdError(f"{path}: the image is too large to be one of a data set ({error}).") from None
     except Exception as error:
+        _blame_machine(path, error)
         # Where the user has imported Ultralytics, it has replaced Pillow's open, and asks for a HEIC library here.
         if isinstance(error.__context__, UnidentifiedImageError):
             raise DrkdError(f"{path}: this is not an image, or of a kind that cannot be read.") from None
@@ -128,8 +132,22 @@ def _open_header(path: Path, read: Callable[[Image.Image], _T]) -> _T:
             with Image.open(path, formats=FORMATS) as image:
                 return read(image)
     except Exception as error:
+        _blame_machine(path, error)
         # Pillow's plugins raise errors of many kinds on damaged files.
         raise DrkdError(f"{path}: the image cannot be read ({error}).") from None
+
+
+def _blame_machine(path: Path, error: Exception) -> None:
+    if isinstance(error, MemoryError):
+        raise MachineError(
+            f"{path}: there was not enough memory to decode this image. Training, use fewer processes that decode "
+            "(data.workers) or smaller batches (data.batch_size)."
+        ) from None
+    if isinstance(error, OSError) and error.errno in _MACHINE:
+        raise MachineError(
+            f"{path}: the machine cannot open this image ({error.strerror}). Raise its limit (ulimit -n); training, "
+            "use fewer processes that decode (data.workers)."
+        ) from None
 
 
 def _refuse_special(path: Path) -> None:

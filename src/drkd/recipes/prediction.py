@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 from torchvision.utils import draw_bounding_boxes
 
-from drkd.contracts import BoxTargets, DetectionBatch, Detections, DrkdError
+from drkd.contracts import BoxTargets, DetectionBatch, Detections, DrkdError, MachineError
 from drkd.data.dataset import Sample
 from drkd.data.image import IMAGE_SUFFIXES, decode_image
 from drkd.data.transforms import collate, eval_transforms
@@ -99,7 +99,7 @@ def predict(
     for number, (name, target) in enumerate(targets.items(), start=1):
         try:
             pixels = _read_pixels(sources[name])
-        except DrkdError as error:
+        except (DrkdError, MachineError) as error:
             unreadable.append(str(error))
             continue
         found = _detect(loaded, pixels, number, device=chosen, threshold=threshold)
@@ -123,10 +123,11 @@ def _read_pixels(path: Path) -> Tensor:
 
     Raises:
         DrkdError: Whatever is wrong with the file: a decoder can raise anything on a damaged or hostile one.
+        MachineError: If memory or open files ran out.
     """
     try:
         return decode_image(path)
-    except DrkdError:
+    except (DrkdError, MachineError):
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -247,7 +248,7 @@ def _save_picture(pixels: Tensor, path: Path) -> None:
     picture = functional.to_pil_image(pixels)
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG"
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    handle, aside = tempfile.mkstemp(prefix=".picture-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             picture.save(file, format=kind, **({"quality": 92} if kind == "JPEG" else {}))

@@ -13,7 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from drkd.contracts import DrkdError
-from drkd.recipes.peers import lost_peer
+from drkd.recipes.faults import of_machine
 from drkd.recipes.saved_state import find_misfit, is_score
 
 # What optimizers keep of each parameter in its own shape; Adafactor's rows and columns, say, have others.
@@ -22,7 +22,9 @@ _DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeE
 
 
 class Restoring(Callback):
-    """A context around ``Trainer.fit``: until training starts, an error of Python is the checkpoint's fault.
+    """A context around ``Trainer.fit``: while a checkpoint is restored, an error of Python is the checkpoint's fault.
+
+    What the device, its memory or the way to another process does meanwhile is not.
 
     Args:
         checkpoint: What the run goes on from; None where it starts.
@@ -35,8 +37,27 @@ class Restoring(Callback):
     def __init__(self, checkpoint: Path | None, *, needs_best: bool = False) -> None:
         self._checkpoint = checkpoint
         self._needs_best = needs_best
-        self._under_way = checkpoint is None
+        self._restores = False
         self._content: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin to restore: the processes have found each other, and nothing of the checkpoint is read yet.
+
+        Raises:
+            DrkdError: In every process, if some of them see a checkpoint and others none. Training would go on all the
+                same, each process at a step of its own.
+        """
+        del trainer, pl_module
+        if stage != "fit":
+            return
+        found = _from_all_processes(self._checkpoint is not None)
+        if len(set(found)) > 1:
+            raise DrkdError(
+                f"{sum(found)} of {len(found)} processes see a checkpoint to go on from in the run folder, the others "
+                "none. It has to be one folder that all of them see (--output on a shared disk). If it is, another run "
+                "was ending in it: start all of them again."
+            )
+        self._restores = self._checkpoint is not None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Have Lightning's checkpoint callbacks find their files where the run folder is now.
@@ -71,7 +92,7 @@ class Restoring(Callback):
             DrkdError: If they cannot be this run's.
         """
         del pl_module
-        if self._under_way:
+        if not self._restores:
             return
         content = self._content
         optimizers = [optimizer.state_dict()["param_groups"] for optimizer in trainer.optimizers]
@@ -88,17 +109,25 @@ class Restoring(Callback):
         """All is restored.
 
         Raises:
-            DrkdError: If counters disagree, or the optimizer's state has other shapes than its parameters.
+            DrkdError: If counters disagree, also those of several processes, or the optimizer's state has other shapes
+                than its parameters.
         """
         del pl_module
-        if not self._under_way:
+        if self._restores:
             step = self._content["global_step"]
             self._refuse(
                 None if trainer.global_step == step else f"global_step is {step}, loops: {trainer.global_step}"
             )
             self._refuse(next(_misfits(trainer.optimizers), None))
+            steps = sorted(set(_from_all_processes(step)))
+            if len(steps) > 1:
+                raise DrkdError(
+                    f"{self._checkpoint}: the processes would go on from different steps "
+                    f"({', '.join(map(str, steps))}), so they do not see one and the same file. "
+                    "Start all of them again, with --output on a shared disk."
+                )
         self._content = {}
-        self._under_way = True
+        self._restores = False
 
     def _refuse(self, reason: str | None) -> None:
         if reason is not None:
@@ -117,8 +146,8 @@ class Restoring(Callback):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         del kind, trace
-        kept = isinstance(error, DrkdError | torch.OutOfMemoryError) or lost_peer(error)
-        if self._under_way or kept or not isinstance(error, _DAMAGE):
+        kept = isinstance(error, DrkdError) or of_machine(error)
+        if not self._restores or kept or not isinstance(error, _DAMAGE):
             return
         raise DrkdError(self._message(_first_line(error))) from error
 
@@ -139,6 +168,15 @@ def explained_by_checkpoint(path: str | Path) -> Iterator[None]:
             f"{path}: the best student cannot be taken from this checkpoint ({_first_line(error)}); it is damaged. The "
             "last student is in last.ckpt beside it: go on with --training.keep=last and without training.patience."
         ) from error
+
+
+def _from_all_processes(value: Any) -> list[Any]:
+    """What every process of the run says, by rank. Collective."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
 
 
 def _first_line(error: BaseException) -> str:

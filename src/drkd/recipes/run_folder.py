@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -289,8 +290,9 @@ class RunFolder:
     def note_progress(self, progress: Mapping[str, int]) -> None:
         """Say how far the run is, for whoever waits for it; gone when the run has ended."""
         if self.writes:
-            # Written every second and gone in the end: not worth waiting for the disk.
-            write_json(self.path / "progress.json", progress, lasting=False)
+            # Written every second and gone in the end: not worth waiting for the disk, nor a run's end if it is full.
+            with suppress(DrkdError, OSError):
+                write_json(self.path / "progress.json", progress, lasting=False)
 
     def next_log(self) -> Path:
         """Folder for this session's raw logs; a resumed run gets one of its own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -247,6 +248,8 @@ def summarise_terms(metrics: Path, *, calibration_steps: int = 0) -> dict[str, d
         metrics: ``metrics.csv`` of a run.
         calibration_steps: Ratios of these first steps are left out where there are later ones: while weights are being
             set, a ratio is what it was asked to be.
+
+    Values that are not finite, of steps that were skipped say, are left out.
     """
     columns: dict[str, list[float]] = {}
     calibrating: dict[str, list[float]] = {}
@@ -254,7 +257,7 @@ def summarise_terms(metrics: Path, *, calibration_steps: int = 0) -> dict[str, d
         for row in csv.DictReader(file):
             early = float(row.get("step") or 0) < calibration_steps
             for name, value in row.items():
-                if value and name.startswith(("ratio/", "bare/", "target/")):
+                if value and name.startswith(("ratio/", "bare/", "target/")) and math.isfinite(float(value)):
                     place = calibrating if early and name.startswith("ratio/") else columns
                     place.setdefault(name, []).append(float(value))
     found: dict[str, dict[str, float]] = {}
