@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from drkd.contracts import DrkdError
+from drkd.data.formats import source
 from drkd.data.formats.coco import read_coco, scan_coco
 
 if TYPE_CHECKING:
@@ -286,3 +287,11 @@ def test_true_counts_as_a_crowd_flag(coco: CocoFolder) -> None:
     coco.write_text(json.dumps(coco.document))
 
     assert read_coco(coco.annotations, coco.images).records[0].crowd.tolist() == [True, True]
+
+
+@pytest.mark.parametrize(("name", "leads"), [("C:x.png", True), ("x.png", False), ("deep\\x.png", False)])
+def test_a_drive_alone_leads_out_of_the_folder_on_windows(
+    name: str, leads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "Path", PureWindowsPath)
+    assert source.leads_out(name) is leads

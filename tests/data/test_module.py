@@ -197,3 +197,20 @@ def test_digits_by_name(monkeypatch: pytest.MonkeyPatch, digits: Path) -> None:
 
     assert data.root == digits
     assert len(data.val_split) == 5
+
+
+@pytest.mark.skipif(torch.multiprocessing.get_start_method() != "fork", reason="patches reach workers by a fork")
+def test_a_want_of_shared_memory_ends_a_pass_and_is_not_waited_out(
+    digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("unable to write to file </torch_7_1>: No space left on device (28)")
+
+    # The list of what was unreadable is in shared memory already.
+    loader = _module(digits, workers=1).train_dataloader()
+    loader.timeout = 60
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", full)
+    with pytest.raises(RuntimeError, match="unable to write to file") as caught:
+        next(iter(loader))
+    assert "Original Traceback" in str(caught.value)

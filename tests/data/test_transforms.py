@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torchvision import tv_tensors
 
-from drkd.contracts import BoxTargets
+from drkd.contracts import BoxTargets, DetectionBatch
+from drkd.data import transforms
 from drkd.data.dataset import Sample
 from drkd.data.transforms import collate, eval_transforms, resized_size, train_transforms
 
@@ -148,6 +151,23 @@ def test_collate_pads_with_zeros_to_the_divisor() -> None:
 def test_collate_pads_to_a_fixed_size() -> None:
     assert collate([_sample(30, 50, 5)], size_divisor=32, pad_to=(128, 128)).images.shape == (1, 3, 128, 128)
     assert collate([_sample(30, 150, 5)], size_divisor=32, pad_to=(128, 128)).images.shape == (1, 3, 128, 160)
+
+
+def test_in_a_worker_a_batch_lies_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    none = BoxTargets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+    masks = replace(_sample(30, 50, 5).targets, masks=torch.ones(1, 30, 50, dtype=torch.bool))
+    samples = [replace(_sample(30, 50, 5), targets=masks), replace(_sample(40, 20, 6), targets=none)]
+
+    def tensors(batch: DetectionBatch) -> list[torch.Tensor]:
+        boxes = [tensor for own in batch.targets for tensor in (own.boxes, own.labels, own.ignore, own.masks)]
+        return [batch.images, *(tensor for tensor in boxes if tensor is not None)]
+
+    alone = collate(samples)
+    assert not any(tensor.is_shared() for tensor in tensors(alone))
+    monkeypatch.setattr(transforms, "get_worker_info", object)
+    shared = collate(samples)
+    assert all(tensor.is_shared() for tensor in tensors(shared)) and len(tensors(shared)) == 8
+    assert all(torch.equal(*pair) for pair in zip(tensors(shared), tensors(alone), strict=True))
 
 
 def test_wrong_arguments() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
@@ -104,6 +105,8 @@ def _several(min_size: int | Sequence[int]) -> list[int]:
 def collate(samples: Sequence[Sample], *, size_divisor: int = 32, pad_to: Size | None = None) -> DetectionBatch:
     """Pad samples with zeros, at the right and at the bottom, to one batch; those without labels come last.
 
+    In a data worker the batch lies in shared memory.
+
     Args:
         samples: At least one.
         size_divisor: Height and width of the batch are the smallest multiples of it that hold every image, px.
@@ -123,7 +126,7 @@ def collate(samples: Sequence[Sample], *, size_divisor: int = 32, pad_to: Size |
     images = samples[0].image.new_zeros((len(samples), 3, height, width))
     for canvas, sample in zip(images, samples, strict=True):
         canvas[:, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
-    return DetectionBatch(
+    batch = DetectionBatch(
         images=images,
         sizes=tuple((int(sample.image.shape[1]), int(sample.image.shape[2])) for sample in samples),
         original_sizes=tuple(sample.original_size for sample in samples),
@@ -131,3 +134,18 @@ def collate(samples: Sequence[Sample], *, size_divisor: int = 32, pad_to: Size |
         image_ids=tuple(sample.image_id for sample in samples),
         labelled=() if samples[-1].labelled else tuple(sample.labelled for sample in samples),
     )
+    if get_worker_info() is not None:
+        _share_memory(batch)
+    return batch
+
+
+def _share_memory(batch: DetectionBatch) -> None:
+    """Move a batch to shared memory now, where a want of it is an error of this batch.
+
+    Otherwise the thread that sends it would, print the error, and leave the parent to wait for this batch for ever.
+    """
+    batch.images.share_memory_()
+    for target in batch.targets:
+        for tensor in (target.boxes, target.labels, target.ignore, target.masks):
+            if tensor is not None:
+                tensor.share_memory_()

@@ -153,7 +153,8 @@ def split_name(stem: str) -> str | None:
 def leads_out(name: str) -> bool:
     """Whether a file name that a data set gives is absolute or climbs out of its folder."""
     parts = PurePosixPath(name.replace("\\", "/"))
-    return parts.is_absolute() or ".." in parts.parts or Path(name).is_absolute() or "\0" in name
+    # On Windows a name may also begin with a drive alone.
+    return parts.is_absolute() or ".." in parts.parts or bool(Path(name).anchor) or "\0" in name
 
 
 def is_file(path: Path) -> bool:
