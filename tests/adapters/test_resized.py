@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from drkd.adapters import FasterRCNNBuilder, RetinaNetBuilder, SSDLiteBuilder
-from drkd.adapters.resized import ResizedDetector
+from drkd.adapters.resized import ResizedDetector, _scale
 from drkd.contracts import DrkdError
 
 CLASSES = ("cat", "dog", "cup")
@@ -85,3 +85,12 @@ def test_a_detector_of_one_size_is_told_what_it_sees():
     assert resized.spec.levels[0].stride == pytest.approx(8)
     with pytest.raises(DrkdError, match="above 0"):
         ResizedDetector(inner, scale=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 4)])
+def test_boxes_are_scaled_side_by_side(shape):
+    boxes = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+    scaled = _scale(boxes, (2.0, 0.5))
+    assert scaled.dtype == torch.float64 and scaled.equal(boxes * boxes.new_tensor([2.0, 0.5, 2.0, 0.5]))
+    scaled.sum().backward()
+    assert boxes.grad.equal(torch.tensor([2.0, 0.5, 2.0, 0.5], dtype=torch.float64).expand(shape))

@@ -25,12 +25,14 @@ _WAITING = {
 
 
 # These are no operations on the CPU, and copies that the host waits for on a GPU.
-_COPIES = {Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.cpu, Tensor.__array__}
+_COPIES = {Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.cpu, Tensor.__array__, Tensor.new_tensor}
+# So are these where they are told a device: numbers of the host have to get there.
+_FACTORIES = {torch.tensor, torch.as_tensor}
 
 
 class _NoCopies(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _COPIES:
+        if func in _COPIES or (func in _FACTORIES and (kwargs or {}).get("device") is not None):
             raise AssertionError(f"{func.__name__} makes the host wait for the device")
         return func(*args, **(kwargs or {}))
 

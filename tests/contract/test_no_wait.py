@@ -14,6 +14,8 @@ from torch import Tensor
 from toys import ToyDetector, toy_batch
 
 from drkd.adapters import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder
+from drkd.adapters.focal_head import FocalClassificationHead
+from drkd.adapters.resized import ResizedDetector
 from drkd.contracts import BoxTargets, DetectionBatch, Detector, DetectorOutput, FeatureMap, KDMethod
 from drkd.engine.distiller import Distiller
 from drkd.losses import rescale
@@ -52,6 +54,9 @@ DEVICES = [
         lambda x: x.masked_select(x > 0),
         lambda x: x.repeat_interleave(x.long().abs()),
         lambda x: x.clone().__setitem__(x > 0, 0.0 * x[:1]),
+        lambda x: x.new_tensor([1.0]),
+        lambda x: torch.tensor([1.0], device=x.device),
+        lambda x: torch.as_tensor(1.0, device=x.device),
     ],
 )
 def test_the_check_sees_what_waits(waits: Callable[[Tensor], object]) -> None:
@@ -113,6 +118,32 @@ def test_the_teachers_forward(kind: str, device: str) -> None:
     assert len(found.features) == len(teacher.spec.levels)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["retinanet", "faster_rcnn"])
+def test_the_forward_of_a_teacher_that_sees_larger_images(kind: str, device: str) -> None:
+    teacher = ResizedDetector(build(kind), scale=2.0).eval().to(device)
+    batch = make_batch((3, 2), device)
+    with torch.no_grad():
+        teacher(batch, want=frozenset({"features"}))
+        with waiting_is_an_error(device):
+            found = teacher(batch, want=frozenset({"features"}))
+    assert len(found.features) == len(teacher.spec.levels)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_forward_of_a_teacher_that_predicts(scale: float, device: str) -> None:
+    """With one stage; with two, torchvision chooses regions, which waits."""
+    teacher = build("retinanet").eval().to(device)
+    seen = teacher if scale == 1.0 else ResizedDetector(teacher, scale=scale).eval()
+    batch = make_batch((3, 2), device)
+    with torch.no_grad():
+        seen(batch, want=frozenset({"features", "predictions"}))
+        with waiting_is_an_error(device):
+            found = seen(batch, want=frozenset({"features", "predictions"}))
+    assert found.predictions is not None
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; test_methods.py has the CPU")
 @pytest.mark.parametrize("counts", [(3, 2), (0, 1), (0, 0)])
 @pytest.mark.parametrize("method", METHODS)
@@ -165,3 +196,14 @@ def test_a_whole_step_of_the_distiller_between_measurements(device: str) -> None
     sum(distiller(batch).values()).backward()
     with waiting_is_an_error(device):
         sum(distiller(batch).values()).backward()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("counts", [(3, 2), (0, 1), (0, 0)])
+def test_the_classes_of_the_focal_head(counts: tuple[int, ...], device: str) -> None:
+    """Not its whole loss, as `one_hot` looks at its numbers on a CPU, and on a GPU does not."""
+    targets = [{"labels": torch.arange(count, device=device)} for count in counts]
+    matched = torch.stack([torch.full((12,), count - 1, device=device) for count in counts])
+    with waiting_is_an_error(device):
+        found = FocalClassificationHead._classes(targets, matched)
+    assert found[:, 0].tolist() == [max(count - 1, 0) for count in counts]

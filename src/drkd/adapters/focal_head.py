@@ -60,7 +60,8 @@ class FocalClassificationHead(RetinaNetClassificationHead):
         """Class of each anchor's box, (B, A); 0 where there is none."""
         labels: list[Any] = [target["labels"] for target in targets]
         counts = [len(own) for own in labels]
-        starts = torch.tensor([sum(counts[:place]) for place in range(len(counts))], device=matched.device)
+        starts = torch.tensor([sum(counts[:place]) for place in range(len(counts))])
+        starts = starts.to(matched.device, non_blocking=True)
         # A last label for batches without any box, which no anchor is matched with.
         every = torch.cat([*labels, labels[0].new_zeros(1)])
         return every[(matched.clamp_min(0) + starts.unsqueeze(1)).clamp_max(len(every) - 1)]

@@ -108,7 +108,10 @@ class ResizedDetector(Detector):
 
 
 def _scale(boxes: Tensor, factors: tuple[float, float]) -> Tensor:
-    return boxes * boxes.new_tensor([*factors, *factors])
+    # By numbers: a tensor of them would be copied to the device, which the host waits for.
+    x, y = factors
+    left, top, right, bottom = boxes.unbind(-1)
+    return torch.stack((left * x, top * y, right * x, bottom * y), dim=-1)
 
 
 def _back(factors: tuple[float, float]) -> tuple[float, float]:
