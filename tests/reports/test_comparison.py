@@ -241,6 +241,31 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path):
     assert "from one seed, which says nothing about chance" in judge(list(rows.values()), "net", "student")
 
 
+def test_a_method_without_any_cell_is_missed(tmp_path):
+    methods = ["student", "drkd", "lost", "misfit"]
+    folder = write_cells(tmp_path, scores={"student": (1.0, 2.0, 3.0), "drkd": (2.0, 3.0, 4.0)}, methods=methods)
+    (folder / "cells" / "net" / "misfit").mkdir()
+    for seed in range(3):
+        reason = {"pair": "net", "method": "misfit", "not_applicable": "no bins"}
+        (folder / "cells" / "net" / "misfit" / f"seed{seed}.json").write_text(json.dumps(reason))
+    rows, comparison = rows_of(folder)
+    notes = tabulate_quality(list(rows.values()), comparison).notes
+    assert "Not all 3 seeds are measured of net/lost (0)." in notes
+    assert "net/misfit is not applicable: no bins" in notes
+
+
+def test_a_term_without_a_number_does_not_end_the_report(tmp_path):
+    folder = write_cells(tmp_path)
+    for seed, first in enumerate((None, 3.0, 5.0)):
+        file = folder / "cells" / "net" / "drkd" / f"seed{seed}.json"
+        cell = json.loads(file.read_text())
+        cell["distillation"]["t"] |= {"first": first, "last": None}
+        file.write_text(json.dumps(cell))
+    rows, _ = rows_of(folder)
+    assert rows["drkd"].terms["t"]["first"] == 4.0 and "last" not in rows["drkd"].terms["t"]
+    assert write_comparison_report(folder).exists()
+
+
 def test_a_method_that_hurts_is_not_called_best(tmp_path):
     rows, _ = rows_of(write_cells(tmp_path, scores={"student": (40.0, 41.0), "drkd": (38.0, 39.0)}))
     assert judge(list(rows.values()), "net", "student").startswith("net: no method is better than student; the best")

@@ -207,7 +207,9 @@ def _mean_terms(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
     for cell in cells:
         for term, values in (cell.get("distillation") or {}).items():
             for name, value in values.items():
-                collected.setdefault(term, {}).setdefault(name, []).append(float(value))
+                # Infinite or undefined ones are null in the file.
+                if isinstance(value, int | float):
+                    collected.setdefault(term, {}).setdefault(name, []).append(float(value))
     # A term of several levels is also there as their sum; the single levels would drown it.
     shown = {term: values for term, values in collected.items() if term.rpartition("/")[0] not in collected}
     return {term: {name: summarise(list_).mean for name, list_ in values.items()} for term, values in shown.items()}

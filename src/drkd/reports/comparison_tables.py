@@ -180,7 +180,15 @@ def _notes(rows: Sequence[Row], comparison: Comparison) -> Iterator[str]:
     if single:
         yield f"One seed only, so no spread and no interval: {', '.join(single)}."
     wanted = len(comparison.seeds)
-    short = [f"{row.pair}/{row.method} ({len(row.seeds)})" for row in rows if 0 < len(row.seeds) < wanted]
+    # A method without any has no row, and would be missed by nobody.
+    found = {(row.pair, row.method): len(row.seeds) for row in rows}
+    counts = {
+        (pair, method): found.get((pair, method), 0)
+        for pair in comparison.pairs
+        for method in comparison.methods
+        if (pair, method) not in comparison.inapplicable
+    }
+    short = [f"{pair}/{method} ({count})" for (pair, method), count in counts.items() if count < wanted]
     if short:
         yield f"Not all {wanted} seeds are measured of {', '.join(short)}."
     sides = {tuple(cell["thresholds_px"]) for cell in cells if "thresholds_px" in cell} or {(32.0, 96.0)}

@@ -327,3 +327,9 @@ def test_the_targets_spread_is_summarised_beside_its_term(tmp_path: Path) -> Non
     file = tmp_path / "metrics.csv"
     file.write_text("\n".join(["step,bare/pixel,target/pixel", *rows]) + "\n")
     assert summarise_terms(file) == {"pixel": {"first": 19.5, "last": 1.5, "target_first": 2.0, "target_last": 1.0}}
+
+
+def test_a_skipped_steps_term_is_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    file.write_text("step,bare/pixel,target/pixel\n0,inf,nan\n1,4,nan\n2,2,nan\n")
+    assert summarise_terms(file) == {"pixel": {"first": 4.0, "last": 2.0}}
