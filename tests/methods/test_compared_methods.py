@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from drkd.adapters import RetinaNetBuilder
 from drkd.contracts import DetectionBatch
 from drkd.engine import Distiller
+from drkd.methods import DRKD
 
 ROOT = Path(__file__).parents[2]
 FILES = ("benchmarks/comparisons/ablation.yaml", "benchmarks/comparisons/tuning.yaml", "recipes/compare/digits.yaml")
@@ -59,3 +61,12 @@ def test_a_compared_method_is_heard(name: str, pair: tuple[Any, Any]) -> None:
     terms = {term: value for term, value in losses.items() if term.startswith("kd/")}
     assert terms and all(torch.isfinite(value) for value in terms.values())
     assert any(value > 0 for value in terms.values())
+
+
+def test_no_row_of_drkd_is_the_default_under_another_name() -> None:
+    defaults = {name: entry.default for name, entry in inspect.signature(DRKD).parameters.items()}
+    for name, entry in _methods().items():
+        if not isinstance(entry, str) and entry["class_path"] == "drkd.methods.DRKD":
+            arguments = entry.get("init_args", {})
+            assert arguments or entry.get("overrides"), name
+            assert [key for key, value in arguments.items() if value == defaults[key]] == [], name

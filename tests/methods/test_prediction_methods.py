@@ -30,7 +30,7 @@ from drkd.contracts import (
 )
 from drkd.engine import Distiller
 from drkd.losses import align_scale, bin_divergence
-from drkd.methods import DRKD, LD, Combination, CrossKD, DeFeat, FeatureHint, LogitKD
+from drkd.methods import DRKD, LD, Combination, CrossKD, DeFeat, FeatureHint, LogitKD, PaperDRKD
 
 CLASSES = ("cat", "dog", "cup")
 BOXES = [[[4.0, 5.0, 40.0, 44.0], [30.0, 20.0, 62.0, 60.0], [10.0, 30.0, 22.0, 41.0]], [[2.0, 3.0, 50.0, 38.0]]]
@@ -862,6 +862,16 @@ def test_drkd_goes_without_the_response_where_predictions_differ():
             DRKD(student.spec, teacher.spec, response=response, response_weight=1.0)
     with pytest.raises(ValueError, match="response out of cross_head, logits, got 'loud'"):
         DRKD(student.spec, student.spec, response="loud")
+
+
+@pytest.mark.parametrize("asked", [{"response": "cross_head"}, {"response_share": 1.0}])
+def test_a_response_without_a_weight_is_refused_and_not_silent(asked):
+    student, teacher = pair("retinanet")
+    with pytest.raises(DrkdError, match="says nothing at response_weight 0; expected a response_weight"):
+        DRKD(student.spec, teacher.spec, **asked)
+    with pytest.raises(DrkdError, match="says nothing at response_weight 0"):
+        PaperDRKD(student.spec, teacher.spec, **asked)
+    assert DRKD(student.spec, teacher.spec, **asked, response_weight=1.0).response is not None
 
 
 def test_a_response_alone_pools_no_instances():

@@ -31,7 +31,7 @@ from drkd.losses import (
     standardise,
 )
 from drkd.losses.instances import count_boxes
-from drkd.methods.drkd_response import Response, make_response
+from drkd.methods.drkd_response import SHARE, Response, make_response
 from drkd.methods.levels import LevelPair, Levels, MissingLevels, finest, maps_by_name, match_levels, spec_of_maps
 from drkd.methods.term_weights import by_stages
 
@@ -87,7 +87,7 @@ class DRKD(KDMethod):
             ``regions``), 3 for any other.
         relation_weight: Of ``instance_relation``.
         instance_weight: Of ``instance``.
-        response: How predictions are compared, see `Response`.
+        response: How predictions are compared, see `Response`; it needs a ``response_weight``, as its share does.
         response_weight: Of the two response terms. None is 1 where the two can be compared so, and no such term where
             they cannot, or where there are only feature maps (`for_features`).
         response_share: Of a batch's images that the teacher's head is asked about for the response; less than one image
@@ -128,7 +128,8 @@ class DRKD(KDMethod):
         instance_distance: ``mse``, ``relative``, ``standardised``, ``norm`` (paper), ``frobenius`` (released).
 
     Raises:
-        DrkdError: If the pyramids do not match, or a response is asked for where the predictions do not.
+        DrkdError: If the pyramids do not match, or a response is asked for where the predictions do not, or without a
+            weight.
         ValueError: If an argument is out of range.
     """
 
@@ -142,7 +143,7 @@ class DRKD(KDMethod):
         instance_weight: float = 0.5,
         response: Response = "logits",
         response_weight: float | None = 0.0,
-        response_share: float = 0.25,
+        response_share: float = SHARE,
         balanced: bool = True,
         warmup_steps: int = 0,
         decay: Decay = "none",

@@ -18,7 +18,7 @@ from drkd.losses import (
     TeacherSide,
 )
 from drkd.methods.drkd import DRKD
-from drkd.methods.drkd_response import Response
+from drkd.methods.drkd_response import SHARE, Response
 from drkd.methods.levels import Levels, MissingLevels
 
 
@@ -43,7 +43,7 @@ class PaperDRKD(DRKD):
         instance_weight: float = 0.5,
         response: Response = "logits",
         response_weight: float | None = 0.0,
-        response_share: float = 0.25,
+        response_share: float = SHARE,
         balanced: bool = True,
         warmup_steps: int = 0,
         decay: Decay = "none",
@@ -140,7 +140,7 @@ class ReleasedDRKD(DRKD):
         instance_weight: float = 2.4e-3,
         response: Response = "logits",
         response_weight: float | None = 0.0,
-        response_share: float = 0.25,
+        response_share: float = SHARE,
         balanced: bool = False,
         warmup_steps: int = 0,
         decay: Decay = "none",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from drkd.contracts import DetectorSpec, NotApplicableError
+from drkd.contracts import DetectorSpec, DrkdError, NotApplicableError
 from drkd.methods.crosskd import CrossKD
 from drkd.methods.logit_kd import LogitKD
 
 Response = Literal["cross_head", "logits"]
 """How a student's predictions are compared with the teacher's: by `CrossKD` (one-stage pairs), or by `LogitKD`."""
+
+SHARE = 0.25
+"""Of a batch's images that the teacher's head is asked about, unless something else is said."""
 
 _RESPONSES: dict[Response, type[CrossKD] | type[LogitKD]] = {"cross_head": CrossKD, "logits": LogitKD}
 
@@ -26,12 +29,18 @@ def make_response(
     """The method that compares predictions; None for a weight of 0, or of None where the pair cannot be compared so.
 
     Raises:
-        DrkdError: If a weight is asked for and the pair cannot be compared so.
+        DrkdError: If a weight is asked for and the pair cannot be compared so, or a response or a share and no weight.
         ValueError: If there is no such response.
     """
     if response not in _RESPONSES:
         raise ValueError(f"Expected a response out of {', '.join(_RESPONSES)}, got {response!r}")
     if weight == 0:
+        if response != "logits" or share != SHARE:
+            raise DrkdError(
+                f"response: '{response}' of a share of {share} says nothing at response_weight 0; expected a "
+                "response_weight too (1 is as loud as the task), or neither response nor response_share (by "
+                f"default 'logits' and {SHARE})."
+            )
         return None
     loudness = 1.0 if weight is None else weight
     try:
