@@ -2,14 +2,16 @@
 
     python benchmarks/robustness/kill.py --kills 40 --seed 0
     python benchmarks/robustness/kill.py --kills 32 --seed 2 --workers 2 --out kill_workers.json
+    python benchmarks/robustness/kill.py --kills 12 --seed 3 --family faster_rcnn --out kill_faster_rcnn.json
 
-Every run is `drkd distill` of a small RetinaNet with DRKD, a moving average, warm-up and balanced weights, on the
-embedded digits, with a checkpoint every three steps. SIGKILL comes at a random moment: one in eight of the process'
-whole life, imports included, the others of the time since its training began (steps, saving, validation, the final
-evaluation). The same command with `--resume=auto` then goes on. Only kills that hit a run in training or after it, with
-a checkpoint to go on from, count towards `--kills`; all are recorded, with the step that training had reached and the
-step of the checkpoint. After each kill every checkpoint that is there must load whole. A finished run's student.pt must
-be bit-identical to the undisturbed one's. The record goes to `benchmarks/results/robustness/kill.json`.
+Every run is `drkd distill` of a small RetinaNet, or a Faster R-CNN, whose steps draw regions and boxes, with DRKD, a
+moving average, warm-up and balanced weights, on the embedded digits, with a checkpoint every three steps. SIGKILL comes
+at a random moment: one in eight of the process' whole life, imports included, the others of the time since its training
+began (steps, saving, validation, the final evaluation). The same command with `--resume=auto` then goes on. Only kills
+that hit a run in training or after it, with a checkpoint to go on from, count towards `--kills`; all are recorded, with
+the step that training had reached and the step of the checkpoint. After each kill every checkpoint that is there must
+load whole. A finished run's student.pt must be bit-identical to the undisturbed one's. The record goes to
+`benchmarks/results/robustness/kill.json`.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from drkd.adapters import RetinaNetBuilder, save_student
-from drkd.contracts import DrkdError
+from drkd.adapters import FasterRCNNBuilder, RetinaNetBuilder, save_student
+from drkd.contracts import DetectorBuilder, DrkdError
 from drkd.data.digits import DigitsConfig, build_digits
 from drkd.engine.checkpoint_io import AtomicCheckpoints
 from drkd.recipes.run_folder import machine, source_commit, versions, write_json
@@ -38,10 +41,16 @@ from drkd.recipes.run_folder import machine, source_commit, versions, write_json
 HERE = Path(__file__).resolve().parent
 
 
-def command(data: Path, teacher: Path, output: Path, *extra: str) -> list[str]:
+TEACHERS: dict[str, DetectorBuilder] = {
+    "retinanet": RetinaNetBuilder(width=0.25, fpn_channels=48, extra="none", head_norm="none"),
+    "faster_rcnn": FasterRCNNBuilder(width=0.25, fpn_channels=48, representation_size=64),
+}
+
+
+def command(data: Path, teacher: Path, output: Path, *extra: str, family: str = "retinanet") -> list[str]:
     """The run: 6 epochs of 8 steps, some seconds of training; no preflight, which only a fresh start has."""
     return [
-        *(sys.executable, "-m", "drkd", "distill", "--config=digits/retinanet"),
+        *(sys.executable, "-m", "drkd", "distill", f"--config=digits/{family}"),
         *(f"--data.root={data}", "--data.batch_size=4", "--data.min_size=64", "--data.max_size=64"),
         *("--data.pad_to=[64,64]", "--data.horizontal_flip=0.5", "--data.zoom_out=0.3"),
         *("--student.fpn_channels=32", "--student.backbone_weights=null", f"--teacher.path={teacher}"),
@@ -53,10 +62,10 @@ def command(data: Path, teacher: Path, output: Path, *extra: str) -> list[str]:
     ]
 
 
-def prepare(folder: Path) -> tuple[Path, Path]:
+def prepare(folder: Path, family: str = "retinanet") -> tuple[Path, Path]:
     """A small data set and a teacher of no skill."""
     data = build_digits(folder / "data", config=DigitsConfig(train=32, tune=8, val=8))
-    builder = RetinaNetBuilder(width=0.25, fpn_channels=48, extra="none", head_norm="none")
+    builder = TEACHERS[family]
     torch.manual_seed(7)
     names = json.loads((data / "annotations" / "instances_train.json").read_text())["categories"]
     detector = builder.build([row["name"] for row in names])
@@ -176,7 +185,8 @@ def _write(
         options.out,
         {
             "command": f"python benchmarks/robustness/kill.py --kills {options.kills} --seed {options.seed}"
-            + (f" --workers {options.workers}" if options.workers else ""),
+            + (f" --workers {options.workers}" if options.workers else "")
+            + (f" --family {options.family}" if options.family != "retinanet" else ""),
             "passed": _passed(runs),
             "kills": _counted(runs),
             "kills_before_training": sum(len(run["kills"]) for run in runs) - _counted(runs),
@@ -196,6 +206,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--kills-per-run", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--family", choices=[*TEACHERS], default="retinanet", help="of student and teacher")
     parser.add_argument("--workers", type=int, default=0, help="processes that load data, killed with the run")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "robustness" / "kill.json")
     options = parser.parse_args()
@@ -203,16 +214,15 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        data, teacher = prepare(folder)
+        data, teacher = prepare(folder, options.family)
+        run = partial(command, data, teacher, family=options.family)
         whole = folder / "whole"
         workers = f"--data.workers={options.workers}"
-        seconds = undisturbed(command(data, teacher, whole, workers), whole)
+        seconds = undisturbed(run(whole, workers), whole)
         runs: list[dict[str, Any]] = []
         while _counted(runs) < options.kills:
             output = folder / f"run{len(runs)}"
-            record = disturb(
-                command(data, teacher, output, workers), output, chance, seconds=seconds, most=options.kills_per_run
-            )
+            record = disturb(run(output, workers), output, chance, seconds=seconds, most=options.kills_per_run)
             different = differences(output / "student.pt", whole / "student.pt") if not record["failed"] else None
             runs.append({**record, "tensors_that_differ": different})
             print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import lightning
 import pytest
 import torch
 
+from drkd.adapters import FasterRCNNBuilder, save_student
 from drkd.cli import main
 from drkd.contracts import DrkdError
 from drkd.data.dataset import DetectionDataset
@@ -509,3 +511,80 @@ def test_a_worker_that_dies_is_explained(
 
 def test_stopped_by_signal_is_no_failure() -> None:
     assert not issubclass(StoppedBySignal, Exception)
+
+
+def test_a_disk_that_is_full_for_one_checkpoint_costs_the_steps_since_the_last(
+    tiny_coco: Path,
+    tmp_path: Path,
+    whole: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["train", "--config=digits/retinanet", *_overrides(tiny_coco, tmp_path / "run")]
+    real, count = torch.save, 0
+
+    def full(value: Any, file: Any, *rest: Any, **options: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(value, file, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert main(arguments) == 1
+    assert "the checkpoint cannot be written (No space left on device)" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert all(AtomicCheckpoints().load_checkpoint(file)["global_step"] for file in checkpoints.iterdir())
+    assert main(arguments) == 0
+    assert _differences(_student(tmp_path / "run"), whole) == []
+
+
+def test_a_step_that_memory_does_not_hold_says_what_to_lower_and_the_run_goes_on(
+    tiny_coco: Path,
+    tmp_path: Path,
+    whole: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["train", "--config=digits/retinanet", *_overrides(tiny_coco, tmp_path / "run")]
+    real = DistillationModule.training_step
+
+    def too_large(self: DistillationModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationModule, "training_step", too_large)
+        assert main(arguments) == 1
+    assert "Out of memory. Use smaller batches (data.batch_size" in capsys.readouterr().err
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (run["status"], run["steps"]) == ("failed", 3)
+    assert main(arguments) == 0
+    assert _differences(_student(tmp_path / "run"), whole) == []
+
+
+def test_what_two_stages_draw_at_random_is_drawn_again_after_a_stop(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regions and boxes are sampled, and `MGD` draws masks."""
+    builder = FasterRCNNBuilder(width=0.25, fpn_channels=96, representation_size=32)
+    torch.manual_seed(3)
+    teacher = tmp_path / "teacher.pt"
+    settings = {"min_size": 64, "max_size": 96, "size_divisor": 32}
+    save_student(teacher, builder.build(["cat", "dog"]), builder=builder, image_settings=settings)
+
+    def arguments(output: Path) -> list[str]:
+        options = [f"--teacher.path={teacher}", "--method=drkd.methods.MGD", "--doctor=false", "--training.keep=last"]
+        options += ["--student.rpn_batch_size=8", "--student.roi_batch_size=8", "--training.validate_every=0"]
+        return ["distill", "--config=digits/faster_rcnn", *_overrides(tiny_coco, output, *options)]
+
+    assert main(arguments(tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        _signal_in_step(7, signal.SIGTERM, patch)
+        assert main(arguments(tmp_path / "run")) == 128 + signal.SIGTERM
+    assert main(arguments(tmp_path / "run")) == 0
+    assert _differences(_student(tmp_path / "run"), _student(tmp_path / "whole")) == []

@@ -15,10 +15,12 @@ from drkd.contracts import DetectionBatch, Detector, DrkdError
 from drkd.engine import Distiller
 from drkd.engine.unlabelled import UnlabelledImages
 from drkd.methods import FeatureHint
+from drkd.recipes import limits
 from drkd.recipes.dry_run import dry_run
 from drkd.recipes.limits import check_unlabelled
 from drkd.recipes.recipe import load_recipe
-from drkd.recipes.training import distill
+from drkd.recipes.run_folder import RunFolder
+from drkd.recipes.training import _trainer, distill
 
 SMALL = {"width": 0.25, "fpn_channels": 32, "representation_size": 16}
 
@@ -61,6 +63,20 @@ def test_so_it_is_where_auto_finds_none(
     assert not (tmp_path / "run" / "run.json").exists()
     with pytest.raises(DrkdError, match=r"training\.sync_batchnorm: .*accelerator=auto"):
         dry_run(recipe, kind="distill")
+
+
+def test_synchronised_batch_norm_reaches_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--training.strategy=ddp", "--training.devices=1", "--training.accelerator=cpu"]
+    # On CPUs the recipe refuses it, as PyTorch would at the first step.
+    monkeypatch.setattr(limits, "_NO_SYNC", ())
+    with RunFolder(tmp_path / "run") as folder:
+        plain = _trainer(load_recipe(["digits/retinanet"], options), folder, [])
+        in_step = _trainer(load_recipe(["digits/retinanet"], [*options, "--training.sync_batchnorm=true"]), folder, [])
+    student = FasterRCNNBuilder(**SMALL, norm="batch").build(["cat", "dog"])
+    assert plain.strategy._layer_sync is None
+    converted = in_step.strategy._layer_sync.apply(student)
+    kinds = {type(module) for module in converted.modules() if "BatchNorm" in type(module).__name__}
+    assert kinds == {torch.nn.SyncBatchNorm}
 
 
 def masked() -> Detector:

@@ -325,3 +325,14 @@ def test_a_run_does_not_both_go_on_and_replace(resume: bool | str, tmp_path: Pat
     ):
         RunFolder(tmp_path / "run", resume=resume, overwrite=True)  # type: ignore[arg-type]
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
+
+
+def test_a_note_of_progress_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with RunFolder(tmp_path / "run") as folder:
+        folder.note_progress({"step": 1})
+        monkeypatch.setattr(run_folder.tempfile, "NamedTemporaryFile", full)
+        folder.note_progress({"step": 2})
+    assert json.loads((tmp_path / "run" / "progress.json").read_text()) == {"step": 1}
