@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from drkd.contracts import DrkdError
 from drkd.reports import write_comparison_report
 from drkd.reports.comparison_rows import read_comparison, summarise_comparison
 from drkd.reports.comparison_tables import judge, tabulate_cost, tabulate_quality
+from drkd.reports.matrix import draw_cost, draw_matrix
 from drkd.reports.tables import format_count
 
 # AP x 100 by method and seed.
@@ -310,6 +312,40 @@ def test_a_report_of_as_many_methods_as_an_ablation_has(tmp_path):
     with Image.open(tmp_path / "out" / "figures" / "scores.png") as image:
         # One panel below the other.
         assert 1.5 * image.height < image.width < 5 * image.height
+
+
+def written(figure):
+    """Boxes of the names and numbers in a figure, px, by panel; the scales' own are matplotlib's."""
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        ticks = [text for text in axes.get_xticklabels() if not text.get_text().replace(".", "").isdigit()]
+        shown = [text for text in (*axes.texts, *ticks, axes._left_title) if text.get_text() and text.get_visible()]
+        # A slanted one's upright box covers more than it does.
+        yield {text.get_text(): text.get_window_extent() for text in shown if not text.get_rotation()}
+
+
+@pytest.mark.parametrize("methods", [("drkd", "pkd"), ("drkd", "drkd_cross_head", "pkd", "pkd_3", "pkd_adapter")])
+def test_names_and_numbers_do_not_cover_each_other(methods):
+    names = ("student", *methods)
+    scores = {
+        (pair, name): [first + 0.3 * place + 0.4 * seed for seed in range(3)]
+        for pair, first in (("net", 44.0), ("other", 20.0))
+        for place, name in enumerate(names)
+    }
+    cells = [
+        {"detector": pair, "method": name, "seed": seed, "metrics": {"ap": value / 100, "ap_small": value / 200}}
+        for (pair, name), values in scores.items()
+        for seed, value in enumerate(values)
+    ]
+    cells += [{"detector": "net", "method": "teacher", "seed": None, "metrics": {"ap": 0.53, "ap_small": 0.4}}]
+    # As close as three rivals are in fact.
+    costs = {"net": {name: (1.6 + 0.05 * place, 0.449 - 0.0005 * place) for place, name in enumerate(names)}}
+    for figure in (draw_matrix(cells), draw_cost(costs)):
+        for boxes in written(figure):
+            for (one, first), (two, second) in combinations(boxes.items(), 2):
+                assert not first.padded(-1).overlaps(second.padded(-1)), (one, two)
+            edge = figure.bbox.x1
+            assert all(box.x1 <= edge for box in boxes.values())
 
 
 def test_a_report_of_a_half_measured_comparison(tmp_path):

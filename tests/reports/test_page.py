@@ -90,6 +90,16 @@ def test_a_run_report_escapes_the_name_of_its_folder(run):
     check_pictures(run, ["learning_curves", "losses", "distillation"])
 
 
+def test_without_a_validation_there_are_no_learning_curves(run):
+    curves = (run / "metrics.csv").read_text()
+    assert "val/ap" in curves and "Learning curves" in write_run_report(run).read_text()
+    (run / "metrics.csv").write_text(curves.replace("val/", "other/"))
+    (run / "figures" / "learning_curves.png").unlink()
+    text = write_run_report(run).read_text()
+    assert "Learning curves" not in text and "Losses" in text
+    assert not (run / "figures" / "learning_curves.png").exists()
+
+
 def test_a_run_that_just_started_has_a_report(run):
     for name in ("metrics.csv", "evaluation.json", "cost.json"):
         (run / name).unlink()

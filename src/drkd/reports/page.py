@@ -19,8 +19,11 @@ from drkd.reports.tables import Model, Table, compare_classes, compare_models, d
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from drkd.reports.files import Curve
+
 PAGE = "report.html"
 _FIGURES = "figures"
+_LEARNING = "learning_curves"
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def write_demo_report(folder: Path) -> Path:
     metrics = dict(zip(("teacher", "student", "drkd"), (model.evaluation.metrics for model in models), strict=True))
     figures = {
         "headline": draw_headline(metrics, compared, small_px=small_px),
-        "learning_curves": draw_learning_curves(runs, teacher=teacher.evaluation.metrics, small_px=small_px),
+        **_learning_figure(runs, teacher=teacher.evaluation.metrics, small_px=small_px),
         "detections": draw_detections(compared),
         "pixel_relations": draw_pixel_relations(explanation),
         "relation_matrices": draw_relation_matrices(explanation),
@@ -114,8 +117,10 @@ def write_run_report(folder: Path) -> Path:
     """
     run = read_run(folder)
     small_px = run.evaluation.thresholds_px[0] if run.evaluation else None
-    curves = draw_learning_curves({folder.name: run.curves}, small_px=small_px)
-    figures = {"learning_curves": curves, "losses": draw_losses(run.curves)}
+    figures = {
+        **_learning_figure({folder.name: run.curves}, small_px=small_px),
+        "losses": draw_losses(run.curves),
+    }
     distils = any(name.startswith(("kd/", "ratio/")) for name in run.curves)
     if distils:
         figures["distillation"] = draw_kd_report(run.curves)
@@ -123,7 +128,7 @@ def write_run_report(folder: Path) -> Path:
     sections = []
     if run.evaluation:
         sections.append(Section("Result", "COCO's twelve numbers, x 100.", describe_evaluation(run.evaluation)))
-    sections.append(_learning_section(images["learning_curves"]))
+    sections += _learning_sections(images)
     sections.append(_loss_section(images["losses"]))
     if distils:
         sections.append(_distillation_section(images["distillation"]))
@@ -141,7 +146,7 @@ def write_run_report(folder: Path) -> Path:
 
 def _demo_sections(images: Mapping[str, bytes]) -> list[Section]:
     return [
-        _learning_section(images["learning_curves"]),
+        *_learning_sections(images),
         Section(
             "Detections side by side",
             "Validation images. Blue: found; red: wrong; dashed white: an object that the model missed.",
@@ -168,13 +173,26 @@ def _demo_sections(images: Mapping[str, bytes]) -> list[Section]:
     ]
 
 
-def _learning_section(figure: bytes) -> Section:
-    return Section(
-        "Learning curves",
-        "On the split that is watched in training, x 100. A dashed line is the teacher on the split of the table.",
-        figure=figure,
-        description="Validation metrics over steps",
-    )
+def _learning_figure(
+    runs: Mapping[str, Mapping[str, Curve]], *, teacher: Mapping[str, float] | None = None, small_px: float | None
+) -> dict[str, Figure]:
+    """The learning curves; nothing where no run was validated."""
+    if not any(name.startswith("val/") for curves in runs.values() for name in curves):
+        return {}
+    return {_LEARNING: draw_learning_curves(runs, teacher=teacher, small_px=small_px)}
+
+
+def _learning_sections(images: Mapping[str, bytes]) -> list[Section]:
+    if _LEARNING not in images:
+        return []
+    return [
+        Section(
+            "Learning curves",
+            "On the split that is watched in training, x 100. A dashed line is the teacher on the split of the table.",
+            figure=images[_LEARNING],
+            description="Validation metrics over steps",
+        )
+    ]
 
 
 def _loss_section(figure: bytes) -> Section:
