@@ -284,7 +284,7 @@ def test_the_report_is_complete_and_escaped(tmp_path):
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 3
     for words in (
-        "51.2 ± 1.2",
+        "51.2&nbsp;±&nbsp;1.2",
         "beyond chance",
         "&lt;b&gt;Net&lt;/b&gt;",
         "0123abc",

@@ -52,7 +52,7 @@ def test_demo_report(demo):
     assert not found.tags & {"script", "link", "iframe", "one", "b"}
     assert "zero &amp; &lt;one&gt;" in text
     assert "# &lt;script&gt;" in text
-    for words in ("0123abc", "2.15.0", "50 %", "16² px", "drkd distill recipe.yaml"):
+    for words in ("0123abc", "2.15.0", "50&nbsp;%", "16² px", "drkd distill recipe.yaml"):
         assert words in text
     check_pictures(
         demo,

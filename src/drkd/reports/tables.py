@@ -73,7 +73,12 @@ class Table:
 
     def _cells(self, cells: Sequence[str], tag: str) -> str:
         marks = [' class="word"' if index < self.words else "" for index in range(len(cells))]
-        return "".join(f"<{tag}{mark}>{escape(cell)}</{tag}>" for mark, cell in zip(marks, cells, strict=True))
+        # A narrow page breaks a difference before its interval, and neither of them within.
+        whole = [
+            escape(cell).replace(" ± ", "&nbsp;±&nbsp;").replace(", ", ",&nbsp;").replace(" %", "&nbsp;%")
+            for cell in cells
+        ]
+        return "".join(f"<{tag}{mark}>{cell}</{tag}>" for mark, cell in zip(marks, whole, strict=True))
 
     def _emphasise(self, row: tuple[str, ...], index: int) -> tuple[str, ...]:
         return tuple(f"**{cell}**" for cell in row) if index == self.emphasis else row
