@@ -64,6 +64,14 @@ def test_demo_report(demo):
     assert "| **student + DRKD** | **50.0** |" in (demo / "table.md").read_text()
 
 
+def test_a_quick_demo_says_that_it_shows_no_learning(demo):
+    words = "steps, which shows that everything works and not that it learns"
+    for steps, said in ((300, False), (16, True), (None, False)):
+        facts = json.loads((demo / "drkd" / "run.json").read_text()) | {"steps": steps}
+        (demo / "drkd" / "run.json").write_text(json.dumps(facts))
+        assert (f"A quick run of {steps} {words}" in write_demo_report(demo).read_text()) is said
+
+
 def test_the_same_files_give_the_same_page(run):
     first = write_run_report(run).read_bytes()
     assert write_run_report(run).read_bytes() == first

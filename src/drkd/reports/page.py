@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 PAGE = "report.html"
 _FIGURES = "figures"
 _LEARNING = "learning_curves"
+_QUICK = 100
+"""Steps below which nothing is learned that a page could show."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,15 @@ def write_demo_report(folder: Path) -> Path:
         Section("Every class", "AP of every class.", compare_classes({m.name: m.evaluation for m in models})),
     ]
     write_atomically(folder / "table.md", table.markdown().encode())
+    steps = distilled.facts.get("steps")
+    quick = isinstance(steps, int) and steps < _QUICK
     return write_page(
         folder / PAGE,
         title="A student taught by DRKD",
-        lead="The same student, budget and seed twice: alone, and taught by a frozen teacher through dual relation "
+        lead=(
+            f"A quick run of {steps} steps, which shows that everything works and not that it learns. " if quick else ""
+        )
+        + "The same student, budget and seed twice: alone, and taught by a frozen teacher through dual relation "
         "knowledge distillation. Both times it starts from the teacher's neck and head, its small backbone being its "
         "own. It costs the same at inference; only its weights differ.",
         sections=sections,
