@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from no_wait import HostMustNotWait
 from tests.contract.adapter_examples import CLASSES, EXAMPLES, SETTINGS, Ability, make_builder
 from torch import Tensor
 
@@ -182,6 +183,16 @@ def test_features_lie_at_the_declared_strides(path: str, detector: Detector, wid
         # A cell more or less at the border: sizes that are no multiple of the stride are rounded.
         assert abs(rows - 64 / level.stride) <= 1
         assert abs(columns - (64 if EXAMPLES[path].square else width) / level.stride) <= 1
+
+
+def test_a_teachers_features_are_not_waited_for(path: str, detector: Detector) -> None:
+    """On a GPU the host would wait for the device; `test_no_wait.py` has the methods."""
+    teacher, batch = detector.eval(), make_batch([(64, 64)] * 2 if EXAMPLES[path].square else SIZES)
+    with torch.no_grad():
+        expected = teacher(batch, want=FEATURES)  # the first one may prepare
+        with HostMustNotWait():
+            found = teacher(batch, want=FEATURES)
+    assert [level.tensor.shape for level in found.features] == [level.tensor.shape for level in expected.features]
 
 
 def test_its_body_is_named(detector: Detector) -> None:
