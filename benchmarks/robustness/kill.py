@@ -38,6 +38,7 @@ from drkd.data.digits import DigitsConfig, build_digits
 from drkd.engine.checkpoint_io import AtomicCheckpoints
 from drkd.recipes.run_folder import machine, source_commit, versions, write_json
 
+_MOST = 8
 HERE = Path(__file__).resolve().parent
 
 
@@ -185,6 +186,7 @@ def _write(
         options.out,
         {
             "command": f"python benchmarks/robustness/kill.py --kills {options.kills} --seed {options.seed}"
+            + (f" --kills-per-run {options.kills_per_run}" if options.kills_per_run != _MOST else "")
             + (f" --workers {options.workers}" if options.workers else "")
             + (f" --family {options.family}" if options.family != "retinanet" else ""),
             "passed": _passed(runs),
@@ -204,7 +206,7 @@ def main() -> None:
     """Run the campaign."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40)
-    parser.add_argument("--kills-per-run", type=int, default=8)
+    parser.add_argument("--kills-per-run", type=int, default=_MOST)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--family", choices=[*TEACHERS], default="retinanet", help="of student and teacher")
     parser.add_argument("--workers", type=int, default=0, help="processes that load data, killed with the run")

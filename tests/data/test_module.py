@@ -199,7 +199,10 @@ def test_digits_by_name(monkeypatch: pytest.MonkeyPatch, digits: Path) -> None:
     assert len(data.val_split) == 5
 
 
-@pytest.mark.skipif(torch.multiprocessing.get_start_method() != "fork", reason="patches reach workers by a fork")
+@pytest.mark.skipif(
+    torch.multiprocessing.get_start_method() != "fork",
+    reason="workers are no forks here: what the test replaces does not reach them",
+)
 def test_a_want_of_shared_memory_ends_a_pass_and_is_not_waited_out(
     digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -513,14 +513,7 @@ def test_stopped_by_signal_is_no_failure() -> None:
     assert not issubclass(StoppedBySignal, Exception)
 
 
-def test_a_disk_that_is_full_for_one_checkpoint_costs_the_steps_since_the_last(
-    tiny_coco: Path,
-    tmp_path: Path,
-    whole: dict[str, torch.Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    arguments = ["train", "--config=digits/retinanet", *_overrides(tiny_coco, tmp_path / "run")]
+def _full_at_the_third_save(patch: pytest.MonkeyPatch) -> None:
     real, count = torch.save, 0
 
     def full(value: Any, file: Any, *rest: Any, **options: Any) -> None:
@@ -531,25 +524,10 @@ def test_a_disk_that_is_full_for_one_checkpoint_costs_the_steps_since_the_last(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(value, file, *rest, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        assert main(arguments) == 1
-    assert "the checkpoint cannot be written (No space left on device)" in capsys.readouterr().err
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
-    checkpoints = tmp_path / "run" / "checkpoints"
-    assert all(AtomicCheckpoints().load_checkpoint(file)["global_step"] for file in checkpoints.iterdir())
-    assert main(arguments) == 0
-    assert _differences(_student(tmp_path / "run"), whole) == []
+    patch.setattr(torch, "save", full)
 
 
-def test_a_step_that_memory_does_not_hold_says_what_to_lower_and_the_run_goes_on(
-    tiny_coco: Path,
-    tmp_path: Path,
-    whole: dict[str, torch.Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    arguments = ["train", "--config=digits/retinanet", *_overrides(tiny_coco, tmp_path / "run")]
+def _out_of_memory_at_the_fourth_step(patch: pytest.MonkeyPatch) -> None:
     real = DistillationModule.training_step
 
     def too_large(self: DistillationModule, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -557,12 +535,35 @@ def test_a_step_that_memory_does_not_hold_says_what_to_lower_and_the_run_goes_on
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return real(self, batch, batch_idx)
 
+    patch.setattr(DistillationModule, "training_step", too_large)
+
+
+@pytest.mark.parametrize(
+    ("fail", "steps", "words"),
+    [
+        (_full_at_the_third_save, 5, "the checkpoint cannot be written (No space left on device)"),
+        (_out_of_memory_at_the_fourth_step, 3, "Out of memory. Use smaller batches (data.batch_size"),
+    ],
+)
+def test_what_the_machine_lacks_for_a_moment_costs_the_steps_since_the_last_checkpoint(
+    fail: Callable[[pytest.MonkeyPatch], None],
+    steps: int,
+    words: str,
+    tiny_coco: Path,
+    tmp_path: Path,
+    whole: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["train", "--config=digits/retinanet", *_overrides(tiny_coco, tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(DistillationModule, "training_step", too_large)
+        fail(patch)
         assert main(arguments) == 1
-    assert "Out of memory. Use smaller batches (data.batch_size" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert (run["status"], run["steps"]) == ("failed", 3)
+    assert (run["status"], run["steps"]) == ("failed", steps)
+    checkpoints = [*(tmp_path / "run" / "checkpoints").iterdir()]
+    assert checkpoints and all(AtomicCheckpoints().load_checkpoint(file)["global_step"] for file in checkpoints)
     assert main(arguments) == 0
     assert _differences(_student(tmp_path / "run"), whole) == []
 

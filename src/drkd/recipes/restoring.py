@@ -13,6 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from drkd.contracts import DrkdError
+from drkd.engine.agreement import gather
 from drkd.recipes.faults import of_machine
 from drkd.recipes.saved_state import find_misfit, is_score
 
@@ -50,7 +51,7 @@ class Restoring(Callback):
         del trainer, pl_module
         if stage != "fit":
             return
-        found = _from_all_processes(self._checkpoint is not None)
+        found = gather(self._checkpoint is not None)
         if len(set(found)) > 1:
             raise DrkdError(
                 f"{sum(found)} of {len(found)} processes see a checkpoint to go on from in the run folder, the others "
@@ -119,7 +120,7 @@ class Restoring(Callback):
                 None if trainer.global_step == step else f"global_step is {step}, loops: {trainer.global_step}"
             )
             self._refuse(next(_misfits(trainer.optimizers), None))
-            steps = sorted(set(_from_all_processes(step)))
+            steps = sorted(set(gather(step)))
             if len(steps) > 1:
                 raise DrkdError(
                     f"{self._checkpoint}: the processes would go on from different steps "
@@ -168,15 +169,6 @@ def explained_by_checkpoint(path: str | Path) -> Iterator[None]:
             f"{path}: the best student cannot be taken from this checkpoint ({_first_line(error)}); it is damaged. The "
             "last student is in last.ckpt beside it: go on with --training.keep=last and without training.patience."
         ) from error
-
-
-def _from_all_processes(value: Any) -> list[Any]:
-    """What every process of the run says, by rank. Collective."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
-    return found
 
 
 def _first_line(error: BaseException) -> str:
