@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from drkd.contracts import BoxTargets, DetectionBatch
 
@@ -18,6 +19,17 @@ def test_lists_become_a_padded_batch_in_one_frame() -> None:
     assert batch.image_size == (64, 64) and batch.sizes == ((20, 40), (33, 10))
     assert float(batch.images[0, :, :20, :40].min()) == 0.5 and float(batch.images[0].sum()) == 0.5 * 3 * 20 * 40
     assert batch.targets[0].labels.tolist() == [0] and len(batch.boxes[1]) == 0
+
+
+def test_a_detectors_own_resize_moves_images_and_boxes_and_leaves_the_lists_alone() -> None:
+    transform = GeneralizedRCNNTransform(64, 128, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    image, boxes = torch.rand(3, 32, 48), torch.tensor([[4.0, 8.0, 20.0, 30.0]])
+    target = {"boxes": boxes, "labels": torch.tensor([1])}
+    batch = DetectionBatch.from_lists([image], [target], first_label=1, resize=transform.resize)
+    assert batch.sizes == ((64, 96),)
+    assert batch.original_sizes == ((32, 48),)
+    assert torch.equal(batch.boxes[0], 2 * boxes)
+    assert torch.equal(target["boxes"], boxes)
 
 
 def test_wrong_lists_are_refused() -> None:

@@ -146,10 +146,11 @@ _VERBS: Mapping[tuple[str, ...], _Verb] = {
         verbs.run_demo,
     ),
     ("init",): _Verb(
-        "Look at your data and your teacher, and write a recipe for them.",
+        "Look at your data and your teacher, and write a recipe for them; without a teacher, one to train it.",
         (
             "init data/birds --teacher runs/teacher",
             "init data/birds --teacher teacher.pt --student faster_rcnn --backbone resnet34",
+            "init data/birds --backbone resnet101 --output teacher.yaml",
             "init data/street --teacher retinanet_resnet50_fpn_v2 --output street.yaml",
         ),
         verbs.init_parser,

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 Size = tuple[int, int]
 """Height and width in pixels, in this order."""
 
+Resize = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+"""Takes an image (3, H, W) and its target, and returns both resized."""
+
 Want = Literal[
     "features", "losses", "predictions", "assignment", "head_features", "head_tail", "regions", "region_head"
 ]
@@ -204,8 +207,9 @@ class DetectionBatch:
         *,
         first_label: int = 0,
         size_divisor: int = 32,
+        resize: Resize | None = None,
     ) -> DetectionBatch:
-        """Make a batch of what torchvision's detectors take, padding but not resizing.
+        """Make a batch of what torchvision's detectors take, padded.
 
         Args:
             images: (3, H, W) each, RGB in [0, 1].
@@ -213,6 +217,9 @@ class DetectionBatch:
                 any.
             first_label: Number of the first class in ``labels``; 1 where 0 means background.
             size_divisor: The batch's sides are padded to multiples of it, px.
+            resize: Resizes an image with its boxes and masks before the padding. A torchvision detector does that
+                itself when it is called, and not when drkd trains it: give its ``model.transform.resize``, or hand over
+                images of the size that it will see. None: images stay as large as they are.
 
         Raises:
             ValueError: If images and targets are not as described, or a label lies below ``first_label``. Values of
@@ -222,6 +229,11 @@ class DetectionBatch:
             raise ValueError(f"expected one target an image and at least one, got {len(images)} and {len(targets)}")
         for number, (image, target) in enumerate(zip(images, targets, strict=True)):
             _check_listed(image, target, number)
+        original_sizes = tuple((int(image.shape[-2]), int(image.shape[-1])) for image in images)
+        if resize is not None:
+            # A dict of our own: torchvision writes the new boxes into the one that it gets.
+            resized = [resize(image, dict(target)) for image, target in zip(images, targets, strict=True)]
+            images, targets = [image for image, _ in resized], [target for _, target in resized]
         sizes = tuple((int(image.shape[-2]), int(image.shape[-1])) for image in images)
         height, width = (-(-max(side) // size_divisor) * size_divisor for side in zip(*sizes, strict=True))
         padded = images[0].new_zeros(len(images), 3, height, width)
@@ -234,7 +246,7 @@ class DetectionBatch:
             ignore = torch.zeros_like(labels, dtype=torch.bool)
             masks = target["masks"].bool() if "masks" in target else None
             found.append(BoxTargets(target["boxes"].float().reshape(-1, 4), labels, ignore, masks))
-        return cls(padded, sizes, sizes, tuple(found), tuple(range(len(images))))
+        return cls(padded, sizes, original_sizes, tuple(found), tuple(range(len(images))))
 
     def __len__(self) -> int:
         return int(self.images.shape[0])

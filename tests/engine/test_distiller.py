@@ -132,6 +132,21 @@ def test_a_dead_term_stops_the_run_with_an_explanation() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_that_shall_not_stop_counts_the_silence() -> None:
+    distiller = make(dead=True, monitor_interval=1, dead_after=None)
+    for _ in range(5):
+        distiller(toy_batch())
+    assert distiller.monitor.silent["near"] == 5
+
+
+def test_the_method_is_where_the_student_is() -> None:
+    # "meta" stands for an accelerator: nothing is computed.
+    student, teacher = ToyDetector(4, seed=1).to("meta"), ToyDetector(6, seed=2).to("meta")
+    distiller = Distiller(student, teacher, ToyMethod)
+    assert distiller.method is not None
+    assert {parameter.device.type for parameter in distiller.method.parameters()} == {"meta"}
+
+
 def test_no_gradient_is_no_fault_where_there_could_be_none() -> None:
     no_boxes = make(dead=True, minimum_boxes=2, monitor_interval=1, dead_after=1)
     for _ in range(3):

@@ -347,6 +347,12 @@ def test_what_drkd_holds_is_counted_in_maps_of_the_finest_level(share):
     assert most / finest < 2.2
 
 
+def test_the_parameters_are_where_the_students_maps_are():
+    maps = {"a": torch.rand(1, 8, 8, 8, device="meta")}
+    kd = DRKD.for_features(maps, maps, image_size=(64, 64))
+    assert {tensor.device.type for tensor in (*kd.parameters(), *kd.buffers())} == {"meta"}
+
+
 def test_missing_maps_are_named_before_anything_else():
     kd = DRKD.for_features(*[{"a": torch.rand(1, 8, 8, 8)}] * 2, image_size=(64, 64))
     with pytest.raises(ValueError, match="Expected student features named a, missing a"):

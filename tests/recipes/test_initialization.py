@@ -52,6 +52,27 @@ def test_the_recipe_says_what_was_found_and_loads(
     assert content["training"]["epochs"] >= 24
 
 
+def test_without_a_teacher_it_is_a_recipe_to_train_one(tiny_coco: Path, tmp_path: Path) -> None:
+    output = tmp_path / "teacher.yaml"
+    written = initialize(tiny_coco, backbone="resnet101", output=output)
+    assert written.command == f"drkd train --config {output}"
+    assert "drkd train --config THIS_FILE" in output.read_text()
+    recipe = load_recipe([output])
+    assert recipe.teacher is None
+    assert recipe.method is None
+    content = yaml.safe_load(recipe.resolved)
+    assert content["student"]["init_args"]["backbone"] == "resnet101"
+    # Nothing says how large a teacher's images were: the data's own size.
+    assert (content["data"]["min_size"], content["data"]["max_size"]) == (128, 213)
+
+
+@pytest.mark.parametrize(("option", "value"), [("class_map", "names"), ("trust_pickle", True)])
+def test_what_is_said_about_a_teacher_wants_one(option: str, value: object, tiny_coco: Path, tmp_path: Path) -> None:
+    with pytest.raises(DrkdError, match=f"--{option} says something about a teacher, and there is none"):
+        initialize(tiny_coco, output=tmp_path / "recipe.yaml", **{option: value})  # type: ignore[arg-type]
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
 @pytest.mark.parametrize("classes", [("3", "7"), ("a", "b"), ("turn_left", "turn_right")])
 def test_classes_that_a_mirror_changes_are_not_flipped(classes: tuple[str, ...], tmp_path: Path) -> None:
     data = write_coco(tmp_path / "coco", classes=classes)

@@ -32,6 +32,7 @@ SMALL = {"width": 0.25, "fpn_channels": 32, "representation_size": 16}
         ("strategy=deepspeed_stage_2", "training.strategy: deepspeed_stage_2 spreads"),
         ("checkpoint_minutes=0", "training.checkpoint_minutes: expected a positive number or null, got 0"),
         ("checkpoint_every=0", "training.checkpoint_every: expected at least 1, got 0"),
+        ("dead_after=0", "training.dead_after: expected at least 1, got 0"),
         ("skip_nonfinite=-1", "training.skip_nonfinite: expected at least 0, got -1"),
         ("clip_norm=-2", "training.clip_norm: expected a positive number or null, got -2"),
     ],

@@ -262,6 +262,16 @@ def test_a_run_does_not_go_on_with_other_steps(tiny_coco: Path, tmp_path: Path) 
     assert '"steps": 6' in (tmp_path / "run" / "run.json").read_text()
 
 
+@pytest.mark.parametrize(("text", "expected"), [("null", None), ("7", 7)])
+def test_the_guard_is_as_patient_as_the_recipe_says(
+    text: str, expected: int | None, tiny_coco: Path, tiny_detector: Path, tmp_path: Path
+) -> None:
+    options = (f"--teacher.path={tiny_detector}", f"--training.dead_after={text}")
+    recipe = _recipe(tiny_coco, tmp_path / "run", *options)
+    recipe.data.setup("fit")
+    assert build_module(recipe, kind="distill").distiller.dead_after == expected
+
+
 def test_a_random_teacher_leaves_the_students_start_alone(tiny_coco: Path, tmp_path: Path) -> None:
     """The control changes the teacher and nothing else: neck and head are inherited from the file's weights."""
     builder, file = _recipe(tiny_coco, tmp_path / "run").student, tmp_path / "teacher.pt"

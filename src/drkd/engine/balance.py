@@ -75,7 +75,8 @@ class GradientBalance(nn.Module):
     with both norms averaged over the measurements taken in the first ``calibration_steps`` steps (recent ones count
     more: early training is not typical), and frozen afterwards. Why: with weights that look sensible the gradient of
     relative distances was 10 to 100 times smaller than the task's and distillation was silently off
-    (docs/method.md). A weight fitted at one image size, batch size or width does not carry over; a ratio does.
+    (docs/method.md). A plain weight has to be found anew for each method and teacher; over image size, batch size
+    and width a ratio was about as sensitive as a plain weight (benchmarks/results/sensitivity).
 
     The state (norms, weights, step) is part of the state dict, so a resumed run goes on with the same weights. Under
     ``torch.distributed`` the norms are averaged over the processes, so that all use the same weights.

@@ -109,12 +109,14 @@ class Distiller(nn.Module):
         student: The detector to train.
         teacher: The detector to learn from, or None to train the student alone. Several by name each get a method of
             their own; their terms are named ``kd/<teacher>.<term>``.
-        method: A method, or what builds one from the two specs (``DRKD`` itself will do); None with no teacher.
+        method: A method, or what builds one from the two specs (``DRKD`` itself will do); None with no teacher. It is
+            moved to the device of the student's weights.
         teacher_weights: Of several teachers, by name, > 0; 1 where absent.
         calibration_steps: With a balanced method, steps after which the weights are frozen.
         calibration_interval: Every how many steps norms are measured while calibrating.
         monitor_interval: Every how many steps norms are measured afterwards, for the log and the guard.
-        dead_after: Consecutive silent measurements of a term that raise `DeadDistillationError`.
+        dead_after: Consecutive silent measurements of a term that raise `DeadDistillationError`; None: none do, and
+            silence shows in `monitor` only.
         accumulate: Forward passes per optimizer step; warm-up, calibration and monitoring count optimizer steps.
         total_steps: Optimizer steps of the whole run, for a method whose weights decay, see `KDMethod`; None: they
             stay. drkd's own trainer sets it.
@@ -139,7 +141,7 @@ class Distiller(nn.Module):
         calibration_steps: int = 100,
         calibration_interval: int = 5,
         monitor_interval: int = 50,
-        dead_after: int = 3,
+        dead_after: int | None = 3,
         accumulate: int = 1,
         total_steps: int | None = None,
         unlabelled: UnlabelledImages | None = None,
@@ -147,7 +149,7 @@ class Distiller(nn.Module):
         super().__init__()
         if (teacher is None) != (method is None):
             raise ValueError("Distiller expects both a teacher and a method, or neither (student alone)")
-        if min(monitor_interval, dead_after, accumulate) < 1:
+        if min(monitor_interval, 1 if dead_after is None else dead_after, accumulate) < 1:
             raise ValueError(
                 "Distiller expects monitor_interval, dead_after and accumulate >= 1, "
                 f"got {monitor_interval}, {dead_after} and {accumulate}"
@@ -168,6 +170,9 @@ class Distiller(nn.Module):
         else:
             assert teacher is not None  # narrowed by the check above
             self.method = method(student.spec, teacher.spec)
+        device = next((parameter.device for parameter in student.parameters()), None)
+        if self.method is not None and device is not None:
+            self.method.to(device)
         for module in self.method.modules() if self.method is not None else ():
             if isinstance(module, KDMethod):
                 module.schedule(0)  # says what is wrong with it now, not after the first batch

@@ -27,7 +27,7 @@ def stop_if_silent(
     most_boxes: int,
     compared: Mapping[str, float],
     constant: Mapping[str, bool],
-    dead_after: int,
+    dead_after: int | None,
     step: int,
     like: Tensor,
 ) -> None:
@@ -43,7 +43,7 @@ def stop_if_silent(
         most_boxes: The most boxes of an image of the batch.
         compared: By term, how much it compared, see `KDMethod.compared_counts`; terms absent from it go by the boxes.
         constant: Whether a teacher's maps were, see `are_constant`, by its name; that of a single teacher is empty.
-        dead_after: How many measurements in a row stop the run.
+        dead_after: How many measurements in a row stop the run; None: they are counted only.
         step: For the message.
         like: A tensor on the processes' device.
 
@@ -56,7 +56,7 @@ def stop_if_silent(
     most_boxes, facts = _over_processes(most_boxes, facts, like=like)
     for teacher in teachers:
         silent[teacher] = 0 if facts[teacher] else silent.get(teacher, 0) + 1
-        if silent[teacher] >= dead_after:
+        if dead_after is not None and silent[teacher] >= dead_after:
             raise DeadDistillationError(
                 f"T{teacher[1:]} teaches nothing: every channel of all its feature maps was constant in "
                 f"{dead_after} measurements in a row, the last at step {step}, so the terms pull the "
@@ -69,14 +69,15 @@ def stop_if_silent(
             continue
         dead = not facts[family]
         silent[family] = silent.get(family, 0) + 1 if dead else 0
-        if silent[family] >= dead_after:
+        if dead_after is not None and silent[family] >= dead_after:
             raise DeadDistillationError(
                 f"Distillation is silently off: '{family}' sent no usable gradient (squared norm {value:g}) to the "
                 f"student's features in {dead_after} measurements in a row, the last at step {step}, "
                 f"although its weight is {method.weights.get(family, 1.0):g} and an image held {most_boxes} "
                 "boxes. Usual causes: the teacher's features are constant (untrained or wrong checkpoint), "
                 "features that are detached, an adapter initialised to zero, or a gradient beyond the range of "
-                "float16. Check the teacher first: `drkd evaluate` on your validation data."
+                "float16. Check the teacher first: `drkd evaluate` on your validation data. To train on all the same: "
+                "training.dead_after=null."
             )
 
 

@@ -294,11 +294,14 @@ class DRKD(KDMethod):
             student_features: (B, C, h, w) by name.
             teacher_features: Same for the teacher; names and sizes may differ from the student's.
             image_size: Height and width of the image tensor, px.
-            options: Keyword arguments of the class. Parameters are made on the CPU: move the method to your device.
+            options: Keyword arguments of the class.
+
+        Returns:
+            The method, on the device of the student's maps.
         """
         student = spec_of_maps(student_features, image_size=image_size)
         teacher = spec_of_maps(teacher_features, image_size=image_size)
-        return cls(student, teacher, **options)
+        return cls(student, teacher, **options).to(next(iter(student_features.values())).device)
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The unweighted terms, named ``<term>/<student level>``."""

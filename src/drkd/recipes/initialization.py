@@ -72,7 +72,7 @@ class Initialized:
 def initialize(
     root: Path,
     *,
-    teacher: str,
+    teacher: str | None = None,
     student: Family = "retinanet",
     backbone: str = "resnet18",
     output: Path = Path("recipe.yaml"),
@@ -83,10 +83,12 @@ def initialize(
 ) -> Initialized:
     """Look at a data set and a teacher, and write a commented recipe that distils from one on the other.
 
+    Without a teacher the recipe trains the detector alone: a large backbone makes one that can teach.
+
     Args:
         root: The data set's folder in COCO, YOLO or VOC format.
         teacher: A student.pt or run folder of drkd, a torchvision detector's state dict, or the name of a published
-            torchvision detector (retinanet_resnet50_fpn_v2, fasterrcnn_resnet50_fpn_v2, ...).
+            torchvision detector (retinanet_resnet50_fpn_v2, fasterrcnn_resnet50_fpn_v2, ...). None: train alone.
         student: The student's kind.
         backbone: The student's backbone: a torchvision ResNet, or timm/<name>.
         output: The recipe file to write.
@@ -102,14 +104,20 @@ def initialize(
     """
     if output.exists() and not overwrite:
         raise DrkdError(f"{output} exists already. Replace it (--overwrite) or choose another file (--output).")
+    for option, given in (("class_map", class_map is not None), ("trust_pickle", trust_pickle)):
+        if teacher is None and given:
+            raise DrkdError(f"--{option} says something about a teacher, and there is none; give --teacher too.")
     facts = look_at_data(root, format=format)
-    known = look_at_teacher(teacher, facts.class_names, class_map=class_map, trust_pickle=trust_pickle)
+    known = None
+    if teacher is not None:
+        known = look_at_teacher(teacher, facts.class_names, class_map=class_map, trust_pickle=trust_pickle)
     run = f"runs/{output.stem}"
     text = _write_recipe(
         root, facts, known, student=student, backbone=backbone, class_map=class_map, run=run, format=format
     )
     write_text(output, text)
-    return Initialized(output, (*_describe_data(root, facts), *known.findings), f"drkd distill --config {output}")
+    findings = (*_describe_data(root, facts), *(() if known is None else known.findings))
+    return Initialized(output, findings, f"drkd {'train' if known is None else 'distill'} --config {output}")
 
 
 def look_at_data(root: Path, *, format: FormatChoice = "auto") -> DataFacts:
@@ -167,9 +175,9 @@ def _mirror_matters(names: Sequence[str]) -> bool:
     )
 
 
-def _image_size(facts: DataFacts, teacher: Teacher) -> tuple[int, int, str]:
+def _image_size(facts: DataFacts, teacher: Teacher | None) -> tuple[int, int, str]:
     """Short side, limit of the long side, px, and the reason."""
-    if teacher.image_size is not None:
+    if teacher is not None and teacher.image_size is not None:
         return (*teacher.image_size, "what the teacher was trained at")
     short = min(800, max(64, round(facts.short_side / 32) * 32))
     reason = "about what your images have"
@@ -187,7 +195,7 @@ def _backbone_weights(backbone: str) -> str:
 def _write_recipe(
     root: Path,
     facts: DataFacts,
-    teacher: Teacher,
+    teacher: Teacher | None,
     *,
     student: Family,
     backbone: str,
@@ -204,9 +212,21 @@ def _write_recipe(
     frozen = 1 if backbone.startswith(("resnet", "resnext", "wide_resnet")) else -1
     joined = "" if class_map is None else f"class_map: {_quoted(class_map)} # the teacher's classes to the data's\n\n"
     named = "" if format == "auto" else f"\n  format: {format} # the folder may hold files of others"
+    verb, beside, teaching = "train", "", ""
+    if teacher is not None:
+        verb, beside = "distill", f" and the teacher {teacher.source}"
+        teaching = f"""\
+teacher: # only used in training
+  class_path: {teacher.class_path}
+  init_args:
+{_indented(teacher.init_args)}
+{joined}method: # weights are gradient ratios, set by measurement in the first steps
+  class_path: drkd.methods.DRKD
+
+"""
     return f"""\
-# Written by `drkd init` for {root} and the teacher {teacher.source}.
-# Every key can be overridden: drkd distill --config THIS_FILE --training.epochs=5. All keys: drkd distill --help
+# Written by `drkd init` for {root}{beside}.
+# Every key can be overridden: drkd {verb} --config THIS_FILE --training.epochs=5. All keys: drkd {verb} --help
 
 student: # this is what you get: {run}/student.pt
   class_path: drkd.adapters.{_BUILDERS[student]}
@@ -217,14 +237,7 @@ student: # this is what you get: {run}/student.pt
     norm: frozen # fixed batch statistics, as small batches want
     frozen_stages: {frozen} # the first stages keep their weights; -1: none
 
-teacher: # only used in training
-  class_path: {teacher.class_path}
-  init_args:
-{_indented(teacher.init_args)}
-{joined}method: # weights are gradient ratios, set by measurement in the first steps
-  class_path: drkd.methods.DRKD
-
-data:
+{teaching}data:
   root: {_quoted(str(root))}{named}
   train_split: train
   val_split: {facts.val_split}

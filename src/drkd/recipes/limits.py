@@ -29,6 +29,7 @@ def check_training(training: Training) -> None:
         ("num_nodes", 1),
         ("monitor_interval", 1),
         ("calibration_steps", 1),
+        ("dead_after", 1),
         ("log_interval", 1),
         ("patience", 1),
         ("validate_every", 0),

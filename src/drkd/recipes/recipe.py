@@ -47,6 +47,8 @@ class Training:
         compile: Backend of torch.compile for the backbones and what reads their maps (inductor, ...); None = off.
         monitor_interval: Steps between measurements of the gradient ratios.
         calibration_steps: Steps after which balanced weights are frozen.
+        dead_after: Stop the run when a term sent the student no gradient in so many measurements in a row; None = train
+            on, its ratio in the log is then 0.
         log_interval: Steps between rows of metrics.csv.
         checkpoint_every: Also write the checkpoint to resume from every so many optimizer steps within an epoch;
             None = not by steps.
@@ -75,6 +77,7 @@ class Training:
     compile: str | None = None
     monitor_interval: int = 50
     calibration_steps: int = 100
+    dead_after: int | None = 3
     log_interval: int = 10
     checkpoint_every: int | None = None
     checkpoint_minutes: float | None = 10.0

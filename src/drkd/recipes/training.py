@@ -121,6 +121,7 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
             method,
             calibration_steps=recipe.training.calibration_steps,
             monitor_interval=recipe.training.monitor_interval,
+            dead_after=recipe.training.dead_after,
             accumulate=recipe.training.accumulate,
             teacher_weights=(
                 {name: entry.weight for name, entry in (recipe.teachers or {}).items()}
