@@ -7,6 +7,7 @@ Started with RANK set, it is one of the two processes and writes what it found t
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import subprocess
@@ -159,8 +160,9 @@ def compute(rank: int | None) -> Found:
     """Every case and scene, as one process with all four images (rank None) or as one of two."""
     found: Found = {}
     for name in CASES:
+        built = distiller(name)
         for scene, counts in SCENES.items():
-            batch, module = images(4, counts), distiller(name)
+            batch, module = images(4, counts), copy.deepcopy(built)
             wrapped = module if rank is None else DistributedDataParallel(module)
             mine = batch if rank is None else share(batch, rank)
             found[f"{name} / {scene}"] = step(wrapped, mine, seed=10 + (rank or 0), alone=name in ALONE)

@@ -23,6 +23,8 @@ def test_the_quick_demo_leaves_a_report(tmp_path: Path, monkeypatch: pytest.Monk
     assert "16² px" in table
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 6
+    steps = json.loads((folder / "drkd" / "run.json").read_text())["steps"]
+    assert f"A quick run of {steps} steps" in page
     assert len(list((folder / "images").glob("*.png"))) == 6
     with np.load(folder / "explain.npz") as arrays:
         count = len(arrays["boxes"])

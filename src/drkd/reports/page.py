@@ -97,20 +97,23 @@ def write_demo_report(folder: Path) -> Path:
         Section("Every class", "AP of every class.", compare_classes({m.name: m.evaluation for m in models})),
     ]
     write_atomically(folder / "table.md", table.markdown().encode())
-    steps = distilled.facts.get("steps")
-    quick = isinstance(steps, int) and steps < _QUICK
     return write_page(
         folder / PAGE,
         title="A student taught by DRKD",
-        lead=(
-            f"A quick run of {steps} steps, which shows that everything works and not that it learns. " if quick else ""
-        )
+        lead=say_quick(distilled.facts.get("steps"))
         + "The same student, budget and seed twice: alone, and taught by a frozen teacher through dual relation "
         "knowledge distillation. Both times it starts from the teacher's neck and head, its small backbone being its "
         "own. It costs the same at inference; only its weights differ.",
         sections=sections,
         runs={"student": student, "student + DRKD": distilled},
     )
+
+
+def say_quick(steps: object) -> str:
+    """What a demo's page begins with where so few steps show nothing; else nothing."""
+    if not isinstance(steps, int) or steps >= _QUICK:
+        return ""
+    return f"A quick run of {steps} steps, which shows that everything works and not that it learns. "
 
 
 def write_run_report(folder: Path) -> Path:
