@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,21 @@ def test_digits2_has_the_arms_of_the_leaderboard() -> None:
     files = (BENCHMARKS.parent / "recipes" / "compare" / "digits.yaml", BENCHMARKS / "comparisons" / "digits2.yaml")
     leaderboard, digits2 = (yaml.safe_load(file.read_text()) for file in files)
     assert digits2["methods"] == leaderboard["methods"] and digits2["pairs"] == leaderboard["pairs"]
+
+
+def test_tables_of_scores_are_what_their_results_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from readme_tables import PAGES, rewrite
+
+    assert BENCHMARKS.parent / "README.md" in PAGES
+    for page, results in PAGES.items():
+        text = page.read_text(encoding="utf-8")
+        assert rewrite(page, results) == text, f"{page}: run benchmarks/readme_tables.py"
+        score = re.search(r"\| (\d\d\.\d) ", text.partition("<!-- scores:")[2])
+        assert score is not None
+        stale = tmp_path / "page.md"
+        stale.write_text(text.replace(f"| {score[1]} ", "| 99.9 ", 1), encoding="utf-8")
+        assert rewrite(stale, results) == text
 
 
 def test_the_speed_table_has_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
