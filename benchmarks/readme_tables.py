@@ -3,8 +3,8 @@
     python benchmarks/readme_tables.py          # rewrites them in place
     python benchmarks/readme_tables.py --check  # exits with 1 where a page says something else
 
-A table stands between the lines ``<!-- scores:NAME -->`` and ``<!-- end -->``; NAME is ``means`` (mean, spread and paired
-difference to the lone student, over seeds) or ``seeds`` (a row a seed).
+A table stands between the lines ``<!-- scores:NAME -->`` and ``<!-- end -->``; NAME is ``means`` (mean, spread and
+paired difference to the lone student, over seeds) or ``seeds`` (a row a seed).
 """
 
 from __future__ import annotations
