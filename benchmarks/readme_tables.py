@@ -41,7 +41,7 @@ METHODS = {
     "drkd_cross_head": "DRKD with `response: cross_head`",
 }
 COUNTS = ("no", "one", "two", "three", "four", "five")
-_BLOCK = re.compile(r"(<!-- scores:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- scores:(means|seeds) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def write_means(rows: list[Mapping[str, Any]]) -> str:
@@ -53,7 +53,7 @@ def write_means(rows: list[Mapping[str, Any]]) -> str:
         if row["method"] not in ("teacher", "student"):
             name = f"student + {name}"
         if row["method"] != "teacher" and len(row["seeds"]) != most:
-            name += f", {COUNTS[len(row['seeds'])]} seed{'s' * (len(row['seeds']) != 1)}"
+            name += f", {_count(len(row['seeds']))} seed{'s' * (len(row['seeds']) != 1)}"
         cells = [pair, name]
         for metric in ("ap", "ap_small"):
             difference = row["to_reference"].get(metric)
@@ -81,8 +81,15 @@ def write_seeds(rows: list[Mapping[str, Any]]) -> str:
     return Table(("Pair", "Method", "Seed", "AP", "AP_S"), tuple(lines), words=2).markdown()
 
 
+def _count(number: int) -> str:
+    return COUNTS[number] if number < len(COUNTS) else str(number)
+
+
 def _ordered(rows: list[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
     """Rows in the order of `PAIRS` and `METHODS`, each with its pair's name where the pair begins."""
+    unknown = {row["pair"] for row in rows} - PAIRS.keys() | {row["method"] for row in rows} - METHODS.keys()
+    if unknown:
+        raise ValueError(f"pairs and methods without a name for the tables: {', '.join(sorted(unknown))}")
     found, last = [], ""
     for row in sorted(rows, key=lambda row: ([*PAIRS].index(row["pair"]), [*METHODS].index(row["method"]))):
         found.append((PAIRS[row["pair"]] if row["pair"] != last else "", row))
@@ -105,7 +112,7 @@ def rewrite(page: Path, results: Path) -> str:
         lambda found: found[1] + WRITERS[found[2]](rows) + found[3], page.read_text(encoding="utf-8")
     )
     if not count:
-        sys.exit(f"{page}: no table between <!-- scores:NAME --> and <!-- end -->")
+        raise ValueError(f"{page}: no table between <!-- scores:means or seeds --> and <!-- end -->")
     return text
 
 

@@ -21,15 +21,33 @@ def test_lists_become_a_padded_batch_in_one_frame() -> None:
     assert batch.targets[0].labels.tolist() == [0] and len(batch.boxes[1]) == 0
 
 
-def test_a_detectors_own_resize_moves_images_and_boxes_and_leaves_the_lists_alone() -> None:
+def test_a_detectors_transform_moves_images_boxes_and_masks_and_leaves_the_lists_alone() -> None:
     transform = GeneralizedRCNNTransform(64, 128, image_mean=[0.0] * 3, image_std=[1.0] * 3)
     image, boxes = torch.rand(3, 32, 48), torch.tensor([[4.0, 8.0, 20.0, 30.0]])
-    target = {"boxes": boxes, "labels": torch.tensor([1])}
-    batch = DetectionBatch.from_lists([image], [target], first_label=1, resize=transform.resize)
-    assert batch.sizes == ((64, 96),)
-    assert batch.original_sizes == ((32, 48),)
+    masks = torch.zeros(1, 32, 48, dtype=torch.uint8)
+    masks[0, 8:30, 4:20] = 1
+    target = {"boxes": boxes, "labels": torch.tensor([1]), "masks": masks}
+    nothing = {"boxes": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
+    batch = DetectionBatch.from_lists([image, image], [target, nothing], first_label=1, transform=transform)
+    assert batch.sizes == ((64, 96),) * 2
+    assert batch.original_sizes == ((32, 48),) * 2
     assert torch.equal(batch.boxes[0], 2 * boxes)
+    assert batch.boxes[1].shape == (0, 4)
+    moved = batch.targets[0].masks
+    assert moved is not None
+    assert moved.shape == (1, 64, 96)
+    assert moved.sum() == 4 * masks.sum()
     assert torch.equal(target["boxes"], boxes)
+
+
+def test_a_transform_says_how_far_to_pad() -> None:
+    square = GeneralizedRCNNTransform(
+        300, 300, image_mean=[0.0] * 3, image_std=[1.0] * 3, size_divisible=1, fixed_size=(300, 300)
+    )
+    target = {"boxes": torch.tensor([[4.0, 8.0, 20.0, 30.0]]), "labels": torch.tensor([1])}
+    images = [torch.rand(3, 32, 48)]
+    assert DetectionBatch.from_lists(images, [target], transform=square).image_size == (300, 300)
+    assert DetectionBatch.from_lists(images, [target], transform=square, size_divisor=32).image_size == (320, 320)
 
 
 def test_wrong_lists_are_refused() -> None:

@@ -14,6 +14,7 @@ from torchvision.models.detection import FCOS, RetinaNet
 
 from drkd.adapters import FCOSBuilder, RetinaNetBuilder
 from drkd.adapters.checkpoint import save_student
+from drkd.contracts import DetectionBatch
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -93,11 +94,12 @@ def test_a_whole_loop_trains_stops_and_goes_on(
     """The loop of docs/own_loop.md: one epoch, then the same lines again with two."""
     monkeypatch.chdir(tmp_path)
     lines = compile(_block("last.pt", README.parent / "docs" / "own_loop.md"), "own_loop.md", "exec")
-    batches = [(list(torch.rand(2, 3, 64, 64)), _targets(boxes))]
+    batches = [(list(torch.rand(2, 3, 48, 48)), _targets([0.7 * box for box in boxes]))]
 
     def run(epochs: int) -> dict[str, Any]:
         torch.manual_seed(0)
-        models = [RetinaNetBuilder(backbone="resnet18", fpn_channels=32).build(["cat", "dog"]).model for _ in "12"]
+        builder = RetinaNetBuilder(backbone="resnet18", fpn_channels=32, score_threshold=0.0)
+        models = [builder.build(["cat", "dog"]).model for _ in "12"]
         for model in models:
             assert isinstance(model, RetinaNet)
             model.transform.min_size, model.transform.max_size = (64,), 64
@@ -119,3 +121,10 @@ def test_a_whole_loop_trains_stops_and_goes_on(
     assert second["distiller"].get_extra_state()["passes"] == 2
     assert list(trained) == list(second["my_student"].state_dict())
     assert len(second["found"]) == 2
+    # In a batch that the transform made drkd finds boxes in px of the images, as the detector does.
+    student, (images, targets) = second["student"], batches[0]
+    batch = DetectionBatch.from_lists(images, targets, first_label=1, transform=second["my_student"].transform)
+    assert batch.sizes == ((64, 64),) * 2
+    for ours, theirs in zip(student.eval().detect(batch), second["found"], strict=True):
+        assert float(ours.boxes.amax()) == pytest.approx(float(theirs["boxes"].amax()), abs=1e-3)
+        assert 40 < float(ours.boxes.amax()) <= 48

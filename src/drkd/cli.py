@@ -146,7 +146,7 @@ _VERBS: Mapping[tuple[str, ...], _Verb] = {
         verbs.run_demo,
     ),
     ("init",): _Verb(
-        "Look at your data and your teacher, and write a recipe for them; without a teacher, one to train it.",
+        "Look at your data and your teacher, and write a recipe for them; without a teacher, for training alone.",
         (
             "init data/birds --teacher runs/teacher",
             "init data/birds --teacher teacher.pt --student faster_rcnn --backbone resnet34",

@@ -19,9 +19,6 @@ from torch import Tensor, nn
 Size = tuple[int, int]
 """Height and width in pixels, in this order."""
 
-Resize = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
-"""Takes an image (3, H, W) and its target, and returns both resized."""
-
 Want = Literal[
     "features", "losses", "predictions", "assignment", "head_features", "head_tail", "regions", "region_head"
 ]
@@ -163,6 +160,24 @@ def _check_listed(image: Tensor, target: Mapping[str, Tensor], number: int) -> N
             raise ValueError(f"target {number}: expected boxes in px, got none that reaches past 1; are they relative?")
 
 
+class DetectorTransform(Protocol):
+    """The part of torchvision's ``GeneralizedRCNNTransform`` that moves pixels."""
+
+    size_divisible: int
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Resize an image (3, H, W) with its boxes and masks."""
+
+
+def _resize(
+    transform: DetectorTransform, image: Tensor, target: Mapping[str, Tensor]
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    # A dict of our own, since torchvision writes the new boxes into it; no boxes have two dimensions as well.
+    boxes = target["boxes"].float().reshape(-1, 4)
+    image, moved = transform.resize(image, {**target, "boxes": boxes})
+    return image, moved or {}
+
+
 @dataclass(frozen=True)
 class DetectionBatch:
     """A padded batch of images with their targets, in one pixel frame.
@@ -206,8 +221,8 @@ class DetectionBatch:
         targets: Sequence[Mapping[str, Tensor]],
         *,
         first_label: int = 0,
-        size_divisor: int = 32,
-        resize: Resize | None = None,
+        size_divisor: int | None = None,
+        transform: DetectorTransform | None = None,
     ) -> DetectionBatch:
         """Make a batch of what torchvision's detectors take, padded.
 
@@ -216,10 +231,11 @@ class DetectionBatch:
             targets: ``boxes`` (N, 4) xyxy px and ``labels`` (N,) of each image; ``masks`` (N, h, w) where there are
                 any.
             first_label: Number of the first class in ``labels``; 1 where 0 means background.
-            size_divisor: The batch's sides are padded to multiples of it, px.
-            resize: Resizes an image with its boxes and masks before the padding. A torchvision detector does that
-                itself when it is called, and not when drkd trains it: give its ``model.transform.resize``, or hand over
-                images of the size that it will see. None: images stay as large as they are.
+            size_divisor: The batch's sides are padded to multiples of it, px; by default the transform's, or 32.
+            transform: A torchvision detector's ``model.transform``. The detector resizes images itself when it is
+                called, and not when drkd trains it: with its transform images, boxes and masks are resized here as
+                it would (in training it draws one of several sizes), or hand over images of the size that it will
+                see. Normalisation is left to the detector. None: images stay as large as they are.
 
         Raises:
             ValueError: If images and targets are not as described, or a label lies below ``first_label``. Values of
@@ -230,10 +246,11 @@ class DetectionBatch:
         for number, (image, target) in enumerate(zip(images, targets, strict=True)):
             _check_listed(image, target, number)
         original_sizes = tuple((int(image.shape[-2]), int(image.shape[-1])) for image in images)
-        if resize is not None:
-            # A dict of our own: torchvision writes the new boxes into the one that it gets.
-            resized = [resize(image, dict(target)) for image, target in zip(images, targets, strict=True)]
+        if transform is not None:
+            resized = [_resize(transform, image, target) for image, target in zip(images, targets, strict=True)]
             images, targets = [image for image, _ in resized], [target for _, target in resized]
+        if size_divisor is None:
+            size_divisor = 32 if transform is None else transform.size_divisible
         sizes = tuple((int(image.shape[-2]), int(image.shape[-1])) for image in images)
         height, width = (-(-max(side) // size_divisor) * size_divisor for side in zip(*sizes, strict=True))
         padded = images[0].new_zeros(len(images), 3, height, width)

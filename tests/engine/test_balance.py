@@ -80,6 +80,13 @@ def test_a_term_without_boxes_in_the_first_steps_is_balanced_when_they_come() ->
     assert float(balance.scale("late", task)) == pytest.approx(0.5)
 
 
+def test_a_term_that_is_all_but_silent_gets_no_weight_for_good() -> None:
+    balance, task = GradientBalance(), torch.tensor([1.0])
+    for squared, scale in ((0.0, 0.0), (1e-40, 0.0), (4.0, 0.5), (1e-40, 0.5)):
+        balance.update(task, {"term": torch.tensor([squared], dtype=torch.float64)}, frozen=True)
+        assert float(balance.scale("term", task)) == scale
+
+
 def test_a_users_own_loop_counts_steps_with_gradients_only_and_hears_late_terms() -> None:
     balance, feature = GradientBalance(calibration_steps=2, interval=1), torch.ones(4, requires_grad=True)
 

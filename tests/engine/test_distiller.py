@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from toys import ToyDetector, ToyMethod, toy_batch
 
 from drkd.contracts import DrkdError
@@ -129,6 +130,7 @@ def test_a_dead_term_stops_the_run_with_an_explanation() -> None:
         for _ in range(6):
             distiller(toy_batch())
     assert "step 4" in str(caught.value)
+    assert "training.dead_after=null in a recipe, dead_after=None of a Distiller" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -139,12 +141,24 @@ def test_a_run_that_shall_not_stop_counts_the_silence() -> None:
     assert distiller.monitor.silent["near"] == 5
 
 
-def test_the_method_is_where_the_student_is() -> None:
-    # "meta" stands for an accelerator: nothing is computed.
-    student, teacher = ToyDetector(4, seed=1).to("meta"), ToyDetector(6, seed=2).to("meta")
+@pytest.mark.parametrize("ready", [False, True])
+def test_the_method_goes_where_the_student_is(ready: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = ToyDetector(4, seed=1), ToyDetector(6, seed=2)
+    method = ToyMethod(student.spec, teacher.spec) if ready else ToyMethod
+    # Half precision on the way stands for another device: a machine without an accelerator has but one.
+    plain, moves = nn.Module.to, []
+    monkeypatch.setattr(ToyMethod, "to", lambda self, device: (moves.append(device), plain(self, torch.half))[1])
+    distiller = Distiller(student, teacher, method)
+    assert moves == [torch.device("cpu")]
+    assert distiller.method is not None
+    assert {parameter.dtype for parameter in distiller.method.parameters()} == {torch.half}
+
+
+def test_a_student_without_weights_takes_none_from_the_method() -> None:
+    student, teacher = ToyDetector(4, seed=1).to("meta"), ToyDetector(6, seed=2)
     distiller = Distiller(student, teacher, ToyMethod)
     assert distiller.method is not None
-    assert {parameter.device.type for parameter in distiller.method.parameters()} == {"meta"}
+    assert {parameter.device.type for parameter in distiller.method.parameters()} == {"cpu"}
 
 
 def test_no_gradient_is_no_fault_where_there_could_be_none() -> None:
@@ -195,7 +209,8 @@ def test_a_teacher_that_is_constant_stops_the_run() -> None:
     torch.nn.init.zeros_(body.weight)
     distiller(toy_batch())
     with pytest.raises(
-        DeadDistillationError, match=r"teacher teaches nothing.*2 measurements in a row, the last at step 3"
+        DeadDistillationError,
+        match=r"teacher teaches nothing.*2 measurements in a row, the last at step 3.*dead_after=null",
     ):
         distiller(toy_batch())
 

@@ -171,7 +171,7 @@ class GradientBalance(nn.Module):
             pair = torch.stack([torch.where(reached, norms, 0).sum().sqrt() for norms in whole])
             pair = _mean_over_processes(pair)
             # A batch in which the term had nothing to say (no boxes) must not pull the averages down.
-            usable = (pair > 0).all() & pair.isfinite().all()
+            usable = _is_usable(pair)
             # Nothing yet is 0, which `scale` gives no weight. A resumed run's norms come from a checkpoint on the CPU.
             old = torch.stack([norms.get(name, torch.zeros_like(pair[0])).to(pair.device) for norms in self._norms])
             started = (old > 0).all() & old.isfinite().all()
@@ -202,11 +202,19 @@ class GradientBalance(nn.Module):
         self._step = int(state["step"])
 
 
+def _is_usable(pair: Tensor) -> Tensor:
+    """Whether norms of task and term say how loud the term is.
+
+    Those of a term that is all but silent would make a weight beyond all bounds, and for good.
+    """
+    return (pair > 0).all() & pair.isfinite().all() & (pair[1] > 1e-8 * pair[0])
+
+
 def _mean_over_processes(value: Tensor) -> Tensor:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
     # A process whose boxes gave the term nothing to say neither counts nor adds.
-    good = (value > 0).all() & value.isfinite().all()
+    good = _is_usable(value)
     total = torch.cat([torch.where(good, value, torch.zeros_like(value)), good.to(value).reshape(1)])
     torch.distributed.all_reduce(total)
     return total[:2] / total[2].clamp_min(1)

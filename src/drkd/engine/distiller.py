@@ -151,7 +151,7 @@ class Distiller(nn.Module):
             raise ValueError("Distiller expects both a teacher and a method, or neither (student alone)")
         if min(monitor_interval, 1 if dead_after is None else dead_after, accumulate) < 1:
             raise ValueError(
-                "Distiller expects monitor_interval, dead_after and accumulate >= 1, "
+                "Distiller expects monitor_interval, dead_after (unless None) and accumulate >= 1, "
                 f"got {monitor_interval}, {dead_after} and {accumulate}"
             )
         check_parts(student, teacher, method)
@@ -171,7 +171,7 @@ class Distiller(nn.Module):
             assert teacher is not None  # narrowed by the check above
             self.method = method(student.spec, teacher.spec)
         device = next((parameter.device for parameter in student.parameters()), None)
-        if self.method is not None and device is not None:
+        if self.method is not None and device is not None and device.type != "meta":
             self.method.to(device)
         for module in self.method.modules() if self.method is not None else ():
             if isinstance(module, KDMethod):

@@ -14,6 +14,8 @@ class DeadDistillationError(DrkdError):
     """A term that could have taught the student has sent it no gradient for many measurements."""
 
 
+_WAY_OUT = "To train on all the same: training.dead_after=null in a recipe, dead_after=None of a Distiller."
+
 _TEACHER = "the teacher"
 """Under this name the guard counts measurements at which the teacher's maps were constant; of several, with theirs."""
 
@@ -61,7 +63,7 @@ def stop_if_silent(
                 f"T{teacher[1:]} teaches nothing: every channel of all its feature maps was constant in "
                 f"{dead_after} measurements in a row, the last at step {step}, so the terms pull the "
                 "student towards a constant. Usual causes: wrong or missing weights, images that are all one colour. "
-                "Check it: `drkd evaluate` on your validation data."
+                f"Check it: `drkd evaluate` on your validation data. {_WAY_OUT}"
             )
     for family, value in squared.items():
         could = method.weights.get(family, 1.0) > 0 and scheduled and most_boxes >= method.minimum_boxes.get(family, 0)
@@ -76,8 +78,8 @@ def stop_if_silent(
                 f"although its weight is {method.weights.get(family, 1.0):g} and an image held {most_boxes} "
                 "boxes. Usual causes: the teacher's features are constant (untrained or wrong checkpoint), "
                 "features that are detached, an adapter initialised to zero, or a gradient beyond the range of "
-                "float16. Check the teacher first: `drkd evaluate` on your validation data. To train on all the same: "
-                "training.dead_after=null."
+                "float16. Check the teacher first: `drkd evaluate` on your validation data. "
+                f"{_WAY_OUT}"
             )
 
 

@@ -25,6 +25,10 @@ _BUILDERS = {"retinanet": "RetinaNetBuilder", "faster_rcnn": "FasterRCNNBuilder"
 # Learning rates of the usual schedules with SGD at batch 16.
 _RATES = {"retinanet": 0.01, "faster_rcnn": 0.02, "fcos": 0.01}
 _SCHEDULE_EPOCHS = 24
+_NO_TEACHER = (
+    "teacher: none given, so the recipe trains a detector alone; to distil give --teacher, and for a detector that can "
+    "teach a larger --backbone (resnet101)"
+)
 _LEAST_STEPS = 4000
 _MOST_EPOCHS = 300
 
@@ -88,7 +92,8 @@ def initialize(
     Args:
         root: The data set's folder in COCO, YOLO or VOC format.
         teacher: A student.pt or run folder of drkd, a torchvision detector's state dict, or the name of a published
-            torchvision detector (retinanet_resnet50_fpn_v2, fasterrcnn_resnet50_fpn_v2, ...). None: train alone.
+            torchvision detector (retinanet_resnet50_fpn_v2, fasterrcnn_resnet50_fpn_v2, ...), or a checkpoint of
+            MMDetection's. Left out: the recipe trains the detector alone.
         student: The student's kind.
         backbone: The student's backbone: a torchvision ResNet, or timm/<name>.
         output: The recipe file to write.
@@ -106,7 +111,7 @@ def initialize(
         raise DrkdError(f"{output} exists already. Replace it (--overwrite) or choose another file (--output).")
     for option, given in (("class_map", class_map is not None), ("trust_pickle", trust_pickle)):
         if teacher is None and given:
-            raise DrkdError(f"--{option} says something about a teacher, and there is none; give --teacher too.")
+            raise DrkdError(f"--{option} is about a teacher: give --teacher too.")
     facts = look_at_data(root, format=format)
     known = None
     if teacher is not None:
@@ -116,7 +121,7 @@ def initialize(
         root, facts, known, student=student, backbone=backbone, class_map=class_map, run=run, format=format
     )
     write_text(output, text)
-    findings = (*_describe_data(root, facts), *(() if known is None else known.findings))
+    findings = (*_describe_data(root, facts), *((_NO_TEACHER,) if known is None else known.findings))
     return Initialized(output, findings, f"drkd {'train' if known is None else 'distill'} --config {output}")
 
 
@@ -212,7 +217,7 @@ def _write_recipe(
     frozen = 1 if backbone.startswith(("resnet", "resnext", "wide_resnet")) else -1
     joined = "" if class_map is None else f"class_map: {_quoted(class_map)} # the teacher's classes to the data's\n\n"
     named = "" if format == "auto" else f"\n  format: {format} # the folder may hold files of others"
-    verb, beside, teaching = "train", "", ""
+    verb, beside, teaching = "train", " without a teacher: it trains a detector alone, which can teach afterwards", ""
     if teacher is not None:
         verb, beside = "distill", f" and the teacher {teacher.source}"
         teaching = f"""\

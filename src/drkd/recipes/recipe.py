@@ -47,8 +47,9 @@ class Training:
         compile: Backend of torch.compile for the backbones and what reads their maps (inductor, ...); None = off.
         monitor_interval: Steps between measurements of the gradient ratios.
         calibration_steps: Steps after which balanced weights are frozen.
-        dead_after: Stop the run when a term sent the student no gradient in so many measurements in a row; None = train
-            on, its ratio in the log is then 0.
+        dead_after: Stop the run after so many measurements in a row in which a term sent the student no gradient, or
+            the teacher's maps were constant; None = never (such a term's ratio in the log is 0, or not finite where
+            its gradient overflowed).
         log_interval: Steps between rows of metrics.csv.
         checkpoint_every: Also write the checkpoint to resume from every so many optimizer steps within an epoch;
             None = not by steps.
