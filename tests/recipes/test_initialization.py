@@ -50,6 +50,12 @@ def test_the_recipe_says_what_was_found_and_loads(
     assert (content["data"]["min_size"], content["data"]["max_size"], content["data"]["batch_size"]) == (64, 96, 6)
     assert content["data"]["horizontal_flip"] == 0.5
     assert content["training"]["epochs"] >= 24
+    # What the recipe offers as a comment can be used; Faster R-CNN's head has no such thing.
+    text = output.read_text()
+    assert ("  # init_args: {response" in text) is (student != "faster_rcnn")
+    output.write_text(text.replace("  # init_args: {response", "  init_args: {response"))
+    method = yaml.safe_load(load_recipe([output]).resolved)["method"]
+    assert method["init_args"]["response"] == ("logits" if student == "faster_rcnn" else "cross_head")
 
 
 def test_without_a_teacher_it_is_a_recipe_to_train_one(tiny_coco: Path, tmp_path: Path) -> None:

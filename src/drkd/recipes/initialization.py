@@ -25,6 +25,11 @@ _BUILDERS = {"retinanet": "RetinaNetBuilder", "faster_rcnn": "FasterRCNNBuilder"
 # Learning rates of the usual schedules with SGD at batch 16.
 _RATES = {"retinanet": 0.01, "faster_rcnn": 0.02, "fcos": 0.01}
 _SCHEDULE_EPOCHS = 24
+# A comment, since only the detectors themselves show whether their heads are alike, and since it makes a step longer.
+_HEAD = """\
+  # Where student and teacher have heads of one kind and width, the teacher's head can teach too; a step takes longer:
+  # init_args: {response: cross_head, response_weight: 1.0, response_share: 1.0}
+"""
 _NO_TEACHER = (
     "teacher: none given, so the recipe trains a detector alone; to distil give --teacher, and for a detector that can "
     "teach a larger --backbone (resnet101)"
@@ -227,7 +232,7 @@ teacher: # only used in training
 {_indented(teacher.init_args)}
 {joined}method: # weights are gradient ratios, set by measurement in the first steps
   class_path: drkd.methods.DRKD
-
+{_HEAD if student != "faster_rcnn" else ""}
 """
     return f"""\
 # Written by `drkd init` for {root}{beside}.
