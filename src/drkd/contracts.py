@@ -175,7 +175,8 @@ def _resize(
     # A dict of our own, since torchvision writes the new boxes into it; no boxes have two dimensions as well.
     boxes = target["boxes"].float().reshape(-1, 4)
     image, moved = transform.resize(image, {**target, "boxes": boxes})
-    return image, moved or {}
+    assert moved is not None  # it was given a target
+    return image, moved
 
 
 @dataclass(frozen=True)

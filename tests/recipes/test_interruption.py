@@ -128,6 +128,12 @@ def test_a_signal_in_validation_costs_one_step(
     assert _differences(_train(tiny_coco, tmp_path / "run", *options), whole) == []
 
 
+@pytest.fixture
+def arguments(tiny_coco: Path, tmp_path: Path) -> list[str]:
+    """Of a run alone in the test's folder, as the whole one was."""
+    return ["train", "--config=digits/retinanet", *_overrides(tiny_coco, tmp_path / "run")]
+
+
 def _signal_in_step(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     real = DistillationModule.training_step
 
@@ -140,14 +146,13 @@ def _signal_in_step(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_sigterm_saves_stops_and_the_run_goes_on_from_that_step(
-    tiny_coco: Path,
+    arguments: list[str],
     tmp_path: Path,
     whole: dict[str, torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    arguments = ["train", "--config=digits/retinanet", *_overrides(tiny_coco, tmp_path / "run")]
     with monkeypatch.context() as patch:
         _signal_in_step(2, signal.SIGTERM, patch)
         assert main(arguments) == 128 + signal.SIGTERM
@@ -281,10 +286,10 @@ def test_a_signal_after_trainings_last_look_stops_before_the_final_evaluation(tm
 
 
 def test_ctrl_c_saves_and_stops_too(
-    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _signal_in_step(2, signal.SIGINT, monkeypatch)
-    assert main(["train", "--config=digits/retinanet", *_overrides(tiny_coco, tmp_path / "run")]) == 130
+    assert main(arguments) == 130
     assert "stopped by SIGINT at step 3; a checkpoint of this step is saved" in capsys.readouterr().err
     saved = AtomicCheckpoints().load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert saved["global_step"] == 3
@@ -403,13 +408,12 @@ def test_the_first_process_of_a_second_machine_writes_nothing(
 
 
 def test_a_damaged_checkpoint_is_one_paragraph(
-    tiny_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "run" / "checkpoints" / "last.ckpt"
     state = {"state_dict": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": [], "loops": {}}
     version = {"pytorch-lightning_version": lightning.__version__}
     AtomicCheckpoints().save_checkpoint({**state, **version, "global_step": 1, "epoch": 0}, file)
-    arguments = ["train", "--config=digits/retinanet", *_overrides(tiny_coco, tmp_path / "run")]
     assert main(arguments) == 2
     assert "another student or method" in capsys.readouterr().err
     file.write_bytes(file.read_bytes()[:300])
@@ -549,13 +553,12 @@ def test_what_the_machine_lacks_for_a_moment_costs_the_steps_since_the_last_chec
     fail: Callable[[pytest.MonkeyPatch], None],
     steps: int,
     words: str,
-    tiny_coco: Path,
+    arguments: list[str],
     tmp_path: Path,
     whole: dict[str, torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["train", "--config=digits/retinanet", *_overrides(tiny_coco, tmp_path / "run")]
     with monkeypatch.context() as patch:
         fail(patch)
         assert main(arguments) == 1
