@@ -166,17 +166,20 @@ def test_a_missing_file_lists_what_ships(tmp_path: Path) -> None:
         load_comparison(tmp_path / "nowhere.yaml")
 
 
-def test_the_example_of_the_documentation_is_a_comparison(comparison_file: Path, tmp_path: Path) -> None:
+def test_the_example_of_the_documentation_is_a_comparison(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both of its steps, from where a reader runs them: the recipe is the one that `drkd init` writes."""
     text = (Path(__file__).parents[3] / "docs" / "compare.md").read_text(encoding="utf-8")
     (block,) = (block for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL) if "pairs:" in block)
-    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
-    recipe["training"] |= {"steps": None, "epochs": 12}
-    (tmp_path / "birds.yaml").write_text(yaml.safe_dump(recipe))
-    comparison_file.write_text(block)
-    comparison = load_comparison(comparison_file)
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", str(tiny_coco), f"--teacher={tiny_detector}", "--output=birds.yaml"]) == 0
+    Path("comparison.yaml").write_text(block)
+    comparison = load_comparison(Path("comparison.yaml"))
     cells = {cell.name: cell for cell in make_cells(comparison, source="docs")}
     assert len(cells) == 2 + 2 * 4 * 3
-    assert cells["wide/drkd/0"].settings["student"]["init_args"]["width"] == 0.5
+    assert cells["birds/drkd/0"].settings["student"]["init_args"]["backbone"] == "resnet18"
+    assert cells["deeper/drkd/0"].settings["student"]["init_args"]["backbone"] == "resnet34"
     assert cells["birds/short/0"].settings["training"]["epochs"] == 6
     assert cells["birds/pkd/2"].settings["method"]["init_args"]["weight"] == 0.5
 
