@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-WORKERS ?= 2
+# One more than there are cores, since a test that waits for a process leaves its core idle; each holds some 1.5 GB.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(9, (os.cpu_count() or 1) + 1))")
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -21,7 +22,7 @@ demo: $(VENV)/.demo-installed  ## Distil a small detector and write runs/demo/re
 quick: $(VENV)/.demo-installed  ## A short run that shows that everything works, not that it learns.
 	$(BIN)/drkd demo --quick
 
-# One thread a worker: two workers with a thread pool each would fight over the cores.
+# One thread a worker: workers with a thread pool each would fight over the cores.
 test: $(VENV)/.dev-installed  ## Run the tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
