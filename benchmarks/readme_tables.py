@@ -4,7 +4,8 @@
     python benchmarks/readme_tables.py --check  # exits with 1 where a page says something else
 
 A table stands between the lines ``<!-- scores:NAME -->`` and ``<!-- end -->``; NAME is ``means`` (mean, spread and
-paired difference to the lone student, over seeds) or ``seeds`` (a row a seed).
+paired difference to the lone student, over seeds), ``seeds`` (a row a seed), or ``effort``: of every method, how many
+committed runs were scored on `tune`, over all results.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import drkd.methods
 from drkd.reports.gap import PairedDifference, Spread
 from drkd.reports.tables import Table, format_difference, format_score, format_share, format_spread
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = {
+PAGES: Mapping[Path, Path | None] = {
     ROOT / "README.md": RESULTS / "leaderboard_6_epochs" / "table.json",
     RESULTS / "leaderboard_6_epochs" / "README.md": RESULTS / "leaderboard_6_epochs" / "table.json",
     RESULTS / "digits2" / "README.md": RESULTS / "digits2" / "table.json",
+    RESULTS / "trials" / "README.md": None,
 }
 PAIRS = {"faster_rcnn": "Faster R-CNN", "retinanet": "RetinaNet"}
 METHODS = {
@@ -41,7 +45,7 @@ METHODS = {
     "drkd_cross_head": "DRKD with `response: cross_head`",
 }
 COUNTS = ("no", "one", "two", "three", "four", "five")
-_BLOCK = re.compile(r"(<!-- scores:(means|seeds) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- scores:(means|seeds|effort) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def write_means(rows: list[Mapping[str, Any]]) -> str:
@@ -81,6 +85,29 @@ def write_seeds(rows: list[Mapping[str, Any]]) -> str:
     return Table(("Pair", "Method", "Seed", "AP", "AP_S"), tuple(lines), words=2).markdown()
 
 
+def write_effort(results: Path = RESULTS) -> str:
+    """A row a method: its committed runs that were scored on `tune`, by detector; a sum counts for each of its parts."""
+    runs: dict[str, Counter[str]] = defaultdict(Counter)
+    for file in sorted(results.rglob("*.json")):
+        cell = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(cell, dict) or not {"metrics", "command"} <= cell.keys() or cell["seed"] is None:
+            continue
+        command = " ".join(cell["command"])
+        if cell.get("split") != "tune" and "--evaluation.split=tune" not in command:
+            continue
+        pair = cell.get("pair", cell.get("detector", "")).removesuffix("_teacher")
+        written = json.dumps(cell["recipe"].get("method")) if "recipe" in cell else command
+        # The recipes' own method, unless another is named.
+        found = {*re.findall(r"drkd(?:\.methods)?\.(\w+)", written)} & {*drkd.methods.__all__} - {"Combination"}
+        for name in ("student alone",) if cell["command"][1] == "train" else found or ("DRKD",):
+            runs[name][pair] += 1
+    rows = [
+        (name, *(str(counts[pair]) for pair in PAIRS), str(counts.total() - sum(counts[pair] for pair in PAIRS)))
+        for name, counts in sorted(runs.items(), key=lambda item: (-item[1].total(), item[0]))
+    ]
+    return Table(("Method", *PAIRS.values(), "other pairs"), tuple(rows), words=1).markdown()
+
+
 def _count(number: int) -> str:
     return COUNTS[number] if number < len(COUNTS) else str(number)
 
@@ -105,14 +132,17 @@ def _numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
 WRITERS: Mapping[str, Callable[[list[Mapping[str, Any]]], str]] = {"means": write_means, "seeds": write_seeds}
 
 
-def rewrite(page: Path, results: Path) -> str:
-    """The page's text with its tables as the results say."""
-    rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
-    text, count = _BLOCK.subn(
-        lambda found: found[1] + WRITERS[found[2]](rows) + found[3], page.read_text(encoding="utf-8")
-    )
+def rewrite(page: Path, results: Path | None) -> str:
+    """The page's text with its tables as the results say, those of effort as all results do."""
+    rows = [] if results is None else json.loads(results.read_text(encoding="utf-8"))["rows"]
+
+    def write(found: re.Match[str]) -> str:
+        table = write_effort() if found[2] == "effort" else WRITERS[found[2]](rows)
+        return found[1] + table + found[3]
+
+    text, count = _BLOCK.subn(write, page.read_text(encoding="utf-8"))
     if not count:
-        raise ValueError(f"{page}: no table between <!-- scores:means or seeds --> and <!-- end -->")
+        raise ValueError(f"{page}: no table between <!-- scores:means, seeds or effort --> and <!-- end -->")
     return text
 
 

@@ -107,7 +107,8 @@ EMBEDDED = {
 }
 """What ``data.root`` may name. ``digits2`` confirms what was chosen on ``digits``: other photographs in each split,
 smaller and more digits an image, drawn anew from the scans that the same split of ``digits`` has. Nothing of what it
-reports on was in an image that the shipped teachers and backbones were trained on, or that settings were chosen on."""
+reports on was in an image that the shipped teachers and backbones were trained on. Its images were used to choose
+nothing; the scans of digits in its ``val`` are those of the ``val`` of ``digits``."""
 
 
 def build_digits(cache_dir: Path | None = None, *, config: DigitsConfig = DigitsConfig()) -> Path:
