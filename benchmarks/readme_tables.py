@@ -86,7 +86,7 @@ def write_seeds(rows: list[Mapping[str, Any]]) -> str:
 
 
 def write_effort(results: Path = RESULTS) -> str:
-    """A row a method: its committed runs that were scored on `tune`, by detector; a sum counts for each of its parts."""
+    """A row a method: its committed runs that were scored on `tune`, by detector; a sum counts for each part."""
     runs: dict[str, Counter[str]] = defaultdict(Counter)
     for file in sorted(results.rglob("*.json")):
         cell = json.loads(file.read_text(encoding="utf-8"))
