@@ -634,7 +634,7 @@ class KDMethod(nn.Module, ABC):
             factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
         return factor
 
-    def begin_pass(self, number: int, *, measured: bool) -> None:
+    def begin_pass(self, number: int, *, measured: bool, progress: float | None = None) -> None:
         """Hear, before `forward`, which pass it is: for a method that leaves a dear term out of some passes.
 
         `Distiller` tells every method and every method within it; a loop without it need not.
@@ -642,6 +642,8 @@ class KDMethod(nn.Module, ABC):
         Args:
             number: Of the forward pass in training, 0-based, the same in every process.
             measured: Gradient norms are measured at this pass: a term that is left out now would be taken for dead.
+            progress: Share of the run's optimizer steps that are done, in [0, 1]; None where nobody gives the run's
+                length (``total_steps`` of `Distiller`).
         """
 
     def inner_methods(self) -> dict[str, KDMethod]:

@@ -371,6 +371,48 @@ def test_the_distiller_tells_drkds_response_which_passes_to_leave_out():
         assert float(distiller(batch_of())["kd/response_classification"]) > 0, "nothing is left out of a validation"
 
 
+@pytest.mark.parametrize("response", ["cross_head", "logits"])
+def test_a_response_in_a_part_of_the_run_asks_the_teachers_head_there_only(response):
+    student, teacher = pair("retinanet")
+    asked = {"response": response, "response_weight": 1.0, "response_share": 1.0}
+    heads = [name for name, module in teacher.named_modules() if "head" in name and isinstance(module, torch.nn.Conv2d)]
+    calls = []
+    teacher.get_submodule(heads[0]).register_forward_hook(lambda *_: calls.append(True))
+
+    def heard(total_steps, **options):
+        distiller = Distiller(
+            *(student, teacher, partial(DRKD, **asked, **options)),
+            calibration_steps=2,
+            monitor_interval=10,
+            total_steps=total_steps,
+        ).train()
+        found = []
+        for number in range(12):
+            calls.clear()
+            losses = distiller(batch_of())
+            sum(losses.values()).backward()
+            if float(losses["kd/response_classification"].detach()) > 0:
+                found.append(number)
+            assert bool(calls) == (number in found)
+        with torch.no_grad():
+            assert float(distiller(batch_of())["kd/response_classification"]) > 0, "nothing is left out of a validation"
+        return found
+
+    # Measured at 0 (calibration) and 10 (monitoring), whatever the span.
+    assert heard(12, response_span=(0.5, 0.75)) == [0, 6, 7, 8, 10]
+    assert heard(12, response_span=[0.75, 1]) == [0, 9, 10, 11]
+    assert heard(None, response_span=(0.5, 0.75)) == [0, 10], "of a run of unknown length no part is known"
+    assert heard(None, response_span=[0, 1]) == [*range(12)]
+
+
+@pytest.mark.parametrize("span", [(0.5, 0.5), (-0.1, 0.5), (0.5, 1.1), (0.75, 0.5)])
+def test_a_span_that_is_none_is_refused(span):
+    student, teacher = pair("retinanet")
+    for method in (CrossKD, LogitKD):
+        with pytest.raises(ValueError, match="span that begins before it ends, within 0 and 1"):
+            method(student.spec, teacher.spec, span=span)
+
+
 @PAIRS
 @pytest.mark.parametrize("balanced", [True, False])
 def test_the_distiller_runs_three_steps(family, method, balanced):
@@ -864,7 +906,7 @@ def test_drkd_goes_without_the_response_where_predictions_differ():
         DRKD(student.spec, student.spec, response="loud")
 
 
-@pytest.mark.parametrize("asked", [{"response": "cross_head"}, {"response_share": 1.0}])
+@pytest.mark.parametrize("asked", [{"response": "cross_head"}, {"response_share": 1.0}, {"response_span": (0, 0.5)}])
 def test_a_response_without_a_weight_is_refused_and_not_silent(asked):
     student, teacher = pair("retinanet")
     with pytest.raises(DrkdError, match="says nothing at response_weight 0; expected a response_weight"):

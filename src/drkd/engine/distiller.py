@@ -118,8 +118,9 @@ class Distiller(nn.Module):
         dead_after: Consecutive silent measurements of a term that raise `DeadDistillationError`; None: none do, and
             silence shows in `monitor` only.
         accumulate: Forward passes per optimizer step; warm-up, calibration and monitoring count optimizer steps.
-        total_steps: Optimizer steps of the whole run, for a method whose weights decay, see `KDMethod`; None: they
-            stay. drkd's own trainer sets it.
+        total_steps: Optimizer steps of the whole run, for a method whose weights decay, see `KDMethod`, or that has
+            terms in a part of the run only (such as ``response_span`` of `DRKD`); None: the weights stay, and such
+            terms count only where norms are measured. drkd's own trainer sets it.
         unlabelled: How images that ``DetectionBatch.labelled`` says have no labels are used. Without pseudo-labels they
             go through the detectors apart from the others, so batch norms and terms that relate images see two
             smaller batches; each term is then the mean over all images.
@@ -235,9 +236,10 @@ class Distiller(nn.Module):
             self.teacher.eval()
         training = self.training and torch.is_grad_enabled()
         measuring = training and self._measures
+        progress = min(1.0, self._step / self.total_steps) if self.total_steps else None
         for module in self.method.modules():
             if isinstance(module, KDMethod):
-                module.begin_pass(self._passes, measured=measuring or not training)
+                module.begin_pass(self._passes, measured=measuring or not training, progress=progress)
         parts = split_batch(batch, student=self.student, teacher=self.teacher, settings=self.unlabelled)
         seen = [self._see(part, losses=part is parts[0], looking=measuring) for part in parts]
         features = [feature for part in seen for feature in part.features]

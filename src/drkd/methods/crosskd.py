@@ -22,7 +22,7 @@ from drkd.contracts import (
 )
 from drkd.losses import align_scale, decode_distances, decode_offsets, overlap_distance, quality_focal_distance
 from drkd.losses.distance import at_least_float32, full_precision
-from drkd.methods.image_share import ImageShare, pick_rows
+from drkd.methods.image_share import WHOLE_RUN, ImageShare, pick_rows
 from drkd.methods.prediction_pairs import ON_FEATURES, TeacherClasses, require_layouts, require_same_grid
 from drkd.methods.term_weights import choose_weight
 
@@ -55,6 +55,8 @@ class CrossKD(KDMethod):
         align: Give the student's maps the scale of the teacher's first, see `align_scale`.
         share: Of a batch's images that the teacher's head is asked about, see `ImageShare`; those without boxes too,
             since background teaches as well.
+        span: From which part of the run to which part the teacher's head is asked at all, such as (0.5, 0.75); see
+            `ImageShare`.
         balanced: Whether weights are gradient ratios, see `KDMethod`.
         warmup_steps: See `KDMethod`.
         decay: See `KDMethod`.
@@ -78,6 +80,7 @@ class CrossKD(KDMethod):
         beta: float = 1.0,
         align: bool = True,
         share: float = 1.0,
+        span: tuple[float, float] = WHOLE_RUN,
         balanced: bool = True,
         warmup_steps: int = 0,
         decay: Decay = "none",
@@ -108,9 +111,9 @@ class CrossKD(KDMethod):
         self.decode = decode_offsets if ours.kind == "anchors" else decode_distances
         self.beta = beta
         self.align = align
-        self.images = ImageShare(share, with_boxes=False)
-        if share < 1:
-            # The head is run here, on some of the images.
+        self.images = ImageShare(share, with_boxes=False, span=span)
+        if not self.images.everything:
+            # The head is run here, on some of the images or at some of the steps.
             self.teacher_needs = frozenset[Want]({"features", "head_tail"})
         elif align:
             self.teacher_needs = self.teacher_needs | {"head_features"}
@@ -128,9 +131,9 @@ class CrossKD(KDMethod):
         """The positives, for both terms."""
         return {} if self._positives is None else dict.fromkeys(("classification", "box"), self._positives)
 
-    def begin_pass(self, number: int, *, measured: bool) -> None:
+    def begin_pass(self, number: int, *, measured: bool, progress: float | None = None) -> None:
         """See `KDMethod`."""
-        self.images.begin_pass(number, measured=measured)
+        self.images.begin_pass(number, measured=measured, progress=progress)
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The terms ``classification`` and ``box``."""
@@ -175,7 +178,7 @@ class CrossKD(KDMethod):
         self, teacher: DetectorOutput, tail: HeadTail, rows: Sequence[int]
     ) -> tuple[DensePredictions, HeadFeatures | None]:
         """What the teacher predicts for these images, and what its head computes on the way."""
-        if self.images.share == 1:
+        if self.images.everything:
             if teacher.predictions is None:
                 raise ValueError("Expected a teacher with predictions")
             return teacher.predictions, teacher.head_features

@@ -32,6 +32,7 @@ from drkd.losses import (
 )
 from drkd.losses.instances import count_boxes
 from drkd.methods.drkd_response import SHARE, Response, make_response
+from drkd.methods.image_share import WHOLE_RUN
 from drkd.methods.levels import LevelPair, Levels, MissingLevels, finest, maps_by_name, match_levels, spec_of_maps
 from drkd.methods.term_weights import by_stages
 
@@ -87,11 +88,13 @@ class DRKD(KDMethod):
             ``regions``), 3 for any other.
         relation_weight: Of ``instance_relation``.
         instance_weight: Of ``instance``.
-        response: How predictions are compared, see `Response`; it needs a ``response_weight``, as its share does.
+        response: How predictions are compared, see `Response`; needs a ``response_weight``, as its share and span do.
         response_weight: Of the two response terms. None is 1 where the two can be compared so, and no such term where
             they cannot, or where there are only feature maps (`for_features`).
         response_share: Of a batch's images that the teacher's head is asked about for the response; less than one image
             leaves it out of some steps, see `ImageShare`.
+        response_span: From which part of the run to which part there is a response, such as (0.5, 0.75): a dear one
+            then costs a part of its price. In a loop of one's own it needs ``total_steps`` of `Distiller`.
         balanced: Whether weights are ratios of gradient norms, see `KDMethod`; otherwise plain multipliers.
         warmup_steps: Steps over which all weights rise from 0.
         decay: How they fall towards the end of the run, see `KDMethod`.
@@ -144,6 +147,7 @@ class DRKD(KDMethod):
         response: Response = "logits",
         response_weight: float | None = 0.0,
         response_share: float = SHARE,
+        response_span: tuple[float, float] = WHOLE_RUN,
         balanced: bool = True,
         warmup_steps: int = 0,
         decay: Decay = "none",
@@ -190,7 +194,13 @@ class DRKD(KDMethod):
         minimum = {RELATION: 2 if instance_target == "matrix" else 1, INSTANCE: 1}
         self.minimum_boxes = {name: count for name, count in minimum.items() if name in self.weights}
         self.response = make_response(
-            response, student, teacher, weight=response_weight, share=response_share, balanced=balanced
+            response,
+            student,
+            teacher,
+            weight=response_weight,
+            share=response_share,
+            span=response_span,
+            balanced=balanced,
         )
         pools = bool(self.minimum_boxes)
         if self.response is not None:
@@ -266,9 +276,9 @@ class DRKD(KDMethod):
             for pair in (self.instance_pairs if INSTANCE in self.weights else ())
         )
 
-    def begin_pass(self, number: int, *, measured: bool) -> None:
+    def begin_pass(self, number: int, *, measured: bool, progress: float | None = None) -> None:
         """Have the spread of the targets looked at where gradient norms are measured."""
-        del number
+        del number, progress
         self._looks = measured and self.training
 
     def inner_methods(self) -> dict[str, KDMethod]:

@@ -19,6 +19,7 @@ from drkd.losses import (
 )
 from drkd.methods.drkd import DRKD
 from drkd.methods.drkd_response import SHARE, Response
+from drkd.methods.image_share import WHOLE_RUN
 from drkd.methods.levels import Levels, MissingLevels
 
 
@@ -44,6 +45,7 @@ class PaperDRKD(DRKD):
         response: Response = "logits",
         response_weight: float | None = 0.0,
         response_share: float = SHARE,
+        response_span: tuple[float, float] = WHOLE_RUN,
         balanced: bool = True,
         warmup_steps: int = 0,
         decay: Decay = "none",
@@ -85,6 +87,7 @@ class PaperDRKD(DRKD):
             response=response,
             response_weight=response_weight,
             response_share=response_share,
+            response_span=response_span,
             balanced=balanced,
             warmup_steps=warmup_steps,
             decay=decay,
@@ -141,6 +144,7 @@ class ReleasedDRKD(DRKD):
         response: Response = "logits",
         response_weight: float | None = 0.0,
         response_share: float = SHARE,
+        response_span: tuple[float, float] = WHOLE_RUN,
         balanced: bool = False,
         warmup_steps: int = 0,
         decay: Decay = "none",
@@ -182,6 +186,7 @@ class ReleasedDRKD(DRKD):
             response=response,
             response_weight=response_weight,
             response_share=response_share,
+            response_span=response_span,
             balanced=balanced,
             warmup_steps=warmup_steps,
             decay=decay,

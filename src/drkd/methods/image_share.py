@@ -1,4 +1,4 @@
-"""Which of a batch's images a teacher's head, which is dear, is asked about."""
+"""Which of a batch's images a teacher's head, which is dear, is asked about, and when."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from torch import Tensor
 
 from drkd.contracts import BoxTargets
 
+WHOLE_RUN = (0.0, 1.0)
+
 
 class ImageShare:
-    """A part of every batch, or of the passes where that is less than one image.
+    """A part of every batch, or of the passes where that is less than one image, or of the run.
 
     The first images are taken; a loader that shuffles gives every image its turn. Where the share is
     less than one image of a batch, whole passes are left out: one image counts at every 1 / (share x batch) passes and
@@ -20,24 +22,39 @@ class ImageShare:
     Args:
         share: Of a batch's images, in (0, 1].
         with_boxes: Pass over images without boxes while there are others, for terms that have nothing to say there.
+        span: From which part of the run to which part passes count; passes where gradients are measured always do.
+            In a run of unknown length none else does, unless the span is the whole run.
 
     Raises:
-        ValueError: If the share is out of range.
+        ValueError: If the share or the span is out of range.
     """
 
-    def __init__(self, share: float, *, with_boxes: bool) -> None:
+    def __init__(self, share: float, *, with_boxes: bool, span: tuple[float, float] = WHOLE_RUN) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"Expected a share above 0 and of at most 1, got {share}")
+        if not 0 <= span[0] < span[1] <= 1:
+            raise ValueError(f"Expected a span that begins before it ends, within 0 and 1, got {list(span)}")
         self.share = share
         self.with_boxes = with_boxes
+        self.span = (float(span[0]), float(span[1]))
         self._turn: int | None = None
+        self._outside = False
 
-    def begin_pass(self, number: int, *, measured: bool) -> None:
+    @property
+    def everything(self) -> bool:
+        """Whether all images of all passes count."""
+        return self.share == 1 and self.span == WHOLE_RUN
+
+    def begin_pass(self, number: int, *, measured: bool, progress: float | None = None) -> None:
         """See `KDMethod`; without it every pass counts."""
         self._turn = None if measured else number
+        inside = self.span == WHOLE_RUN or (progress is not None and self.span[0] <= progress < self.span[1])
+        self._outside = not measured and not inside
 
     def factor(self, count: int) -> float:
         """By how much the terms of this pass, of so many images, count; 0 leaves it out."""
+        if self._outside:
+            return 0.0
         images = self.share * count
         if images >= 1 or self._turn is None:
             return 1.0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from drkd.contracts import Decay, DensePredictions, DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, Want
 from drkd.losses import class_divergence, offset_distance
-from drkd.methods.image_share import ImageShare, pick_rows
+from drkd.methods.image_share import WHOLE_RUN, ImageShare, pick_rows
 from drkd.methods.prediction_pairs import (
     TeacherClasses,
     matched_regions,
@@ -31,7 +31,8 @@ class LogitKD(KDMethod):
 
     Query-based heads (DETR and its kin) are not served: the queries of two models have no common order.
 
-    The teacher's head is dear: with a ``share`` below 1 it looks at that part of a batch's images only (`ImageShare`).
+    The teacher's head is dear: with a ``share`` below 1 it looks at that part of a batch's images only, with a ``span``
+    in that part of the run only (`ImageShare`).
 
     Args:
         student: The student.
@@ -44,6 +45,8 @@ class LogitKD(KDMethod):
         decay: See `KDMethod`.
         share: Of a batch's images that the teacher's head is asked about, in (0, 1]. One-stage teachers whose head drkd
             does not run on its own (SSD, YOLO) are asked about all.
+        span: From which part of the run to which part the terms count, see `ImageShare`; asked outside too are heads
+            that drkd does not run on its own.
 
     Raises:
         DrkdError: If the predictions of the two cannot be compared.
@@ -65,6 +68,7 @@ class LogitKD(KDMethod):
         warmup_steps: int = 0,
         decay: Decay = "none",
         share: float = 1.0,
+        span: tuple[float, float] = WHOLE_RUN,
     ) -> None:
         super().__init__()
         if temperature <= 0:
@@ -79,7 +83,7 @@ class LogitKD(KDMethod):
             self.teacher_needs = frozenset[Want]({"region_head"})
         else:
             require_same_grid(student, teacher, method="LogitKD")
-            if share < 1 and theirs.head_depth > 0:
+            if (share < 1 or tuple(span) != WHOLE_RUN) and theirs.head_depth > 0:
                 self.teacher_needs = frozenset[Want]({"features", "head_tail"})
         self.classes = TeacherClasses(student, teacher, method="LogitKD")
         self.temperature = temperature
@@ -92,18 +96,18 @@ class LogitKD(KDMethod):
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
         self._positives: Tensor | None = None
-        self.images = ImageShare(share, with_boxes=True)
+        self.images = ImageShare(share, with_boxes=True, span=span)
         if "predictions" in self.teacher_needs:
             # The teacher's head has looked at all images already.
-            self.images = ImageShare(1.0, with_boxes=True)
+            self.images = ImageShare(1.0, with_boxes=True, span=span)
 
     def compared_counts(self) -> dict[str, Tensor]:
         """The positives, of both terms."""
         return dict.fromkeys(self.weights, self._positives) if self._positives is not None else {}
 
-    def begin_pass(self, number: int, *, measured: bool) -> None:
+    def begin_pass(self, number: int, *, measured: bool, progress: float | None = None) -> None:
         """See `KDMethod`; without it every pass counts."""
-        self.images.begin_pass(number, measured=measured)
+        self.images.begin_pass(number, measured=measured, progress=progress)
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
         """The terms ``classification`` and ``box``."""

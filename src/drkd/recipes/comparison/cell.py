@@ -249,7 +249,7 @@ def summarise_terms(metrics: Path, *, calibration_steps: int = 0) -> dict[str, d
         calibration_steps: Ratios of these first steps are left out where there are later ones: while weights are being
             set, a ratio is what it was asked to be.
 
-    Values that are not finite, of steps that were skipped say, are left out.
+    Values that are not finite, of steps that were skipped say, are left out, and zeros, of steps that leave a term out.
     """
     columns: dict[str, list[float]] = {}
     calibrating: dict[str, list[float]] = {}
@@ -266,6 +266,8 @@ def summarise_terms(metrics: Path, *, calibration_steps: int = 0) -> dict[str, d
         if kind == "ratio":
             found.setdefault(term, {})["median_gradient_ratio"] = sorted(values)[len(values) // 2]
         else:
+            # Where a term is left out, as outside of its span, it is 0 and says nothing of its course.
+            values = [value for value in values if value] or values
             part, name = max(1, len(values) // 10), "target_" if kind == "target" else ""
             first, last = sum(values[:part]) / part, sum(values[-part:]) / part
             found.setdefault(term, {}).update({f"{name}first": first, f"{name}last": last})
