@@ -41,8 +41,8 @@ def make_response(
         if response != "logits" or share != SHARE or tuple(span) != WHOLE_RUN:
             raise DrkdError(
                 f"response: '{response}' of a share of {share} in the span {list(span)} says nothing at "
-                "response_weight 0; expected a response_weight too (1 is as loud as the task), or neither response nor response_share "
-                f"nor response_span (by default 'logits', {SHARE} and {list(WHOLE_RUN)})."
+                "response_weight 0; expected a response_weight too (1 is as loud as the task), or neither response nor "
+                f"response_share nor response_span (by default 'logits', {SHARE} and {list(WHOLE_RUN)})."
             )
         return None
     loudness = 1.0 if weight is None else weight
