@@ -40,6 +40,7 @@ METHODS = {
     "crosskd": "CrossKD",
     "pkd": "PKD",
     "pkd_3": "PKD, 3 times as loud as the task",
+    "pkd_cross_head": "PKD, 3 times as loud as the task, with CrossKD",
     "pkd_adapter": "PKD with DRKD's adapter",
     "drkd": "DRKD",
     "drkd_cross_head": "DRKD with `response: cross_head`",
