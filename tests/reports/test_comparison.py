@@ -252,8 +252,17 @@ def test_a_method_without_any_cell_is_missed(tmp_path):
         (folder / "cells" / "net" / "misfit" / f"seed{seed}.json").write_text(json.dumps(reason))
     rows, comparison = rows_of(folder)
     notes = tabulate_quality(list(rows.values()), comparison).notes
-    assert "Not all 3 seeds are measured of net/lost (0)." in notes
+    assert "Not measured: net/lost." in notes
     assert "net/misfit is not applicable: no bins" in notes
+
+
+def test_many_methods_without_any_cell_are_counted(tmp_path):
+    methods = ["student", "drkd", *(f"lost{number}" for number in range(20))]
+    folder = write_cells(tmp_path, scores={"student": (1.0, 2.0, 3.0), "drkd": (2.0, 3.0, 4.0)}, methods=methods)
+    rows, comparison = rows_of(folder)
+    notes = tabulate_quality(list(rows.values()), comparison).notes
+    (missed,) = (note for note in notes if note.startswith("Not measured"))
+    assert missed == f"Not measured: {', '.join(f'net/lost{number}' for number in range(12))} and 8 more."
 
 
 def test_a_term_without_a_number_does_not_end_the_report(tmp_path):

@@ -15,6 +15,9 @@ from drkd.reports.tables import Table, format_count, format_difference, format_s
 _LOAD = 0.1
 """By how much the reference's step may differ from seed to seed before times are called rough."""
 
+_NAMED = 12
+"""How many methods without a cell a note names before it only counts them."""
+
 
 def tabulate_quality(rows: Sequence[Row], comparison: Comparison) -> Table:
     """Return the table of scores."""
@@ -176,10 +179,12 @@ def _notes(rows: Sequence[Row], comparison: Comparison) -> Iterator[str]:
     )
     for (pair, method), reason in comparison.inapplicable.items():
         yield f"{pair}/{method} is not applicable: {reason}"
-    single = [f"{row.pair}/{row.method}" for row in rows if len(row.seeds) == 1]
-    if single:
-        yield f"One seed only, so no spread and no interval: {', '.join(single)}."
     wanted = len(comparison.seeds)
+    single = [f"{row.pair}/{row.method}" for row in rows if len(row.seeds) == 1]
+    if wanted == 1:
+        yield "One seed only, so no spread and no interval."
+    elif single:
+        yield f"One seed only, so no spread and no interval: {', '.join(single)}."
     # A method without any has no row, and would be missed by nobody.
     found = {(row.pair, row.method): len(row.seeds) for row in rows}
     counts = {
@@ -188,9 +193,13 @@ def _notes(rows: Sequence[Row], comparison: Comparison) -> Iterator[str]:
         for method in comparison.methods
         if (pair, method) not in comparison.inapplicable
     }
-    short = [f"{pair}/{method} ({count})" for (pair, method), count in counts.items() if count < wanted]
+    short = [f"{pair}/{method} ({count})" for (pair, method), count in counts.items() if 0 < count < wanted]
     if short:
         yield f"Not all {wanted} seeds are measured of {', '.join(short)}."
+    absent = [f"{pair}/{method}" for (pair, method), count in counts.items() if not count]
+    if absent:
+        more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
+        yield f"Not measured: {', '.join(absent[:_NAMED])}{more}."
     sides = {tuple(cell["thresholds_px"]) for cell in cells if "thresholds_px" in cell} or {(32.0, 96.0)}
     if len(sides) == 1:
         yield Evaluation({}, {}, sides.pop()).thresholds
