@@ -3,8 +3,8 @@
     python benchmarks/rebuild_tables.py                  # all results that COMPARISONS names
     python benchmarks/rebuild_tables.py digits2 ablation # these
 
-Cells of an arm that the comparison no longer has are left out. Afterwards the tables of scores in the pages are written,
-see `readme_tables.py`.
+Cells of an arm that the comparison no longer has are left out. Afterwards the tables of scores in the pages are
+written, see `readme_tables.py`.
 """
 
 from __future__ import annotations
