@@ -96,6 +96,14 @@ def test_help_does_not_wait_for_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_commands_that_do_not_train_do_not_wait_for_lightning() -> None:
+    modules = ("prediction", "initialization", "datasets", "yolo")
+    names = ", ".join(f"drkd.recipes.{name}" for name in modules)
+    code = f"import sys, {names}; sys.exit('lightning' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("drkd ")

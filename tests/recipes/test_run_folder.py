@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 
 from drkd.contracts import DrkdError
 from drkd.recipes import lock, run_folder
@@ -146,7 +147,7 @@ def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path: Path, monkeypatch: 
     assert half.exists()
     # Of several processes the others write nothing.
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.rank_zero_only, "rank", 1)
+        patch.setattr(rank_zero_only, "rank", 1)
         assert not RunFolder(tmp_path / "run", resume="auto").writes
     # What refuses the folder lets go of it.
     first.close()

@@ -22,10 +22,8 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from lightning.pytorch.utilities import rank_zero_only
 
 from drkd.contracts import DrkdError
-from drkd.engine.checkpoint_io import remove_leftovers
 from drkd.recipes.lock import lock_folder, unlock
 from drkd.recipes.setting_changes import differences, without_folder
 
@@ -165,6 +163,8 @@ class RunFolder:
             remove_asides(self.path, _WRITTEN)
             # A session that was killed left its own, which is not where this one is.
             (self.path / "progress.json").unlink(missing_ok=True)
+            from drkd.engine.checkpoint_io import remove_leftovers  # with Lightning, see is_first_process
+
             remove_leftovers(self.checkpoints)
         except OSError as error:
             self.close()
@@ -321,6 +321,9 @@ class RunFolder:
 
 def is_first_process() -> bool:
     """Whether this is the process that writes, of those of torchrun, SLURM or Lightning, before they have met."""
+    # Lightning loads slowly; commands that do not train do without, and read this module too.
+    from lightning.pytorch.utilities import rank_zero_only
+
     if getattr(rank_zero_only, "rank", 0) != 0:
         return False
     # Lightning's own launcher gives the first process of a second machine no rank, only the machine's number.
