@@ -91,16 +91,17 @@ def write_effort(results: Path = RESULTS) -> str:
     runs: dict[str, Counter[str]] = defaultdict(Counter)
     for file in sorted(results.rglob("*.json")):
         cell = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(cell, dict) or not {"metrics", "command"} <= cell.keys() or cell["seed"] is None:
+        if not isinstance(cell, dict) or not {"metrics", "command"} <= cell.keys() or cell.get("seed") is None:
             continue
         command = " ".join(cell["command"])
         if cell.get("split") != "tune" and "--evaluation.split=tune" not in command:
             continue
         pair = cell.get("pair", cell.get("detector", "")).removesuffix("_teacher")
         written = json.dumps(cell["recipe"].get("method")) if "recipe" in cell else command
-        # The recipes' own method, unless another is named.
-        found = {*re.findall(r"drkd(?:\.methods)?\.(\w+)", written)} & {*drkd.methods.__all__} - {"Combination"}
-        for name in ("student alone",) if cell["command"][1] == "train" else found or ("DRKD",):
+        named = {*re.findall(r"drkd(?:\.methods)?\.([A-Z]\w+)", written)}
+        # The recipes' own method, unless another is named; what is no method any more was a part of DRKD in a trial.
+        found = (named & {*drkd.methods.__all__}) - {"Combination"} or {"DRKD"}
+        for name in ("student alone",) if cell["command"][1] == "train" else found:
             runs[name][pair] += 1
     rows = [
         (name, *(str(counts[pair]) for pair in PAIRS), str(counts.total() - sum(counts[pair] for pair in PAIRS)))

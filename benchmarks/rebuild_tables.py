@@ -35,11 +35,14 @@ def rebuild(result: str) -> None:
     Raises:
         SystemExit: If it failed, as it does where a cell is of other settings than today's.
     """
+    if result not in COMPARISONS:
+        sys.exit(f"{result}: expected one of {', '.join(COMPARISONS)}")
     folder, comparison = RESULTS / result, COMPARISONS[result]
-    methods = {"teacher", *yaml.safe_load(comparison.read_text(encoding="utf-8"))["methods"]}
+    declared = yaml.safe_load(comparison.read_text(encoding="utf-8"))
+    methods = {"teacher", *declared["methods"]}
     with tempfile.TemporaryDirectory() as place:
         output = Path(place) / "comparison"
-        only, seeds = [], {0}
+        only, seeds = [], {*declared["seeds"]}
         for file in sorted((folder / "cells").rglob("*.json")):
             parts = file.relative_to(folder / "cells").with_suffix("").parts
             if parts[1] not in methods:
@@ -47,15 +50,15 @@ def rebuild(result: str) -> None:
             copy = output / file.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy)
-            only.append("/".join(parts).replace("/seed", "/"))
-            seeds |= {int(part.removeprefix("seed")) for part in parts[2:]}
+            numbers = [part.removeprefix("seed") for part in parts[2:]]
+            only.append("/".join((*parts[:2], *numbers)))
+            seeds |= {*map(int, numbers)}
         arguments = [f"--config={comparison}", f"--output={output}", f"--seeds={sorted(seeds)}", "--jobs=1"]
         if drkd(["compare", *arguments, "--only", *only]) != 0:
             sys.exit(f"{result}: drkd compare did not end well; are all cells those of today's recipes?")
         for name in WRITTEN:
             shutil.copy(output / name, folder / name)
-        shutil.rmtree(folder / "figures", ignore_errors=True)
-        shutil.copytree(output / "figures", folder / "figures")
+        shutil.copytree(output / "figures", folder / "figures", dirs_exist_ok=True)
 
 
 def main() -> None:

@@ -59,6 +59,37 @@ def test_tables_of_scores_are_what_their_results_say(monkeypatch: pytest.MonkeyP
         assert rewrite(stale, results) == text
 
 
+def test_effort_counts_the_runs_on_tune_by_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from readme_tables import write_effort
+
+    combined = {"a": {"class_path": "drkd.methods.PKD"}, "b": {"class_path": "drkd.methods.CrossKD"}}
+    methods: dict[str, dict[str, object] | None] = {
+        "pkd": {"class_path": "drkd.methods.PKD"},
+        "sum": {"class_path": "drkd.methods.Combination", "init_args": {"methods": combined}},
+        "student": None,
+    }
+    for pair, split in (("retinanet", "tune"), ("faster_rcnn", "val")):
+        for name, method in methods.items():
+            verb = "train" if method is None else "distill"
+            cell = {"pair": pair, "seed": 0, "metrics": {}, "command": ["drkd", verb, f"--evaluation.split={split}"]}
+            (tmp_path / f"{pair}-{name}.json").write_text(json.dumps({**cell, "recipe": {"method": method}}))
+    (tmp_path / "table.json").write_text(json.dumps({"rows": []}))
+    lines = write_effort(tmp_path).split("\n")
+    assert lines[2:] == ["| PKD | 0 | 2 | 0 |", "| CrossKD | 0 | 1 | 0 |", "| student alone | 0 | 1 | 0 |", ""]
+
+
+def test_tables_are_rebuilt_of_results_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from rebuild_tables import COMPARISONS, RESULTS, rebuild
+
+    for result, comparison in COMPARISONS.items():
+        assert comparison.is_file()
+        assert list((RESULTS / result / "cells").rglob("*.json"))
+    with pytest.raises(SystemExit, match="nothing: expected one of leaderboard_6_epochs"):
+        rebuild("nothing")
+
+
 def test_the_speed_table_has_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a pair too small to time: each is measured beside the floor, or stands there with why it cannot be."""
     monkeypatch.syspath_prepend(BENCHMARKS / "speed")

@@ -607,6 +607,8 @@ class KDMethod(nn.Module, ABC):
         warmup_steps: The weights of all terms rise linearly from 0 over this many steps.
         decay: "cosine": they fall to 0 along half a cosine over the whole run, so that the task has the last word;
             where nobody gives the run's length, and with "none", they stay.
+        needs_run_length: Whether it has terms in a part of the run only. A `Distiller` that is not told the run's
+            length refuses to train it: they would be silently off.
     """
 
     needs: frozenset[Want] = frozenset({"features"})
@@ -616,6 +618,7 @@ class KDMethod(nn.Module, ABC):
     balanced: bool
     warmup_steps: int
     decay: Decay = "none"
+    needs_run_length: bool = False
 
     def schedule(self, step: int, total_steps: int | None = None) -> float:
         """Factor on all weights at an optimizer step, in [0, 1]: the warm-up times the decay.

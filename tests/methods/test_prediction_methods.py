@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -379,38 +380,50 @@ def test_a_response_in_a_part_of_the_run_asks_the_teachers_head_there_only(respo
     calls = []
     teacher.get_submodule(heads[0]).register_forward_hook(lambda *_: calls.append(True))
 
-    def heard(total_steps, **options):
+    def heard(total_steps, *, passes=12, accumulate=1, member=False, **options):
+        method = partial(DRKD, **asked, **options)
+        if member:
+            method = partial(Combination, methods={"a": method})
         distiller = Distiller(
-            *(student, teacher, partial(DRKD, **asked, **options)),
+            *(student, teacher, method),
             calibration_steps=2,
             monitor_interval=10,
+            accumulate=accumulate,
             total_steps=total_steps,
         ).train()
         found = []
-        for number in range(12):
+        term = "kd/a.response_classification" if member else "kd/response_classification"
+        for number in range(passes):
             calls.clear()
             losses = distiller(batch_of())
             sum(losses.values()).backward()
-            if float(losses["kd/response_classification"].detach()) > 0:
+            if float(losses[term].detach()) > 0:
                 found.append(number)
             assert bool(calls) == (number in found)
         with torch.no_grad():
-            assert float(distiller(batch_of())["kd/response_classification"]) > 0, "nothing is left out of a validation"
+            assert float(distiller(batch_of())[term]) > 0, "nothing is left out of a validation"
         return found
 
     # Measured at 0 (calibration) and 10 (monitoring), whatever the span.
     assert heard(12, response_span=(0.5, 0.75)) == [0, 6, 7, 8, 10]
-    assert heard(12, response_span=[0.75, 1]) == [0, 9, 10, 11]
-    assert heard(None, response_span=(0.5, 0.75)) == [0, 10], "of a run of unknown length no part is known"
+    assert heard(12, response_span=[0.75, 1], passes=14) == [0, 9, 10, 11, 12, 13], "a span to the end has no end"
+    assert heard(6, response_span=[0.5, 0.75], passes=10, accumulate=2) == [0, 6, 7, 8, 9]
+    assert heard(12, response_span=(0.5, 0.75), member=True) == [0, 6, 7, 8, 10]
     assert heard(None, response_span=[0, 1]) == [*range(12)]
+    with pytest.raises(DrkdError, match="nobody says how long the run is: expected `total_steps` of Distiller"):
+        heard(None, response_span=(0.5, 0.75))
 
 
-@pytest.mark.parametrize("span", [(0.5, 0.5), (-0.1, 0.5), (0.5, 1.1), (0.75, 0.5)])
+@pytest.mark.parametrize("span", [(0.5, 0.5), (-0.1, 0.5), (0.5, 1.1), (0.75, 0.5), (0.5,), (0, 0.5, 1), 0.5, "ab"])
 def test_a_span_that_is_none_is_refused(span):
     student, teacher = pair("retinanet")
+    message = re.escape(f"as [begin, end] with 0 <= begin < end <= 1, got {span}")
     for method in (CrossKD, LogitKD):
-        with pytest.raises(ValueError, match="span that begins before it ends, within 0 and 1"):
+        with pytest.raises(ValueError, match=message):
             method(student.spec, teacher.spec, span=span)
+    for weight in (0.0, 1.0):
+        with pytest.raises(ValueError, match=message):
+            DRKD(student.spec, teacher.spec, response_weight=weight, response_span=span)
 
 
 @PAIRS

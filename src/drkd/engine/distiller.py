@@ -119,8 +119,8 @@ class Distiller(nn.Module):
             silence shows in `monitor` only.
         accumulate: Forward passes per optimizer step; warm-up, calibration and monitoring count optimizer steps.
         total_steps: Optimizer steps of the whole run, for a method whose weights decay, see `KDMethod`, or that has
-            terms in a part of the run only (such as ``response_span`` of `DRKD`); None: the weights stay, and such
-            terms count only where norms are measured. drkd's own trainer sets it.
+            terms in a part of the run only (such as ``response_span`` of `DRKD`); None: the weights stay, and such a
+            method is refused. drkd's own trainer sets it.
         unlabelled: How images that ``DetectionBatch.labelled`` says have no labels are used. Without pseudo-labels they
             go through the detectors apart from the others, so batch norms and terms that relate images see two
             smaller batches; each term is then the mean over all images.
@@ -129,7 +129,7 @@ class Distiller(nn.Module):
         ValueError: If exactly one of teacher and method is given.
         DrkdError: If the method, or one within it, has a ``decay`` that does not exist.
         DeadDistillationError: In forward, when a term is silent.
-        DrkdError: In forward, when an image has no labels and there is no teacher.
+        DrkdError: In forward, when an image has no labels and there is no teacher, or a method needs ``total_steps``.
     """
 
     def __init__(
@@ -239,6 +239,11 @@ class Distiller(nn.Module):
         progress = min(1.0, self._step / self.total_steps) if self.total_steps else None
         for module in self.method.modules():
             if isinstance(module, KDMethod):
+                if module.needs_run_length and progress is None and training:
+                    raise DrkdError(
+                        f"{type(module).__name__} has terms in a part of the run only (`span`, DRKD's `response_span`) "
+                        "and nobody says how long the run is: expected `total_steps` of Distiller, or no such span."
+                    )
                 module.begin_pass(self._passes, measured=measuring or not training, progress=progress)
         parts = split_batch(batch, student=self.student, teacher=self.teacher, settings=self.unlabelled)
         seen = [self._see(part, losses=part is parts[0], looking=measuring) for part in parts]

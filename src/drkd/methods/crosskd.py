@@ -112,6 +112,7 @@ class CrossKD(KDMethod):
         self.beta = beta
         self.align = align
         self.images = ImageShare(share, with_boxes=False, span=span)
+        self.needs_run_length = self.images.span != WHOLE_RUN
         if not self.images.everything:
             # The head is run here, on some of the images or at some of the steps.
             self.teacher_needs = frozenset[Want]({"features", "head_tail"})

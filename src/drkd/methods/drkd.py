@@ -93,8 +93,8 @@ class DRKD(KDMethod):
             they cannot, or where there are only feature maps (`for_features`).
         response_share: Of a batch's images that the teacher's head is asked about for the response; less than one image
             leaves it out of some steps, see `ImageShare`.
-        response_span: From which part of the run to which part there is a response, such as (0.5, 0.75): a dear one
-            then costs a part of its price. In a loop of one's own it needs ``total_steps`` of `Distiller`.
+        response_span: From which part of the run to which part there is a response, such as (0.5, 0.75): elsewhere
+            the teacher's head rests, but where norms are measured. A `Distiller` of one's own needs ``total_steps``.
         balanced: Whether weights are ratios of gradient norms, see `KDMethod`; otherwise plain multipliers.
         warmup_steps: Steps over which all weights rise from 0.
         decay: How they fall towards the end of the run, see `KDMethod`.

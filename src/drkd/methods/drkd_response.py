@@ -6,7 +6,7 @@ from typing import Literal
 
 from drkd.contracts import DetectorSpec, DrkdError, NotApplicableError
 from drkd.methods.crosskd import CrossKD
-from drkd.methods.image_share import WHOLE_RUN
+from drkd.methods.image_share import WHOLE_RUN, check_span
 from drkd.methods.logit_kd import LogitKD
 
 Response = Literal["cross_head", "logits"]
@@ -33,12 +33,13 @@ def make_response(
     Raises:
         DrkdError: If a weight is asked for and the pair cannot be compared so, or a response, a share or a span and no
             weight.
-        ValueError: If there is no such response.
+        ValueError: If there is no such response, or the span is none.
     """
     if response not in _RESPONSES:
         raise ValueError(f"Expected a response out of {', '.join(_RESPONSES)}, got {response!r}")
+    span = check_span(span)
     if weight == 0:
-        if response != "logits" or share != SHARE or tuple(span) != WHOLE_RUN:
+        if response != "logits" or share != SHARE or span != WHOLE_RUN:
             raise DrkdError(
                 f"response: '{response}' of a share of {share} in the span {list(span)} says nothing at "
                 "response_weight 0; expected a response_weight too (1 is as loud as the task), or neither response nor "

@@ -12,6 +12,21 @@ from drkd.contracts import BoxTargets
 WHOLE_RUN = (0.0, 1.0)
 
 
+def check_span(span: Sequence[float]) -> tuple[float, float]:
+    """A part of the run, from where to where.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        begin, end = (float(place) for place in span)
+        if 0 <= begin < end <= 1:
+            return begin, end
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"Expected a span (DRKD's response_span) as [begin, end] with 0 <= begin < end <= 1, got {span}")
+
+
 class ImageShare:
     """A part of every batch, or of the passes where that is less than one image, or of the run.
 
@@ -23,7 +38,7 @@ class ImageShare:
         share: Of a batch's images, in (0, 1].
         with_boxes: Pass over images without boxes while there are others, for terms that have nothing to say there.
         span: From which part of the run to which part passes count; passes where gradients are measured always do.
-            In a run of unknown length none else does, unless the span is the whole run.
+            Another than the whole run needs a run of known length, see ``needs_run_length`` of `KDMethod`.
 
     Raises:
         ValueError: If the share or the span is out of range.
@@ -32,11 +47,9 @@ class ImageShare:
     def __init__(self, share: float, *, with_boxes: bool, span: tuple[float, float] = WHOLE_RUN) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"Expected a share above 0 and of at most 1, got {share}")
-        if not 0 <= span[0] < span[1] <= 1:
-            raise ValueError(f"Expected a span that begins before it ends, within 0 and 1, got {list(span)}")
         self.share = share
         self.with_boxes = with_boxes
-        self.span = (float(span[0]), float(span[1]))
+        self.span = check_span(span)
         self._turn: int | None = None
         self._outside = False
 
@@ -48,7 +61,8 @@ class ImageShare:
     def begin_pass(self, number: int, *, measured: bool, progress: float | None = None) -> None:
         """See `KDMethod`; without it every pass counts."""
         self._turn = None if measured else number
-        inside = self.span == WHOLE_RUN or (progress is not None and self.span[0] <= progress < self.span[1])
+        begin, end = self.span
+        inside = progress is None or (begin <= progress and (progress < end or end == 1))
         self._outside = not measured and not inside
 
     def factor(self, count: int) -> float:

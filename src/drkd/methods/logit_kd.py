@@ -9,7 +9,7 @@ from torch import Tensor
 
 from drkd.contracts import Decay, DensePredictions, DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, Want
 from drkd.losses import class_divergence, offset_distance
-from drkd.methods.image_share import WHOLE_RUN, ImageShare, pick_rows
+from drkd.methods.image_share import WHOLE_RUN, ImageShare, check_span, pick_rows
 from drkd.methods.prediction_pairs import (
     TeacherClasses,
     matched_regions,
@@ -83,7 +83,7 @@ class LogitKD(KDMethod):
             self.teacher_needs = frozenset[Want]({"region_head"})
         else:
             require_same_grid(student, teacher, method="LogitKD")
-            if (share < 1 or tuple(span) != WHOLE_RUN) and theirs.head_depth > 0:
+            if (share < 1 or check_span(span) != WHOLE_RUN) and theirs.head_depth > 0:
                 self.teacher_needs = frozenset[Want]({"features", "head_tail"})
         self.classes = TeacherClasses(student, teacher, method="LogitKD")
         self.temperature = temperature
@@ -100,6 +100,7 @@ class LogitKD(KDMethod):
         if "predictions" in self.teacher_needs:
             # The teacher's head has looked at all images already.
             self.images = ImageShare(1.0, with_boxes=True, span=span)
+        self.needs_run_length = self.images.span != WHOLE_RUN
 
     def compared_counts(self) -> dict[str, Tensor]:
         """The positives, of both terms."""

@@ -329,11 +329,14 @@ def test_the_targets_spread_is_summarised_beside_its_term(tmp_path: Path) -> Non
     assert summarise_terms(file) == {"pixel": {"first": 19.5, "last": 1.5, "target_first": 2.0, "target_last": 1.0}}
 
 
-def test_a_term_is_summarised_where_it_is_not_left_out(tmp_path: Path) -> None:
+def test_a_term_is_summarised_within_its_span(tmp_path: Path) -> None:
     rows = [f"{step},{20 - step if 5 <= step < 15 else 0.0},0.0" for step in range(20)]
     file = tmp_path / "metrics.csv"
     file.write_text("\n".join(["step,bare/response,bare/silent", *rows]) + "\n")
-    assert summarise_terms(file) == {"response": {"first": 15.0, "last": 6.0}, "silent": {"first": 0.0, "last": 0.0}}
+    silent = {"first": 0.0, "last": 0.0}
+    assert summarise_terms(file, spans=True) == {"response": {"first": 15.0, "last": 6.0}, "silent": silent}
+    # Where passes are left out by turns, a term counts as much more in the others: the mean has them all.
+    assert summarise_terms(file) == {"response": silent, "silent": silent}
 
 
 def test_a_skipped_steps_term_is_left_out(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def collect(cell: Cell) -> dict[str, Any]:
         "thresholds_px": evaluation["thresholds_px"],
         "per_class": evaluation["per_class"],
         "training": read_object(training) if training.exists() else {},
-        "distillation": summarise_terms(metrics, calibration_steps=_calibration(cell)) if metrics.exists() else {},
+        "distillation": _terms(cell, metrics) if metrics.exists() else {},
         "command": list(cell.command()),
         "recipe": cell.settings,
         "inputs": dict(cell.inputs),
@@ -241,15 +241,16 @@ def collect_reason(cell: Cell, reason: str) -> dict[str, Any]:
     return content
 
 
-def summarise_terms(metrics: Path, *, calibration_steps: int = 0) -> dict[str, dict[str, float]]:
+def summarise_terms(metrics: Path, *, calibration_steps: int = 0, spans: bool = False) -> dict[str, dict[str, float]]:
     """Median gradient ratio, and first and last value and spread of the target (means of a tenth of the run), by term.
 
     Args:
         metrics: ``metrics.csv`` of a run.
+        spans: Whether some terms have a part of the run only; then zeros are left out too.
         calibration_steps: Ratios of these first steps are left out where there are later ones: while weights are being
             set, a ratio is what it was asked to be.
 
-    Values that are not finite, of steps that were skipped say, are left out, and zeros, of steps that leave a term out.
+    Values that are not finite, of steps that were skipped say, are left out.
     """
     columns: dict[str, list[float]] = {}
     calibrating: dict[str, list[float]] = {}
@@ -266,18 +267,20 @@ def summarise_terms(metrics: Path, *, calibration_steps: int = 0) -> dict[str, d
         if kind == "ratio":
             found.setdefault(term, {})["median_gradient_ratio"] = sorted(values)[len(values) // 2]
         else:
-            # Where a term is left out, as outside of its span, it is 0 and says nothing of its course.
-            values = [value for value in values if value] or values
+            if spans and kind == "bare":
+                # Outside of its span a term is 0 and says nothing of its course.
+                values = [value for value in values if value] or values
             part, name = max(1, len(values) // 10), "target_" if kind == "target" else ""
             first, last = sum(values[:part]) / part, sum(values[-part:]) / part
             found.setdefault(term, {}).update({f"{name}first": first, f"{name}last": last})
     return found
 
 
-def _calibration(cell: Cell) -> int:
-    """Steps in which the weights of the cell's method are set."""
+def _terms(cell: Cell, metrics: Path) -> dict[str, dict[str, float]]:
     training = cell.settings.get("training") or {}
-    return int(training.get("calibration_steps") or 0)
+    settings = leaves(cell.settings.get("method") or {})
+    spans = any(key.endswith("span") and value not in (None, [0, 1]) for key, value in settings.items())
+    return summarise_terms(metrics, calibration_steps=int(training.get("calibration_steps") or 0), spans=spans)
 
 
 def read_object(path: Path) -> dict[str, Any]:
