@@ -3,9 +3,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# One more than there are cores, since a test that waits for a process leaves its core idle; each holds some 1.5 GB, so
-# where memory is short: make test WORKERS=2
-WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(9, (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1) + 1))")
+# As many as there are cores, at most 8; each holds some 1.5 GB, so where memory is short: make test WORKERS=2
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(max(2, min(8, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)))")
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
