@@ -15,7 +15,7 @@ from drkd.reports import write_demo_report, write_run_report
 from drkd.reports.curves import draw_kd_report, draw_learning_curves, draw_losses, summed_terms
 from drkd.reports.figures import render_png
 from drkd.reports.files import Curve
-from drkd.reports.page import say_quick
+from drkd.reports.page import Section, say_quick, write_page
 from drkd.reports.pictures import Box, match_boxes, read_compared_images
 from drkd.reports.relations import draw_relation_matrices, read_explanation
 
@@ -175,3 +175,8 @@ def test_every_object_is_found_at_most_once():
         Box((20, 0, 30, 30), 1, 0.9),  # overlap of a third
     ]
     assert match_boxes(found, truth) == [None, 0, None, None]
+
+
+def test_every_line_of_a_text_is_a_paragraph(tmp_path):
+    page = write_page(tmp_path / "page.html", title="T", lead="L", sections=[Section("A", "one <b>\ntwo")], runs={})
+    assert '<p class="text">one &lt;b&gt;</p><p class="text">two</p>' in page.read_text()

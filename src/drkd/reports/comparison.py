@@ -51,7 +51,7 @@ def write_comparison_report(folder: Path) -> Path:
     content = {"reference": comparison.reference, "split": comparison.split, "rows": [_plain(asdict(r)) for r in rows]}
     write_atomically(folder / "table.json", json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
     sections = [
-        Section("Answer", " ".join(answers), quality, images["scores"], "Scores of every seed by pair and method"),
+        Section("Answer", "\n".join(answers), quality, images["scores"], "Scores of every seed by pair and method"),
         Section(
             f"Difference to {comparison.reference}",
             "Mean over seeds, and Student's 95 % interval of it where there are two seeds or more. An interval that "

@@ -34,7 +34,7 @@ class Section:
 
     Args:
         title: Heading.
-        text: What the reader sees here and how to read it.
+        text: What the reader sees here and how to read it, a paragraph a line.
         table: A table, if any.
         figure: PNG file, if any.
         description: The figure in words, for those who cannot see it.
