@@ -24,7 +24,7 @@ quick: $(VENV)/.demo-installed  ## A short run that shows that everything works,
 
 # One thread a worker: workers with a thread pool each would fight over the cores.
 test: $(VENV)/.dev-installed  ## Run the tests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=25 --durations-min=10 $(PYTEST_ARGS)
 
 check: $(VENV)/.dev-installed  ## Lint, format, types, layers.
 	$(BIN)/ruff check .
