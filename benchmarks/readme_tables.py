@@ -46,7 +46,6 @@ METHODS = {
     "drkd_cross_head": "DRKD with `response: cross_head`",
 }
 COUNTS = ("no", "one", "two", "three", "four", "five")
-_BLOCK = re.compile(r"(<!-- scores:(means|seeds|effort) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def write_means(rows: list[Mapping[str, Any]]) -> str:
@@ -131,20 +130,22 @@ def _numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: float("nan") if value is None else value for name, value in fields.items()}
 
 
-WRITERS: Mapping[str, Callable[[list[Mapping[str, Any]]], str]] = {"means": write_means, "seeds": write_seeds}
+WRITERS: Mapping[str, Callable[[list[Mapping[str, Any]]], str]] = {
+    "means": write_means,
+    "seeds": write_seeds,
+    "effort": lambda _: write_effort(),
+}
+_BLOCK = re.compile(rf"(<!-- scores:({'|'.join(WRITERS)}) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def rewrite(page: Path, results: Path | None) -> str:
     """The page's text with its tables as the results say, those of effort as all results do."""
     rows = [] if results is None else json.loads(results.read_text(encoding="utf-8"))["rows"]
-
-    def write(found: re.Match[str]) -> str:
-        table = write_effort() if found[2] == "effort" else WRITERS[found[2]](rows)
-        return found[1] + table + found[3]
-
-    text, count = _BLOCK.subn(write, page.read_text(encoding="utf-8"))
+    text, count = _BLOCK.subn(
+        lambda found: found[1] + WRITERS[found[2]](rows) + found[3], page.read_text(encoding="utf-8")
+    )
     if not count:
-        raise ValueError(f"{page}: no table between <!-- scores:means, seeds or effort --> and <!-- end -->")
+        raise ValueError(f"{page}: no table between <!-- scores:{' or '.join(WRITERS)} --> and <!-- end -->")
     return text
 
 

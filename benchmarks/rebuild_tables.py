@@ -1,4 +1,4 @@
-"""Write the table, the figures and the report beside committed cells again, as `drkd compare` makes them; runs nothing.
+"""Write the table and the figures beside committed cells again, as `drkd compare` makes them; runs nothing.
 
     python benchmarks/rebuild_tables.py                  # all results that COMPARISONS names
     python benchmarks/rebuild_tables.py digits2 ablation # these
@@ -26,7 +26,7 @@ COMPARISONS = {
     "half_schedule": ROOT / "benchmarks" / "comparisons" / "half_schedule.yaml",
     "ablation": ROOT / "benchmarks" / "comparisons" / "ablation.yaml",
 }
-WRITTEN = ("table.md", "table.json", "comparison.json", "report.html")
+WRITTEN = ("table.md", "table.json", "comparison.json")
 
 
 def rebuild(result: str) -> None:

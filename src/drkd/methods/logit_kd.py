@@ -9,7 +9,7 @@ from torch import Tensor
 
 from drkd.contracts import Decay, DensePredictions, DetectionBatch, DetectorOutput, DetectorSpec, KDMethod, Want
 from drkd.losses import class_divergence, offset_distance
-from drkd.methods.image_share import WHOLE_RUN, ImageShare, check_span, pick_rows
+from drkd.methods.image_share import WHOLE_RUN, ImageShare, pick_rows
 from drkd.methods.prediction_pairs import (
     TeacherClasses,
     matched_regions,
@@ -76,6 +76,7 @@ class LogitKD(KDMethod):
         layout, theirs = require_layouts(
             student, teacher, method="LogitKD", kinds=("anchors", "points", "regions", "default_boxes")
         )
+        self.images = ImageShare(share, with_boxes=True, span=span)
         self.softmax = layout.kind == "default_boxes"
         self.two_stage = layout.kind == "regions"
         if self.two_stage:
@@ -83,7 +84,7 @@ class LogitKD(KDMethod):
             self.teacher_needs = frozenset[Want]({"region_head"})
         else:
             require_same_grid(student, teacher, method="LogitKD")
-            if (share < 1 or check_span(span) != WHOLE_RUN) and theirs.head_depth > 0:
+            if not self.images.everything and theirs.head_depth > 0:
                 self.teacher_needs = frozenset[Want]({"features", "head_tail"})
         self.classes = TeacherClasses(student, teacher, method="LogitKD")
         self.temperature = temperature
@@ -96,7 +97,6 @@ class LogitKD(KDMethod):
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
         self._positives: Tensor | None = None
-        self.images = ImageShare(share, with_boxes=True, span=span)
         if "predictions" in self.teacher_needs:
             # The teacher's head has looked at all images already.
             self.images = ImageShare(1.0, with_boxes=True, span=span)
