@@ -24,8 +24,9 @@ from typing import Any, cast
 
 import torch
 
+from drkd.data.batches import keep_memory_shared
 from drkd.data.dataset import DatasetSplit, DetectionDataset
-from drkd.data.module import DetectionDataModule, keep_memory_shared
+from drkd.data.module import DetectionDataModule
 from drkd.recipes.run_folder import machine, source_commit, versions, write_json
 
 # COCO 2017's training set.

@@ -97,7 +97,7 @@ def test_help_does_not_wait_for_torch() -> None:
 
 
 def test_commands_that_do_not_train_do_not_wait_for_lightning() -> None:
-    modules = ("prediction", "initialization", "datasets", "yolo")
+    modules = ("prediction", "initialization", "datasets", "yolo", "evaluation", "exporting")
     names = ", ".join(f"drkd.recipes.{name}" for name in modules)
     code = f"import sys, {names}; sys.exit('lightning' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)

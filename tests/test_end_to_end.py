@@ -14,8 +14,9 @@ import torch
 from drkd.adapters import load_detector
 from drkd.adapters.checkpoint import save_student
 from drkd.contracts import DetectionBatch
+from drkd.data.batches import TrainLoader
 from drkd.data.digits import DigitsConfig, build_digits
-from drkd.data.module import DetectionDataModule, TrainLoader
+from drkd.data.module import DetectionDataModule
 from drkd.recipes.recipe import Recipe, load_recipe
 from drkd.recipes.training import RunResult, distill
 

@@ -191,7 +191,7 @@ def test_every_batch_can_have_one_shape(digits: Path) -> None:
 
 
 def test_digits_by_name(monkeypatch: pytest.MonkeyPatch, digits: Path) -> None:
-    monkeypatch.setattr("drkd.data.module.build_digits", lambda config: digits)
+    monkeypatch.setattr("drkd.data.batches.build_digits", lambda config: digits)
     data = _module("digits")
     data.prepare_data()
 

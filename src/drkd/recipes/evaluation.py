@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from drkd.contracts import DetectionBatch, Detections, Detector, DetectorBuilder, Size
+from drkd.data.batches import DetectionData
 from drkd.data.dataset import DatasetSplit, find_splits
 from drkd.data.formats.reading import FormatChoice
-from drkd.data.module import DetectionDataModule
 from drkd.evaluation import CocoEvaluator, CocoMetrics, ModelCost, measure_cost
 from drkd.recipes.loading import choose_device, find_checkpoint, open_detector
 from drkd.recipes.run_folder import check_output, write_json
@@ -158,8 +158,8 @@ def evaluate(
     """
     chosen = choose_device(device)
 
-    def module(**settings: Any) -> DetectionDataModule:
-        return DetectionDataModule(
+    def module(**settings: Any) -> DetectionData:
+        return DetectionData(
             data,
             val_split=split,
             batch_size=batch_size,

@@ -14,11 +14,11 @@ import torch
 from torchvision import tv_tensors
 
 from drkd.contracts import BoxTargets, DetectionBatch, Detector, DrkdError
+from drkd.data.batches import DetectionData
 from drkd.data.dataset import Sample
 from drkd.data.digits import build_digits
 from drkd.data.formats.reading import FormatChoice
 from drkd.data.image import decode_image
-from drkd.data.module import DetectionDataModule
 from drkd.data.transforms import collate, eval_transforms
 from drkd.export.agreement import BOX_BOUND_PX, SCORE_BOUND, Agreement, compare
 from drkd.export.onnx_detector import OnnxDetector
@@ -219,8 +219,8 @@ class _Calibration:
     size: ImageSize
     dynamic: Dynamic
 
-    def module(self, class_names: tuple[str, ...]) -> DetectionDataModule:
-        return DetectionDataModule(
+    def module(self, class_names: tuple[str, ...]) -> DetectionData:
+        return DetectionData(
             self.root,
             val_split=self.split,
             val_limit=self.limit,
@@ -239,7 +239,7 @@ def _quantize(
     source: Path, target: Path, plain: OnnxDetector, data: _Calibration, example: DetectionBatch, *, repeats: int
 ) -> dict[str, Any]:
     module = data.module(plain.spec.class_names)
-    calibration = DetectionDataModule(
+    calibration = DetectionData(
         data.root,
         train_split="val",
         val_split="train",
