@@ -10,7 +10,7 @@ import pytest
 
 from drkd.cli import main
 from drkd.contracts import DrkdError
-from drkd.recipes.demo import run_demo
+from drkd.recipes.demo import clear_demo, run_demo
 
 
 @pytest.mark.slow
@@ -47,3 +47,25 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(DrkdError, match=r"holds something that is no demo \(thesis\.tex\)"):
         run_demo(tmp_path, quick=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_runs_that_are_called_as_the_demos_are_are_not_replaced(tmp_path: Path) -> None:
+    for name in ("teacher", "student"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "student.pt").write_text("weeks of training")
+    with pytest.raises(DrkdError, match=r"holds something that is no demo \(student, teacher\)"):
+        run_demo(tmp_path, quick=True)
+    assert (tmp_path / "teacher" / "student.pt").read_text() == "weeks of training"
+
+
+@pytest.mark.parametrize("marks", [("demo.json",), ("detections.json", "explain.npz")])
+def test_an_earlier_demo_is_replaced(marks: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "run.json").write_text("{}")
+    for name in marks:
+        (tmp_path / name).write_text("{}")
+    clear_demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DrkdError, match=r"no demo \(notes\.txt\)"):
+        clear_demo(tmp_path)

@@ -75,6 +75,12 @@ def test_inputs_are_never_overwritten(photos: Path, tiny_detector: Path) -> None
             predict(tiny_detector, path, output=photos, device="cpu")
 
 
+def test_an_output_around_the_images_hides_none(tiny_detector: Path, photos: Path) -> None:
+    around = photos.parent
+    assert predict(tiny_detector, photos, output=around, device="cpu").images == 3
+    assert all((around / name).is_file() for name in ("one.png", "deep/two.JPG", "three.bmp.png"))
+
+
 def test_an_output_within_the_folder_is_not_predicted_on_again(
     photos: Path, tiny_detector: Path, tmp_path: Path
 ) -> None:

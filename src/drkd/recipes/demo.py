@@ -17,9 +17,10 @@ from drkd.recipes.builtin import builtin_recipe
 from drkd.recipes.evaluation import evaluate_detector, measure_detector
 from drkd.recipes.explanation import explain, save_explanation
 from drkd.recipes.recipe import load_recipe
-from drkd.recipes.run_folder import write_json
+from drkd.recipes.run_folder import versions, write_json
 from drkd.recipes.training import RunResult, distill, train
 
+_MARK = "demo.json"
 _SHOWN = 6
 _QUICK_DIGITS = DigitsConfig(train=96, tune=16, val=32)
 _QUICK = (
@@ -36,7 +37,7 @@ def run_demo(output: Path, *, quick: bool = False) -> Path:
     """Train the demo's student alone and with DRKD, one budget, one seed; evaluate; write what the report shows.
 
     Args:
-        output: Folder of the demo; an earlier demo in it is replaced.
+        output: Folder of the demo; an earlier demo in it (by its ``demo.json``) is replaced.
         quick: A minute's run that only shows that everything works; its scores say nothing.
 
     Returns:
@@ -46,7 +47,7 @@ def run_demo(output: Path, *, quick: bool = False) -> Path:
         DrkdError: If the folder holds something else, or for anything else a user can put right.
     """
     console = Console(stderr=True)
-    _clear(output)
+    clear_demo(output)
     console.print("[bold]1/5[/] Building the embedded data set: handwritten digits on photographs (once)")
     root = build_digits(config=_QUICK_DIGITS) if quick else build_digits()
     overrides = [f"--data.root={root}", *(_QUICK if quick else ())]
@@ -67,18 +68,31 @@ def run_demo(output: Path, *, quick: bool = False) -> Path:
     return output
 
 
-def _clear(output: Path) -> None:
-    known = {"student", "drkd", "teacher", "images", "figures", "detections.json", "explain.npz"}
+def clear_demo(output: Path) -> None:
+    """Make the folder empty, but for the mark that it is a demo's; only such a one is removed.
+
+    Raises:
+        DrkdError: If it holds anything else: runs of the user's may be called as the demo's are.
+    """
+    known = {"student", "drkd", "teacher", "images", "figures", "detections.json", "explain.npz", _MARK}
     known |= {"report.html", "table.md"}
-    strange = sorted(path.name for path in output.iterdir() if path.name not in known) if output.is_dir() else []
+    held = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    # Demos of before there was a mark have both of these at their end.
+    marked = _MARK in held or {"detections.json", "explain.npz"} <= set(held)
+    strange = [name for name in held if name not in known] if marked else held
     if strange or (output.exists() and not output.is_dir()):
         raise DrkdError(
             f"{output} holds something that is no demo ({', '.join(strange[:5]) or 'it is a file'}). "
             "Choose another folder with --output."
         )
-    if output.exists():
-        shutil.rmtree(output)
-    output.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
+    # First, so that what an interruption leaves is known again.
+    write_json(output / _MARK, {"made_by": "drkd demo", "versions": versions()})
+    for path in (output / name for name in held if name != _MARK):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _evaluate_teacher(teacher: Detector, data: DetectionDataModule, folder: Path, *, area_scale: float) -> None:

@@ -150,7 +150,8 @@ def find_images(path: Path, *, output: Path) -> dict[str, Path]:
         for file in sorted(path.rglob("*"))
         if file.suffix.lower() in IMAGE_SUFFIXES
         and file.is_file()
-        and (own == path.resolve() or own not in file.resolve().parents)
+        # An output around or beside the images holds none of its own among them.
+        and not (path.resolve() in own.parents and own in file.resolve().parents)
     }
     if not found:
         raise DrkdError(f"{path}: no images found in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))}).")

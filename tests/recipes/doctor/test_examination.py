@@ -13,7 +13,7 @@ import torch
 from tests.conftest import write_detector
 
 from drkd import cli
-from drkd.adapters import TorchvisionDetector, load_detector
+from drkd.adapters import TorchvisionDetector, load_detector, save_student
 from drkd.contracts import DrkdError
 from drkd.data.digits import DigitsConfig, build_digits
 from drkd.data.module import DetectionDataModule
@@ -191,3 +191,29 @@ def test_channels_in_the_other_order_are_undone() -> None:
     images = torch.rand(1, 3, 2, 2)
     change = preprocessing_changes(load_detector("drkd:digits_retinanet"), None)["BGR instead of RGB"]
     assert torch.equal(change(images)[:, 0], images[:, 2])
+
+
+def test_a_term_of_a_part_of_the_run_is_measured(tiny_coco: Path, tiny_detector: Path, tmp_path: Path) -> None:
+    builder = _recipe(tiny_coco, tiny_detector, tmp_path / "run").student
+    torch.manual_seed(1)
+    alike = tmp_path / "alike.pt"
+    settings = {"min_size": 64, "max_size": 96, "size_divisor": 32}
+    save_student(alike, builder.build(("cat", "dog")), builder=builder, image_settings=settings)
+    span = ("--method.response_weight=1", "--method.response_span=[0.5,1]")
+    diagnosis = doctor(_recipe(tiny_coco, alike, tmp_path / "run", *span), images=2, steps=4)
+    assert "gradients" in diagnosis.numbers, diagnosis.verdict
+    ratios = diagnosis.numbers["gradients"]["ratio_to_task"]
+    assert len(ratios) > 3 and all(ratio > 0 for ratio in ratios.values())
+
+
+def test_accumulation_does_not_mix_with_warm_up(tiny_coco: Path, tiny_detector: Path, tmp_path: Path) -> None:
+    found = []
+    for extra in ((), ("--training.accumulate=4", "--method.warmup_steps=500")):
+        recipe = _recipe(tiny_coco, tiny_detector, tmp_path / "run", "--method.balanced=false", *extra)
+        ratios = doctor(recipe, images=2, steps=8).numbers["gradients"]["ratio_to_task"]
+        found.append(ratios)
+    plain, warming = found
+    assert plain.keys() == warming.keys() and all(ratio > 0 for ratio in plain.values())
+    for name, ratio in plain.items():
+        # Other students after the first step, as the terms are quieter; the ratios are those of the whole weights.
+        assert warming[name] == pytest.approx(ratio, rel=0.2), name

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from drkd.contracts import DetectionBatch, DrkdError, KDMethod
+from drkd.data.batches import TrainLoader
 from drkd.engine.distiller import Distiller
 from drkd.engine.training_cost import _peak_memory
 from drkd.recipes.doctor.finding import Finding
@@ -49,7 +50,8 @@ class StepNumbers:
 def take_steps(recipe: Recipe, distiller: Distiller, *, steps: int, device: torch.device) -> StepNumbers:
     """Train for a few steps at the warm-up's first learning rate; the distiller is changed.
 
-    Gradient ratios are measured in the first half, and time in the second, where nothing is measured.
+    Gradient ratios are measured in the first half, and time in the second, where nothing is measured. Every step is
+    of one pass here, whatever the recipe accumulates.
 
     Args:
         recipe: The recipe, its data set up.
@@ -65,13 +67,16 @@ def take_steps(recipe: Recipe, distiller: Distiller, *, steps: int, device: torc
     measured = max(1, steps // 2)
     found: dict[str, list[float]] = {}
     compute, wait = [], []
-    batches = _endless(recipe)
+    loader = recipe.data.train_dataloader()
+    distiller.total_steps = run_length(recipe, passes=len(loader))
+    batches = _endless(loader)
     for step in range(steps):
         started = time.perf_counter()
         batch = next(batches).to(device)
         loaded = time.perf_counter()
         distiller.monitor_interval = 1 if step < measured else 10**9
         distiller.balance.interval = 1 if step < measured else 10**9
+        distiller.at_step(step, first=True)
         try:
             with _autocast(choose_precision(recipe.training), device):
                 losses = distiller(batch)
@@ -90,7 +95,7 @@ def take_steps(recipe: Recipe, distiller: Distiller, *, steps: int, device: torc
             compute.append(time.perf_counter() - loaded)
             wait.append(loaded - started)
         elif method is not None:
-            schedule = method.schedule(step)
+            schedule = method.schedule(step, distiller.total_steps)
             for name, value in distiller.monitor.ratios.items():
                 found.setdefault(name, []).append(float(value) / schedule)
             _note_possible(numbers.possible, method, batch)
@@ -135,6 +140,21 @@ def shares(numbers: StepNumbers) -> dict[str, float]:
     return {"task": 1.0 / total, **{name: ratio / total for name, ratio in numbers.ratios.items()}}
 
 
+def run_length(recipe: Recipe, *, passes: int) -> int:
+    """Optimizer steps of the whole run.
+
+    Args:
+        recipe: The recipe.
+        passes: Batches an epoch.
+    """
+    settings = recipe.training
+    return settings.steps or (settings.epochs or 0) * _steps_an_epoch(recipe, passes)
+
+
+def _steps_an_epoch(recipe: Recipe, passes: int) -> int:
+    return max(1, math.ceil(passes / recipe.training.accumulate))
+
+
 def forecast(recipe: Recipe, numbers: StepNumbers, *, detect_seconds: float, passes: int) -> dict[str, Any]:
     """Steps, seconds and finish of the whole run.
 
@@ -145,9 +165,8 @@ def forecast(recipe: Recipe, numbers: StepNumbers, *, detect_seconds: float, pas
         passes: Batches an epoch.
     """
     settings = recipe.training
-    per_epoch = max(1, math.ceil(passes / settings.accumulate))
-    steps = settings.steps or (settings.epochs or 0) * per_epoch
-    epochs = steps / per_epoch
+    steps = run_length(recipe, passes=passes)
+    epochs = steps / _steps_an_epoch(recipe, passes)
     validations = int(epochs // settings.validate_every) if settings.validate_every else 0
     validations += recipe.evaluation.split is not None
     step = settings.accumulate * (numbers.compute_seconds + numbers.wait_seconds)
@@ -194,8 +213,7 @@ def _note_possible(possible: dict[str, bool], method: KDMethod, batch: Detection
         possible[name] = possible.get(name, False) or most >= needed
 
 
-def _endless(recipe: Recipe) -> Iterator[DetectionBatch]:
-    loader = recipe.data.train_dataloader()
+def _endless(loader: TrainLoader) -> Iterator[DetectionBatch]:
     epoch = 0
     while True:
         loader.set_epoch(epoch)
