@@ -17,6 +17,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 from drkd.adapters.backbones import probe_features
+from drkd.adapters.box_precision import exact_regions, float32_likes, widen, without_autocast
 from drkd.adapters.labels import SSD_FAMILIES, TWO_STAGE, WITH_BACKGROUND, count_outputs, family_of, infer_labels
 from drkd.adapters.normalisation import normalise_images
 from drkd.adapters.torchvision_predictions import (
@@ -179,8 +180,9 @@ class TorchvisionDetector(Detector):
         return DetectorOutput(**found)
 
     @torch.no_grad()
+    @without_autocast
     def detect(self, batch: DetectionBatch) -> list[Detections]:
-        """Detections in px of the original images.
+        """Detections in px of the original images, in the precision of the weights: autocast is left.
 
         Raises:
             ValueError: In train mode, where batch norm would depend on the other images.
@@ -249,11 +251,11 @@ class TorchvisionDetector(Detector):
             head = DenseHead(self.model, self._order, maps, run=False)
         else:
             head = DenseHead(self.model, self._order, maps, keep_towers="head_features" in want)
-        anchors = _parts(self.model).anchor_generator(images, maps)
+        anchors = _parts(self.model).anchor_generator(images, float32_likes(maps))
         if want & {"losses", "assignment"}:
             model = LossRecorder(self.model, losses="losses" in want) if "assignment" in want else self.model
             cells = (head.cells,) if self.spec.family == "fcos" else ()
-            losses = dict(_parts(model).compute_loss(self._targets(batch), head.outputs, anchors, *cells))
+            losses = dict(_parts(model).compute_loss(self._targets(batch), _wide(head.outputs), anchors, *cells))
             if "losses" in want:
                 found["losses"] = losses
             if isinstance(model, LossRecorder):
@@ -273,12 +275,12 @@ class TorchvisionDetector(Detector):
         assert self._frame is not None  # only called with one
         found: dict[str, Any] = {}
         outputs = _parts(self.model).head(maps)
-        anchors = _parts(self.model).anchor_generator(images, maps)
+        anchors = _parts(self.model).anchor_generator(images, float32_likes(maps))
         if want & {"losses", "assignment"}:
             targets = self._targets(batch)
             matched = match_default_boxes(self.model, targets, anchors)
             if "losses" in want:
-                found["losses"] = dict(_parts(self.model).compute_loss(targets, outputs, anchors, matched))
+                found["losses"] = dict(_parts(self.model).compute_loss(targets, _wide(outputs), anchors, matched))
             if "assignment" in want:
                 found["assignment"] = self._assignment(matched, batch)
         if "predictions" in want:
@@ -392,6 +394,11 @@ def wrap_torchvision(
     return TorchvisionDetector(model, class_names, label_ids=label_ids)
 
 
+def _wide(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a head puts out, its boxes in float32; the losses of its many logits widen them by themselves."""
+    return {name: values if name == "cls_logits" else widen(values) for name, values in outputs.items()}
+
+
 def _parts(model: object) -> Any:
     """The model, as a type checker must see it: torchvision's detectors are not typed."""
     return model
@@ -461,7 +468,8 @@ def _mode(model: nn.Module, features: Mapping[str, Tensor], images: ImageList, *
         rpn.training = heads.training = training
         for pool in pools:
             _set_scales(pool, features, images.tensors.shape[-2])
-        yield
+        with exact_regions(rpn, heads, images.tensors.device):
+            yield
     finally:
         rpn.training, heads.training, kept = before
         for pool, (scales, mapper) in zip(pools, kept, strict=True):

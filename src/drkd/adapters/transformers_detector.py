@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drkd.adapters.box_precision import without_autocast
 from drkd.adapters.detection_options import check_detection_options
 from drkd.adapters.transformers_backbone import body_of
 from drkd.adapters.transformers_encoder import EncoderTap, probe_maps
@@ -151,8 +152,11 @@ class TransformersDetector(Detector):
         return DetectorOutput(features=features, losses=group_losses(self.model, output.loss_dict))
 
     @torch.no_grad()
+    @without_autocast
     def detect(self, batch: DetectionBatch) -> list[Detections]:
         """Detections in px of the original images, by the library's own post-processing.
+
+        In the precision of the weights: autocast is left.
 
         Raises:
             DrkdError: If the batch's sides do not suit the encoder.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drkd.adapters.box_precision import without_autocast
 from drkd.adapters.detection_options import check_detection_options
 from drkd.adapters.ultralytics_library import ultralytics_module
 from drkd.adapters.ultralytics_losses import YoloLoss
@@ -168,8 +169,11 @@ class UltralyticsDetector(Detector):
         return DetectorOutput(**found)
 
     @torch.no_grad()
+    @without_autocast
     def detect(self, batch: DetectionBatch) -> list[Detections]:
         """Detections in px of the original images, by the model's own decoding and Ultralytics' suppression.
+
+        In the precision of the weights: autocast is left.
 
         Raises:
             DrkdError: If the batch's sides are no multiples of the largest stride.

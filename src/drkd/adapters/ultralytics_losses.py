@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drkd.adapters.box_precision import float32_likes
 from drkd.adapters.ultralytics_library import ultralytics_module
 from drkd.contracts import DetectionBatch
 
@@ -71,7 +72,9 @@ class YoloLoss:
             for outputs, (criterion, weight) in zip((raw, second), self._heads, strict=False):
                 if outputs is None:
                     continue
-                wide = {**outputs, "boxes": outputs["boxes"].float(), "scores": outputs["scores"].float()}
+                # The maps give the cells' places their precision, and nothing else.
+                wide: dict[str, Any] = {name: outputs[name].float() for name in ("boxes", "scores")}
+                wide = {**outputs, **wide, "feats": float32_likes(list(outputs["feats"]))}
                 assigned, components, _ = criterion.get_assigned_targets_and_loss(wide, targets)
                 parts.append(components * weight)
                 if assignment is None:
