@@ -234,3 +234,23 @@ def test_other_detectors_are_refused():
     model = KeypointRCNN.__new__(KeypointRCNN)
     with pytest.raises(ValueError, match="got KeypointRCNN"):
         wrap_torchvision(model)
+
+
+def test_classes_that_nobody_asked_for_take_no_places(builder, make_batch):
+    model = builder.build(CLASSES).model.eval()
+    first = 1 if hasattr(model, "roi_heads") else 0
+    owner = model.roi_heads if first else model
+    batch = make_batch([(64, 64), (50, 40)])
+    with torch.no_grad():
+        predictor = model.roi_heads.box_predictor.cls_score if first else model.head.classification_head.cls_logits
+        # Every box is one of the first two classes far sooner than the third.
+        predictor.bias.view(-1, len(CLASSES) + first)[:, first : first + 2] += 3.0
+    owner.detections_per_img = 10**6
+    everything = wrap_torchvision(model, CLASSES, label_ids=[first, first + 1, first + 2]).eval().detect(batch)
+    owner.detections_per_img = 4
+    found = wrap_torchvision(model, ["cup"], label_ids=[first + 2]).eval().detect(batch)
+    assert owner.detections_per_img == 4
+    for entry, whole in zip(found, everything, strict=True):
+        expected = whole.scores[whole.labels == 2][:4]
+        assert len(expected) == 4 and (entry.labels == 0).all()
+        torch.testing.assert_close(entry.scores, expected)

@@ -390,3 +390,16 @@ def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(transformers_library.importlib, "import_module", refuse)
     with pytest.raises(DrkdError, match=r"pip install 'drkd\[transformers\]'"):
         DetrBuilder().build(CLASSES)
+
+
+@KINDS
+def test_classes_that_nobody_asked_for_take_no_places(kind: str, make_batch: Callable[..., DetectionBatch]) -> None:
+    detector = tiny(kind).eval()
+    batch = make_batch([(96, 96), (80, 64)])
+    raw: dict[str, torch.Tensor] = {}
+    hook = detector.model.register_forward_hook(lambda _module, _inputs, output: raw.update(logits=output.logits))
+    detector.detect(batch)
+    hook.remove()
+    only = TransformersDetector(detector.model, ["cup"], label_ids=[2], detections_per_image=4).eval().detect(batch)
+    for entry, logits in zip(only, raw["logits"], strict=True):
+        torch.testing.assert_close(entry.scores, logits[:, 2].sigmoid().sort(descending=True).values[:4])

@@ -10,6 +10,7 @@ import torch
 from tests.adapters.yolos import CLASSES, build_yolo, lively
 
 from drkd.adapters import FCOSBuilder, wrap_ultralytics
+from drkd.adapters.ultralytics_detector import UltralyticsDetector
 from drkd.contracts import BoxTargets, DetectionBatch, DrkdError
 from drkd.methods import LD, CrossKD, LogitKD
 
@@ -298,3 +299,16 @@ def test_pairs_whose_predictions_do_not_fit_say_why():
         LogitKD(fcos, bins)
     with pytest.raises(DrkdError, match="CrossKD passes the student's head features"):
         CrossKD(bins, bins)
+
+
+def test_classes_that_nobody_asked_for_take_no_places(make_batch):
+    plain = lively(build_yolo(detections_per_image=10**4))
+    batch = make_batch(SIZES)
+    with torch.no_grad():
+        for branch in plain.model.model[-1].cv3:
+            branch[-1].bias[:2] += 3.0
+    whole = plain.detect(batch)
+    only = UltralyticsDetector(plain.model, ["cup"], label_ids=[2], detections_per_image=4).eval().detect(batch)
+    for entry, everything in zip(only, whole, strict=True):
+        expected = everything.scores[everything.labels == 2][:4]
+        assert len(expected) == 4 and torch.equal(entry.scores, expected)

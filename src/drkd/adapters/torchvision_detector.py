@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -79,6 +80,7 @@ class TorchvisionDetector(Detector):
     _std: Tensor
     _to_model: Tensor
     _to_ours: Tensor
+    _unasked: Tensor
 
     def __init__(
         self,
@@ -115,9 +117,14 @@ class TorchvisionDetector(Detector):
         for ours, theirs in enumerate(label_ids):
             if theirs >= 0:
                 to_ours[theirs] = ours
+        # What the model knows and nobody asked for; output 0 may be the background.
+        others = [label for label in range(family in WITH_BACKGROUND, outputs) if label not in set(label_ids)]
+        self._others = bool(others)
         transform = _parts(model).transform
         self.register_buffer("_to_model", torch.tensor(label_ids, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("_to_ours", to_ours.to(device), persistent=False)
+        unasked = torch.tensor(others, dtype=torch.int64, device=device)
+        self.register_buffer("_unasked", unasked, persistent=False)
         self._order = ClassOrder(label_ids, outputs, background=family in WITH_BACKGROUND, device=device)
         for name, values in (("_mean", transform.image_mean), ("_std", transform.image_std)):
             self.register_buffer(name, torch.tensor(values, device=device).view(1, 3, 1, 1), persistent=False)
@@ -194,15 +201,17 @@ class TorchvisionDetector(Detector):
             images = self._frame.each(images)
         features = self._pyramid(images.tensors)
         if self.spec.family in TWO_STAGE:
-            with _mode(self.model, features, images, training=False):
+            box_heads = _parts(self.model).roi_heads
+            most = int(box_heads.detections_per_img)
+            with _mode(self.model, features, images, training=False), _uncut(box_heads, when=self._others):
                 proposals, _ = _parts(self.model).rpn(images, features)
                 # Of a Mask R-CNN the boxes alone: nobody asks for the masks here.
-                heads = RegionRecorder(_parts(self.model).roi_heads, masks=False)
-                found, _ = heads(features, proposals, images.image_sizes)
+                found, _ = RegionRecorder(box_heads, masks=False)(features, proposals, images.image_sizes)
         else:
+            most = int(_parts(self.model).detections_per_img)
             found = self._dense_detections(images, features)
         return [
-            self._to_original(entry, size, original)
+            self._to_original(entry, size, original, most=most)
             for entry, size, original in zip(found, images.image_sizes, batch.original_sizes, strict=True)
         ]
 
@@ -353,7 +362,11 @@ class TorchvisionDetector(Detector):
         outputs = _parts(self.model).head(maps)
         anchors = _parts(self.model).anchor_generator(images, maps)
         if self._frame is not None:
-            return list(_parts(self.model).postprocess_detections(outputs, anchors, images.image_sizes))
+            with _uncut(self.model, when=self._others):
+                return list(_parts(self.model).postprocess_detections(outputs, anchors, images.image_sizes))
+        if self._others:
+            # Before the best are chosen, level by level and of all classes.
+            outputs = {**outputs, "cls_logits": outputs["cls_logits"].index_fill(2, self._unasked, -math.inf)}
         cells = [entry.shape[-2] * entry.shape[-1] for entry in maps]
         per_cell = outputs["cls_logits"].shape[1] // sum(cells)
         counts = [count * per_cell for count in cells]
@@ -362,13 +375,15 @@ class TorchvisionDetector(Detector):
         found = _parts(self.model).postprocess_detections(split, split_anchors, images.image_sizes)
         return list(found)
 
-    def _to_original(self, found: Mapping[str, Tensor], size: Size, original: Size) -> Detections:
-        """Scale boxes to the stored image, clip them to it, and drop classes that were not asked for."""
+    def _to_original(self, found: Mapping[str, Tensor], size: Size, original: Size, *, most: int) -> Detections:
+        """Scale boxes to the stored image, clip them to it, drop classes not asked for, and keep the best others."""
         boxes, scores, labels = found["boxes"].float(), found["scores"].float(), self._to_ours[found["labels"]]
         scale_y, scale_x = original[0] / size[0], original[1] / size[1]
         boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
         boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([original[1], original[0]] * 2))
-        known = labels >= 0
+        if not self._others:
+            return Detections(boxes, scores, labels)
+        known = torch.where(labels >= 0)[0][:most]
         return Detections(boxes[known], scores[known], labels[known])
 
 
@@ -451,6 +466,18 @@ def _levels(features: Mapping[str, Tensor], size: int) -> tuple[FeatureLevel, ..
         FeatureLevel(name, tensor.shape[1], stride)
         for name, tensor, stride in zip(names, features.values(), strides, strict=True)
     )
+
+
+@contextmanager
+def _uncut(owner: Any, *, when: bool) -> Iterator[None]:
+    """Keep every detection, where some of them will be dropped: torchvision keeps the best of all classes."""
+    before = owner.detections_per_img
+    try:
+        if when:
+            owner.detections_per_img = sys.maxsize
+        yield
+    finally:
+        owner.detections_per_img = before
 
 
 @contextmanager

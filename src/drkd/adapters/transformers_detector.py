@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -165,7 +166,9 @@ class TransformersDetector(Detector):
         if self.training:
             raise ValueError("detect needs eval mode: call .eval() first")
         output = self.model(**self._inputs(batch, decode=True))
-        raw = SimpleNamespace(logits=output.logits.float(), pred_boxes=output.pred_boxes.float())
+        # Of the best of all classes those that nobody asked for would be dropped later.
+        logits = output.logits.float().masked_fill(self._to_ours < 0, -math.inf)
+        raw = SimpleNamespace(logits=logits, pred_boxes=output.pred_boxes.float())
         # Fractions of what become pixels of what: see the class.
         frames = [
             original if self._family.flat else tuple(o * b / s for o, b, s in zip(original, padded, size, strict=True))

@@ -111,6 +111,9 @@ class UltralyticsDetector(Detector):
                 to_ours[theirs] = ours
         self.register_buffer("_to_model", torch.tensor(label_ids, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("_to_ours", to_ours.to(device), persistent=False)
+        known = sorted(label for label in label_ids if label >= 0)
+        # Of the best of all classes those that nobody asked for would be dropped later.
+        self._known = known if len(known) < head.nc else None
         self._in_order = self.label_ids == tuple(range(head.nc))
 
     @property
@@ -188,6 +191,7 @@ class UltralyticsDetector(Detector):
             decoded.float(),
             self.score_threshold,
             self.nms_threshold,
+            classes=self._known,
             multi_label=self.several_labels,
             max_det=self.detections_per_image,
             # Its limit on time would drop the rest of a batch.

@@ -77,15 +77,16 @@ class DetectorGraph(nn.Module):
             return values, [features], ["0"]
         return values, list(features.values()), list(features)
 
+    def _asked_for(self, scores: Tensor) -> Tensor:
+        """Scores (..., outputs) with zeros for the model's classes that drkd does not know: they take no places."""
+        return torch.where(self.detector._to_ours >= 0, scores, 0.0) if self._unknown_classes else scores
+
     def _best(self, boxes: Tensor, scores: Tensor, labels: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The best of (B, N) candidates, in drkd's labels; the model's classes that drkd does not know fall out."""
+        """The best of (B, N) candidates, in drkd's labels."""
         ours = self.detector._to_ours[labels]
         count = _smaller(most, scores.shape[1])
         values, places = scores.topk(count, dim=1)
         ours = ours.gather(1, places)
-        if self._unknown_classes:
-            values, order = torch.where(ours >= 0, values, 0.0).topk(count, dim=1)
-            places, ours = places.gather(1, order), ours.gather(1, order)
         empty = values <= 0
         chosen = boxes.gather(1, places[..., None].expand(-1, -1, 4))
         return torch.where(empty[..., None], 0.0, chosen), values, torch.where(empty, -1, ours)
@@ -120,6 +121,7 @@ class DenseGraph(DetectorGraph):
         boxes = _clip(flat.reshape(images.shape[0], count, 4), sizes)
         if not self.nms:
             return boxes, scores[..., self._our_classes()]
+        scores = self._asked_for(scores)
         per_cell = model.anchor_generator.num_anchors_per_location()
         start: Any = 0
         found, places = [], []
@@ -160,7 +162,7 @@ class TwoStageGraph(DetectorGraph):
             ours = self._our_classes()
             return boxes[:, :, ours], scores[..., ours]
         # Class by class, as each has boxes of its own; the background is left out.
-        boxes, scores = boxes[:, :, 1:].transpose(1, 2), scores[..., 1:].transpose(1, 2)
+        boxes, scores = boxes[:, :, 1:].transpose(1, 2), self._asked_for(scores)[..., 1:].transpose(1, 2)
         usable = (scores > heads.score_thresh) & _at_least(boxes, _SMALLEST_BOX)
         kept = suppress(
             boxes.reshape(batch * (classes - 1), places, 4),
