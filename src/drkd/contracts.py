@@ -567,7 +567,11 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def detect(self, batch: DetectionBatch) -> list[Detections]:
-        """Detections in pixels of the original images, one entry an image. Needs eval mode; makes no gradient."""
+        """Detections in pixels of the original images, one entry an image. Needs eval mode; makes no gradient.
+
+        Those of drkd's own adapters compute in the precision of the weights also under autocast, whose 16 bits know a
+        place beyond 512 px to 4 px only.
+        """
 
 
 class DetectorBuilder(ABC):

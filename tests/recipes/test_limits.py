@@ -28,6 +28,8 @@ SMALL = {"width": 0.25, "fpn_channels": 32, "representation_size": 16}
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        ("precision=bf16-true", "training.precision: expected one of auto, 32-true, .*, got bf16-true"),
+        ("precision=64-true", "training.precision: expected .*, got 64-true"),
         ("strategy=fsdp", "training.strategy: fsdp spreads one model over the devices"),
         ("strategy=deepspeed_stage_2", "training.strategy: deepspeed_stage_2 spreads"),
         ("checkpoint_minutes=0", "training.checkpoint_minutes: expected a positive number or null, got 0"),

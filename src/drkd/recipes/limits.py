@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 
 _SHARDED = ("fsdp", "deepspeed", "model_parallel")
 _NO_SYNC = ("cpu", "mps")
+# With Lightning's short forms. The others give the batch another precision too, its boxes with it.
+_PRECISIONS = ("auto", "32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16")
 
 
 def check_training(training: Training) -> None:
     """Refuse what cannot work.
 
     Raises:
-        DrkdError: For numbers out of range, and for strategies that spread one model over several devices.
+        DrkdError: For numbers out of range, for a precision that the batch's boxes would have too, and for strategies
+            that spread one model over several devices.
     """
     for name, least in (
         ("checkpoint_every", 1),
@@ -44,6 +47,11 @@ def check_training(training: Training) -> None:
         )
     if training.clip_norm is not None and not training.clip_norm > 0:
         raise DrkdError(f"training.clip_norm: expected a positive number or null, got {training.clip_norm}.")
+    if training.precision not in _PRECISIONS:
+        raise DrkdError(
+            f"training.precision: expected one of {', '.join(_PRECISIONS)}, got {training.precision}. Precisions that "
+            "convert the whole model convert the batch's boxes too; mixed ones leave both in float32."
+        )
     if training.accelerator in _NO_SYNC:
         check_device(training, torch.device(training.accelerator))
     if any(training.strategy.startswith(name) for name in _SHARDED):

@@ -32,7 +32,7 @@ class Training:
         ema: Decay of the student's moving average, which is then what is validated and saved; None = off.
         clip_norm: Clip the norm of the gradient over all parameters; None = off.
         accumulate: Batches per optimizer step.
-        precision: Lightning's precision: 32-true, bf16-mixed, 16-mixed, ...; "auto" is bf16-mixed on a GPU that
+        precision: Lightning's precision: 32-true, bf16-mixed or 16-mixed; "auto" is bf16-mixed on a GPU that
             computes it, otherwise 32-true.
         accelerator: auto, cpu, gpu, mps, ...
         devices: Number of devices, or "auto".
