@@ -18,6 +18,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from drkd.adapters.backbones import BackbonePlan, build_backbone
 from drkd.adapters.detection_options import check_detection_options
+from drkd.adapters.focal_head import FocalClassificationHead
 from drkd.adapters.labels import WITH_BACKGROUND
 from drkd.adapters.torchvision_detector import TorchvisionDetector, wrap_torchvision
 from drkd.adapters.weights import load_state
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 _GROUPS = 32
+# Alpha and gamma that torchvision's RetinaNet trains with.
+_FOCAL = (0.25, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +190,8 @@ class RetinaNetBuilder(PyramidBuilder):
         foreground_iou: Overlap from which an anchor is matched with a box, in training.
         background_iou: Overlap below which an anchor is background; those between train nothing.
         focal_alpha: Weight of the foreground in the focal loss.
-        focal_gamma: Focusing of the focal loss; see `FocalClassificationHead`.
+        focal_gamma: Focusing of the focal loss; see `FocalClassificationHead`. With torchvision's two values the head
+            is torchvision's. They matter in training alone: the code in a saved student builds torchvision's head.
     """
 
     family: ClassVar[str] = "retinanet"
@@ -235,8 +239,14 @@ class RetinaNetBuilder(PyramidBuilder):
     def _assemble(self, backbone: nn.Module, plan: dict[str, Any]) -> nn.Module:
         head = RetinaNetHead(**plan["head"], norm_layer=partial(nn.GroupNorm, _GROUPS)) if "head" in plan else None
         anchors = AnchorGenerator(**plan["anchors"])
-        model: nn.Module = RetinaNet(backbone, anchor_generator=anchors, head=head, **plan["detector"])
-        return model
+        model: Any = RetinaNet(backbone, anchor_generator=anchors, head=head, **plan["detector"])
+        if (self.focal_alpha, self.focal_gamma) != _FOCAL:
+            plain = model.head.classification_head
+            model.head.classification_head = FocalClassificationHead.replacing(
+                plain, alpha=self.focal_alpha, gamma=self.focal_gamma
+            )
+        built: nn.Module = model
+        return built
 
 
 @dataclass(frozen=True, kw_only=True)
