@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tests.adapters.point_adapter import build, detections, losses
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -124,6 +125,27 @@ def test_a_dict_of_maps_and_a_model_that_returns_by_its_mode(make_batch):
     assert model.backbone.p3[1].running_mean.equal(statistics)
     found = detector.detect(replace(batch, original_sizes=((128, 96), (32, 64))))
     assert found[0].boxes.tolist() == [[1.0, 4.0, 30.0, 80.0]] and found[1].boxes.tolist() == [[1, 2, 30, 32]]
+
+
+def test_norms_with_children_keep_their_mode(make_batch):
+    model = Dictionary()
+    model.backbone.p3[1] = norm = BatchNormAct2d(4)
+    teacher = wrap(("backbone",), model, losses=by_mode, detections=None).eval()
+    batch = make_batch([(64, 64)] * 2)
+    before, first = copy.deepcopy(norm.state_dict()), teacher(batch, want=FEATURES).features
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+    maps = model.backbone.p3(teacher._prepare(batch, targets=False).images)
+    torch.testing.assert_close(first[0].tensor, maps)
+    # A container of the user's decides by its mode, whatever container of torch it is made from.
+    model.backbone.p3 = _Own(*model.backbone.p3).eval()
+    teacher(batch, want=FEATURES)
+    assert model.backbone.p3.seen == [True]
+
+
+class _Own(nn.Sequential):
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen = [self.training]
+        return super().forward(images)
 
 
 def test_where_features_are_enough_the_pass_ends_early(make_batch):
