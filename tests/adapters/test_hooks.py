@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from drkd.adapters.hooks import HookedDetector, wrap_model
 from drkd.contracts import DetectionBatch, Detector, DrkdError
 from drkd.engine.distiller import Distiller
-from drkd.methods import CWD, DRKD, PKD, CrossKD
+from drkd.methods import CWD, DRKD, FGD, PKD, CrossKD
 
 CLASSES = ("cat", "dog", "cup")
 FEATURES, LOSSES, BOTH = frozenset({"features"}), frozenset({"losses"}), frozenset({"features", "losses"})
@@ -368,6 +368,26 @@ def test_distilled(make_batch, method):
     assert all(parameter.grad is not None for name, parameter in student.named_parameters() if "unused" not in name)
     assert all(value.equal(before[name]) for name, value in teacher.state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_teacher_in_inference_mode(make_batch):
+    teacher = wrap(("neck",), build(CLASSES), losses=None, detections=torch.inference_mode()(detections))
+    distiller = Distiller(wrap(), teacher, FGD)
+    batch = make_batch([(64, 64)] * 2)
+    torch.stack(list(distiller(batch).values())).sum().backward()
+    assert all(parameter.grad is not None for parameter in distiller.method.parameters())
+    plain = wrap(("neck",), teacher.model, losses=None)
+    for one, two in zip(teacher(batch, want=FEATURES).features, plain(batch, want=FEATURES).features, strict=True):
+        assert torch.equal(one.tensor, two.tensor)
+    student = wrap(losses=torch.inference_mode()(losses))
+    with pytest.raises(DrkdError, match=r"layers: neck\[0\] ran in torch.inference_mode.*Expected functions"):
+        student.train()(batch, want=BOTH)
+    with torch.inference_mode():
+        assert student(batch, want=FEATURES).features
+    # What overwrites a map is found out there too, although such tensors count no versions.
+    quick = torch.inference_mode()(boxes_by_mode)
+    with pytest.raises(DrkdError, match=r"'backbone.p4' returns is overwritten"):
+        wrap(("backbone.p4",), Dictionary(), losses=None, detections=quick)
 
 
 def test_a_method_on_predictions_says_why_not():

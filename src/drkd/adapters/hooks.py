@@ -203,7 +203,8 @@ class HookedDetector(Detector):
             with undisturbed(self):
                 return list_candidates(self.model, self._run, batch)
 
-        return take_levels(recorder, self._sources, batch, candidates=candidates)
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters())
+        return take_levels(recorder, self._sources, batch, candidates=candidates, trains=trains)
 
     def _task_losses(self, batch: DetectionBatch) -> dict[str, Tensor]:
         if self.missing_classes:
