@@ -222,7 +222,7 @@ def _describe(
         "format": FORMAT,
         "build": build,
         "code": None if build is None else write_plain_code(build),
-        "builder": None if builder is None else _describe_builder(builder),
+        "builder": None if builder is None else _describe_builder(builder, detector),
         "class_names": [name for _, name in labels],
         "label_ids": [label for label, _ in labels],
         "preprocessing": {
@@ -236,7 +236,7 @@ def _describe(
     }
 
 
-def _describe_builder(builder: DetectorBuilder) -> dict[str, Any] | None:
+def _describe_builder(builder: DetectorBuilder, detector: TorchvisionDetector) -> dict[str, Any] | None:
     """The builder as plain values; None for a class of the user's own, whose weights are saved all the same."""
     if isinstance(builder, SavedDetectorBuilder):
         return dict(_read(builder.path)["builder"])
@@ -246,6 +246,9 @@ def _describe_builder(builder: DetectorBuilder) -> dict[str, Any] | None:
     arguments = dataclasses.asdict(builder)
     # The file's own weights replace those that training began with.
     arguments.update({name: None for name in ("weights", "backbone_weights") if name in arguments})
+    if isinstance(builder, ZooBuilder) and builder.head == "new":
+        # The weights may have decided it.
+        arguments["first_label"] = min(detector.label_ids)
     return {"class_path": class_path, "init_args": _plain(arguments)}
 
 

@@ -72,7 +72,11 @@ def read_checkpoint(path: str | Path) -> Any:
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict: bare, or under "state_dict" or "model", as drkd, torchvision and timm write it."""
-    content = read_checkpoint(path)
+    return state_in(read_checkpoint(path), path)
+
+
+def state_in(content: Any, path: str | Path) -> dict[str, Tensor]:
+    """The state dict in what `read_checkpoint` gave, as `read_state` finds it."""
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

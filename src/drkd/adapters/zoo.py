@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,8 @@ from drkd.adapters.backbones import freeze_batch_norm
 from drkd.adapters.detection_options import check_detection_options
 from drkd.adapters.labels import coco_categories, coco_labels
 from drkd.adapters.torchvision_detector import TorchvisionDetector
-from drkd.adapters.weights import fill, read_state, update_names
+from drkd.adapters.weights import fill, update_names
+from drkd.adapters.zoo_files import ZooFile, count_file_outputs, read_zoo_file
 from drkd.contracts import DetectorBuilder, DrkdError
 
 ZOO_NAMES = (
@@ -49,18 +51,24 @@ class ZooBuilder(DetectorBuilder):
     With ``head="coco"`` the model keeps COCO's 91 outputs and your classes are found by name among them; detections
     of other classes are dropped; a class that COCO lacks is never detected (``detector.missing_classes`` lists them),
     though its features still teach. With ``head="new"`` the model gets outputs for your classes alone; weights of
-    another number of classes then fill all but the last layer.
+    another number of classes then fill all but the last layer, with a warning, or an error for a teacher.
+
+    torchvision's own RetinaNet and FCOS count a background among their classes: trained its way on K classes they have
+    K + 1 outputs, and output 0 is none of them. Such weights are recognised by their number of outputs.
 
     Args:
         name: One of ``ZOO_NAMES``.
         weights: None, "COCO_V1" or "DEFAULT" (published, needs a network once), or the path of a checkpoint.
         head: "coco" or "new".
+        first_label: With ``head="new"``, the model's label of the first class, 0 or 1. None: 1 where there is a
+            background (Faster and Mask R-CNN, SSD) or the weights have one output more than there are classes, else 0.
         detections_per_image: At most so many detections an image.
     """
 
     name: str = "retinanet_resnet50_fpn_v2"
     weights: str | None = None
     head: Literal["coco", "new"] = "coco"
+    first_label: int | None = None
     detections_per_image: int = 100
 
     def __post_init__(self) -> None:
@@ -69,6 +77,20 @@ class ZooBuilder(DetectorBuilder):
             raise DrkdError(f"name: expected one of {', '.join(ZOO_NAMES)}, got {self.name!r}.")
         if self.head not in ("coco", "new"):
             raise DrkdError(f"head: expected coco or new, got {self.head!r}.")
+        allowed = (None,) if self.head == "coco" else (None, 1) if self._has_background else (None, 0, 1)
+        if self.first_label not in allowed or isinstance(self.first_label, bool):
+            raise DrkdError(
+                f"first_label: expected {' or '.join('null' if entry is None else str(entry) for entry in allowed)} "
+                f"of {self.name} with head {self.head}, got {self.first_label!r}."
+            )
+
+    @property
+    def _has_two_stages(self) -> bool:
+        return self.name.startswith(("fasterrcnn", "maskrcnn"))
+
+    @property
+    def _has_background(self) -> bool:
+        return self._has_two_stages or self.name in _SIZES
 
     def build(self, class_names: Sequence[str]) -> TorchvisionDetector:
         """Build the detector for these classes.
@@ -76,32 +98,58 @@ class ZooBuilder(DetectorBuilder):
         Raises:
             DrkdError: If weights cannot be found or do not fit, or COCO has none of the classes.
         """
+        return self._build(class_names, teaches=False)
+
+    def build_teacher(self, class_names: Sequence[str]) -> TorchvisionDetector:
+        """Build the detector for these classes, all of it from the weights where there are any.
+
+        Raises:
+            DrkdError: As ``build``, or if the weights have another number of classes.
+        """
+        return self._build(class_names, teaches=True)
+
+    def _build(self, class_names: Sequence[str], *, teaches: bool) -> TorchvisionDetector:
         if not class_names:
             raise DrkdError("class_names: expected at least one class, got none.")
-        two_stage = self.name.startswith(("fasterrcnn", "maskrcnn"))
-        background = int(two_stage or self.name in _SIZES)
+        given = None if self.weights is None else self._read(str(self.weights))
         if self.head == "coco":
             label_ids = coco_labels(class_names)
             outputs = len(coco_categories())
         else:
-            label_ids = list(range(background, len(class_names) + background))
-            outputs = len(class_names) + background
+            first = self._find_first_label(len(class_names), given)
+            label_ids = list(range(first, len(class_names) + first))
+            outputs = len(class_names) + first
         options: dict[str, Any] = {"name": self.name, "weights": None, "weights_backbone": None, "num_classes": outputs}
-        options["box_detections_per_img" if two_stage else "detections_per_img"] = self.detections_per_image
+        options["box_detections_per_img" if self._has_two_stages else "detections_per_img"] = self.detections_per_image
         model = get_model(**options)
         plan: dict[str, Any] = {"family": "zoo", "detector": options}
         if self.name in _SIZES:
             plan["size"] = [_SIZES[self.name]] * 2
-        if self.weights is not None:
-            plan.update(self._fill(model))
+        if given is not None:
+            plan.update(self._fill(model, given, class_names, outputs, teaches=teaches))
         return TorchvisionDetector(model, class_names, label_ids=label_ids, plan=plan)
 
-    def _fill(self, model: nn.Module) -> dict[str, Any]:
+    def _find_first_label(self, classes: int, given: ZooFile | None) -> int:
+        if self.first_label is not None or self._has_background:
+            return 1 if self.first_label is None else self.first_label
+        fits = given is not None and given.outputs == classes + 1 and given.first_label in (None, 1)
+        return int(fits)
+
+    def _read(self, weights: str) -> ZooFile:
+        if weights not in _PUBLISHED:
+            return read_zoo_file(weights)
+        state = self._download()
+        # COCO's outputs are no others', however many there are.
+        return ZooFile(state, count_file_outputs(state), first_label=0)
+
+    def _fill(
+        self, model: nn.Module, given: ZooFile, class_names: Sequence[str], outputs: int, *, teaches: bool
+    ) -> dict[str, Any]:
         """Load published or local weights; returns how the batch norms are to be set when the model is rebuilt."""
         weights = str(self.weights)
-        state = self._download() if weights in _PUBLISHED else read_state(weights)
         wanted = model.state_dict()
-        state = update_names(state, wanted)
+        state = update_names(given.state, wanted)
+        new: set[str] = set()
         if self.head == "new":
             last = [name for name in state if name in wanted and name.startswith(_LAST_LAYERS)]
             # What fits of an SSD's last layers comes before the classes; a predictor is new as a whole.
@@ -110,12 +158,24 @@ class ZooBuilder(DetectorBuilder):
                 new = set(last)
             state = {key: wanted[key] if key in new else value for key, value in state.items()}
         fill(model, state, weights)
+        if new:
+            self._say_new(class_names, given.outputs, outputs, teaches=teaches)
         if self.name.endswith("_v2") or self.name in _SIZES:
             return {}
         # torchvision freezes the batch norms of these models whenever it loads weights.
         epsilon = 0.0 if self.name in _WITHOUT_EPSILON else None
         freeze_zoo(model, epsilon)
         return {"batch_norm_eps": epsilon}
+
+    def _say_new(self, class_names: Sequence[str], given: int | None, outputs: int, *, teaches: bool) -> None:
+        counts = f"{given} outputs for classes, and {outputs} are needed for {len(class_names)} classes"
+        names = f"{', '.join(class_names[:8])}{', ...' if len(class_names) > 8 else ''}"
+        if teaches:
+            raise DrkdError(
+                f"{self.weights}: this {self.name} has {counts} ({names}), so the teacher's class layer would be "
+                "random. Expected weights that were trained on these classes, or COCO's with head: coco."
+            )
+        warnings.warn(f"{self.weights}: {counts}: the class layer of this {self.name} is new.", stacklevel=5)
 
     def _download(self) -> dict[str, Tensor]:
         entry = get_model_weights(self.name)[str(self.weights)]
