@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torchvision.models import get_model
+from torchvision.ops import FrozenBatchNorm2d
 
 from drkd.adapters import (
     FasterRCNNBuilder,
@@ -292,6 +295,37 @@ def test_a_one_stage_file_with_a_background(make_batch, tmp_path, name):
     four = ZooBuilder(name=name, weights=str(tmp_path / "four.pt"), head="new")
     with pytest.raises(DrkdError, match=r"four.pt: .* 4 outputs for classes, and 3 are needed"):
         four.build_teacher(("a", "b", "c"))
+
+
+def test_only_published_weights_run_without_epsilon(monkeypatch, tmp_path):
+    name = "retinanet_resnet50_fpn"
+    file = tmp_path / "own.pth"
+    torch.save(get_model(name, weights=None, weights_backbone=None, num_classes=3).state_dict(), file)
+
+    def epsilon(path=file, **options):
+        builder = ZooBuilder(name=name, weights=str(path), head="new", **options)
+        detector = builder.build(CLASSES)
+        found = {part.eps for part in detector.model.modules() if isinstance(part, FrozenBatchNorm2d)}
+        assert found == {detector.plan["batch_norm_eps"]}
+        return found.pop(), builder, detector
+
+    assert epsilon()[0] == 1e-5
+    value, builder, detector = epsilon(batch_norm_eps=0.0)
+    assert value == 0.0
+    # A student keeps what it was built with, by its file and as weights of another.
+    saved = tmp_path / "student.pt"
+    settings = {"min_size": 64, "max_size": 64, "size_divisor": 32}
+    save_student(saved, detector, builder=builder, image_settings=settings)
+    assert load_detector(saved).model.backbone.body.bn1.eps == 0.0
+    assert epsilon(saved)[0] == 0.0
+    # The published file, fetched by hand.
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setattr(ZooBuilder, "_published", lambda self: SimpleNamespace(url=f"https://h/n-{digest[:8]}.pth"))
+    assert epsilon()[0] == 0.0
+    with pytest.raises(DrkdError, match="batch_norm_eps: expected null"):
+        ZooBuilder(name="fcos_resnet50_fpn", weights=str(file), batch_norm_eps=0.0)
+    with pytest.raises(DrkdError, match="batch_norm_eps: expected a number from 0"):
+        ZooBuilder(name=name, weights=str(file), batch_norm_eps=-1.0)
 
 
 def test_builders_parse_from_yaml():

@@ -44,6 +44,8 @@ _BUILDERS: dict[str, type[_Builder]] = {
 _BUILDERS |= {
     f"drkd.adapters.{builder.__name__}": builder for builder in (MaskRCNNBuilder, SSD300Builder, SSDLiteBuilder)
 }
+# Arguments of builders that say what training began with.
+_STARTS = ("weights", "backbone_weights", "batch_norm_eps")
 _KEYS = ("state_dict", "build", "builder", "class_names", "label_ids", "preprocessing")
 
 
@@ -245,7 +247,7 @@ def _describe_builder(builder: DetectorBuilder, detector: TorchvisionDetector) -
         return None
     arguments = dataclasses.asdict(builder)
     # The file's own weights replace those that training began with.
-    arguments.update({name: None for name in ("weights", "backbone_weights") if name in arguments})
+    arguments.update({name: None for name in _STARTS if name in arguments})
     if isinstance(builder, ZooBuilder) and builder.head == "new":
         # The weights may have decided it.
         arguments["first_label"] = min(detector.label_ids)
@@ -294,7 +296,7 @@ def _read_builder(path: str | Path, entry: Mapping[str, Any]) -> _Builder:
     try:
         arguments = {name: _tuples(value) for name, value in entry["init_args"].items()}
         # The file's own weights are what it is for: it has no business with other files, or with a network.
-        arguments.update({name: None for name in ("weights", "backbone_weights") if name in arguments})
+        arguments.update({name: None for name in _STARTS if name in arguments})
         if (wrong := find_mistyped(builder, arguments)) is not None:
             raise DrkdError(f"{path}: builder.init_args.{wrong}.")
         return builder(**arguments)

@@ -35,6 +35,7 @@ ZOO_NAMES = (
 _SIZES = {"ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}
 # These published weights were trained with frozen batch norms without epsilon; torchvision sets it for them.
 _WITHOUT_EPSILON = ("retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")
+_DEFAULT_EPSILON = 1e-5
 _PUBLISHED = ("COCO_V1", "DEFAULT")
 _LAST_LAYERS = (
     "roi_heads.box_predictor.",
@@ -62,6 +63,10 @@ class ZooBuilder(DetectorBuilder):
         head: "coco" or "new".
         first_label: With ``head="new"``, the model's label of the first class, 0 or 1. None: 1 where there is a
             background (Faster and Mask R-CNN, SSD) or the weights have one output more than there are classes, else 0.
+        batch_norm_eps: Epsilon of the frozen batch norms of retinanet_resnet50_fpn, fasterrcnn_resnet50_fpn and
+            maskrcnn_resnet50_fpn, with weights. None: 0.0 of torchvision's published weights (a downloaded file is
+            recognised by its content), and of a file that drkd saved what it was trained with; of any other
+            torchvision's default, 1e-5. Give 0.0 for weights of yours that were fine-tuned from the published ones.
         detections_per_image: At most so many detections an image.
     """
 
@@ -69,6 +74,7 @@ class ZooBuilder(DetectorBuilder):
     weights: str | None = None
     head: Literal["coco", "new"] = "coco"
     first_label: int | None = None
+    batch_norm_eps: float | None = None
     detections_per_image: int = 100
 
     def __post_init__(self) -> None:
@@ -83,6 +89,15 @@ class ZooBuilder(DetectorBuilder):
                 f"first_label: expected {' or '.join('null' if entry is None else str(entry) for entry in allowed)} "
                 f"of {self.name} with head {self.head}, got {self.first_label!r}."
             )
+
+        epsilon = self.batch_norm_eps
+        if epsilon is not None and (self.name not in _WITHOUT_EPSILON or self.weights is None):
+            raise DrkdError(
+                f"batch_norm_eps: expected null, since it is for weights of {', '.join(_WITHOUT_EPSILON)}, got "
+                f"{epsilon!r} of {self.name} with weights {self.weights}."
+            )
+        if epsilon is not None and (type(epsilon) not in (int, float) or not 0 <= epsilon < 1):
+            raise DrkdError(f"batch_norm_eps: expected a number from 0 to less than 1, got {epsilon!r}.")
 
     @property
     def _has_two_stages(self) -> bool:
@@ -137,10 +152,11 @@ class ZooBuilder(DetectorBuilder):
 
     def _read(self, weights: str) -> ZooFile:
         if weights not in _PUBLISHED:
-            return read_zoo_file(weights)
+            published = self._published().url if self.name in _WITHOUT_EPSILON else ""
+            return read_zoo_file(weights, published)
         state = self._download()
         # COCO's outputs are no others', however many there are.
-        return ZooFile(state, count_file_outputs(state), first_label=0)
+        return ZooFile(state, count_file_outputs(state), first_label=0, batch_norm_eps=0.0)
 
     def _fill(
         self, model: nn.Module, given: ZooFile, class_names: Sequence[str], outputs: int, *, teaches: bool
@@ -163,7 +179,16 @@ class ZooBuilder(DetectorBuilder):
         if self.name.endswith("_v2") or self.name in _SIZES:
             return {}
         # torchvision freezes the batch norms of these models whenever it loads weights.
-        epsilon = 0.0 if self.name in _WITHOUT_EPSILON else None
+        epsilon = None
+        if self.name in _WITHOUT_EPSILON:
+            chosen = self.batch_norm_eps if self.batch_norm_eps is not None else given.batch_norm_eps
+            epsilon = _DEFAULT_EPSILON if chosen is None else float(chosen)
+            if chosen is None and given.outputs == len(coco_categories()):
+                warnings.warn(
+                    f"{weights}: COCO's outputs, but not torchvision's published file: batch norms take epsilon "
+                    f"{epsilon:g}. If these are the published weights, saved again, give batch_norm_eps: 0.0.",
+                    stacklevel=4,
+                )
         freeze_zoo(model, epsilon)
         return {"batch_norm_eps": epsilon}
 
@@ -177,8 +202,12 @@ class ZooBuilder(DetectorBuilder):
             )
         warnings.warn(f"{self.weights}: {counts}: the class layer of this {self.name} is new.", stacklevel=5)
 
+    def _published(self) -> Any:
+        weights = str(self.weights)
+        return get_model_weights(self.name)[weights if weights in _PUBLISHED else "DEFAULT"]
+
     def _download(self) -> dict[str, Tensor]:
-        entry = get_model_weights(self.name)[str(self.weights)]
+        entry = self._published()
         try:
             state = entry.get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:
