@@ -18,6 +18,7 @@ from drkd.adapters import (
     FasterRCNNBuilder,
     FCOSBuilder,
     RetinaNetBuilder,
+    SSDLiteBuilder,
     ZooBuilder,
     load_detector,
     load_state,
@@ -212,6 +213,21 @@ def test_group_norm_head(make_batch):
     detector = replace(SMALL, fpn_channels=64, head_norm="group").build(CLASSES)
     assert any(isinstance(part, nn.GroupNorm) for part in detector.model.head.modules())
     assert sum(detector(make_batch([(64, 64)]), want=frozenset({"losses"})).losses.values()).isfinite()
+
+
+@pytest.mark.parametrize("builder", [SMALL, SSDLiteBuilder(width=0.25, size=96)])
+def test_weights_bring_the_normalisation_that_they_were_trained_with(tmp_path, builder):
+    first, settings = replace(builder, image_mean=(0.1, 0.2, 0.3)), {"min_size": 64, "max_size": 64, "size_divisor": 32}
+    save_student(tmp_path / "one.pt", first.build(CLASSES), builder=first, image_settings=settings)
+    second = replace(builder, weights=str(tmp_path / "one.pt"))
+    detector = second.build(CLASSES)
+    assert list(detector.model.transform.image_mean) == detector.plan["detector"]["image_mean"] == [0.1, 0.2, 0.3]
+    # What the second run saves has no weights to take it from.
+    save_student(tmp_path / "two.pt", detector, builder=second, image_settings=settings)
+    loaded = load_detector(tmp_path / "two.pt")
+    assert torch.equal(loaded._mean, detector._mean) and torch.equal(loaded._std, detector._std)
+    own = replace(second, image_mean=(0.4, 0.4, 0.4)).build(CLASSES)
+    assert list(own.model.transform.image_mean) == [0.4] * 3
 
 
 def test_weights_of_the_whole_detector(tmp_path):
