@@ -251,9 +251,9 @@ def _describe_builder(builder: DetectorBuilder, detector: TorchvisionDetector) -
     if isinstance(builder, ZooBuilder) and builder.head == "new":
         # The weights may have decided it.
         arguments["first_label"] = min(detector.label_ids)
-    transform: Any = detector.model.transform
-    # So may they have decided these.
-    arguments.update({name: getattr(transform, name) for name in ("image_mean", "image_std") if name in arguments})
+    for name in {"image_mean", "image_std"} & set(arguments):
+        # So may they have decided these.
+        arguments[name] = [float(value) for value in getattr(detector.model.transform, name)]
     return {"class_path": class_path, "init_args": _plain(arguments)}
 
 
