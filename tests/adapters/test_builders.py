@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torchvision.models import get_model
+from torchvision.ops import FrozenBatchNorm2d
 
-from drkd.adapters import FasterRCNNBuilder, FCOSBuilder, RetinaNetBuilder, ZooBuilder, load_state
+from drkd.adapters import (
+    FasterRCNNBuilder,
+    FCOSBuilder,
+    RetinaNetBuilder,
+    SSDLiteBuilder,
+    ZooBuilder,
+    load_detector,
+    load_state,
+    save_student,
+)
 from drkd.adapters.weights import package_state
 from drkd.contracts import DrkdError
 
@@ -166,6 +181,9 @@ def test_no_network_is_one_paragraph(monkeypatch):
         (RetinaNetBuilder, {"frozen_stages": 5}, "-1 to 4"),
         (ZooBuilder, {"name": "keypointrcnn_resnet50_fpn"}, "expected one of"),
         (ZooBuilder, {"head": "none"}, "coco or new"),
+        (ZooBuilder, {"first_label": 0}, "first_label: expected null of .* with head coco, got 0"),
+        (ZooBuilder, {"first_label": 2, "head": "new"}, "first_label: expected null or 0 or 1"),
+        (ZooBuilder, {"name": "ssd300_vgg16", "first_label": 0, "head": "new"}, "first_label: expected null or 1"),
     ],
 )
 def test_bad_settings_are_refused_at_once(kind, arguments, message):
@@ -195,6 +213,21 @@ def test_group_norm_head(make_batch):
     detector = replace(SMALL, fpn_channels=64, head_norm="group").build(CLASSES)
     assert any(isinstance(part, nn.GroupNorm) for part in detector.model.head.modules())
     assert sum(detector(make_batch([(64, 64)]), want=frozenset({"losses"})).losses.values()).isfinite()
+
+
+@pytest.mark.parametrize("builder", [SMALL, SSDLiteBuilder(width=0.25, size=96)])
+def test_weights_bring_the_normalisation_that_they_were_trained_with(tmp_path, builder):
+    first, settings = replace(builder, image_mean=(0.1, 0.2, 0.3)), {"min_size": 64, "max_size": 64, "size_divisor": 32}
+    save_student(tmp_path / "one.pt", first.build(CLASSES), builder=first, image_settings=settings)
+    second = replace(builder, weights=str(tmp_path / "one.pt"))
+    detector = second.build(CLASSES)
+    assert list(detector.model.transform.image_mean) == detector.plan["detector"]["image_mean"] == [0.1, 0.2, 0.3]
+    # What the second run saves has no weights to take it from.
+    save_student(tmp_path / "two.pt", detector, builder=second, image_settings=settings)
+    loaded = load_detector(tmp_path / "two.pt")
+    assert torch.equal(loaded._mean, detector._mean) and torch.equal(loaded._std, detector._std)
+    own = replace(second, image_mean=(0.4, 0.4, 0.4)).build(CLASSES)
+    assert list(own.model.transform.image_mean) == [0.4] * 3
 
 
 def test_weights_of_the_whole_detector(tmp_path):
@@ -233,7 +266,13 @@ def test_zoo_as_teacher_and_as_student(tmp_path):
     assert teacher.label_ids == (18, -1) and teacher.missing_classes == ("unicorn",)
     file = tmp_path / "published.pth"
     torch.save(teacher.model.state_dict(), file)
-    student = ZooBuilder(name=name, weights=str(file), head="new").build(("dog", "unicorn"))
+    with pytest.warns(
+        UserWarning, match="91 outputs for classes, and 3 are needed for 2 classes: the class layer"
+    ) as said:
+        student = ZooBuilder(name=name, weights=str(file), head="new").build(("dog", "unicorn"))
+    assert len(said) == 1 and Path(said[0].filename) == Path(__file__)
+    with pytest.raises(DrkdError, match=r"published.pth: this faster.* has 91 outputs .*class layer would be random"):
+        ZooBuilder(name=name, weights=str(file), head="new").build_teacher(("dog", "unicorn"))
     assert student.label_ids == (1, 2) and not student.missing_classes
     assert student.model.roi_heads.box_predictor.cls_score.out_features == 3
     assert not any(isinstance(part, nn.BatchNorm2d) for part in student.model.modules())
@@ -241,6 +280,68 @@ def test_zoo_as_teacher_and_as_student(tmp_path):
     assert torch.equal(student.model.state_dict()[key], teacher.model.state_dict()[key])
     with pytest.raises(DrkdError, match="none of"):
         ZooBuilder(name=name).build(("unicorn",))
+
+
+@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn"])
+def test_a_one_stage_file_with_a_background(make_batch, tmp_path, name):
+    plain = get_model(name, weights=None, weights_backbone=None, num_classes=4)
+    file = tmp_path / "torchvisions_way.pth"
+    torch.save(plain.state_dict(), file)
+    builder = ZooBuilder(name=name, weights=str(file), head="new")
+    with warnings.catch_warnings(action="error"):
+        teacher = builder.build_teacher(("a", "b", "c")).eval()
+    assert teacher.label_ids == (1, 2, 3)
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in teacher.model.state_dict().items())
+    # A student that starts from it comes back as it was, and by its file too.
+    save_student(
+        tmp_path / "student.pt",
+        teacher,
+        builder=builder,
+        image_settings={"min_size": 64, "max_size": 64, "size_divisor": 32},
+    )
+    assert load_detector(tmp_path / "student.pt").label_ids == (1, 2, 3)
+    again = ZooBuilder(name=name, weights=str(tmp_path / "student.pt"), head="new")
+    assert again.build_teacher(("a", "b", "c")).label_ids == (1, 2, 3)
+    # Told otherwise, or of classes from 0 on as drkd counts them, the outputs are classes.
+    assert ZooBuilder(name=name, weights=str(file), head="new").build_teacher(tuple("abcd")).label_ids == (0, 1, 2, 3)
+    with pytest.raises(DrkdError, match="4 outputs for classes, and 3 are needed"):
+        ZooBuilder(name=name, weights=str(file), head="new", first_label=0).build_teacher(("a", "b", "c"))
+    content = torch.load(tmp_path / "student.pt", weights_only=True)
+    torch.save({**content, "class_names": list("abcd"), "label_ids": [0, 1, 2, 3]}, tmp_path / "four.pt")
+    four = ZooBuilder(name=name, weights=str(tmp_path / "four.pt"), head="new")
+    with pytest.raises(DrkdError, match=r"four.pt: .* 4 outputs for classes, and 3 are needed"):
+        four.build_teacher(("a", "b", "c"))
+
+
+def test_only_published_weights_run_without_epsilon(monkeypatch, tmp_path):
+    name = "retinanet_resnet50_fpn"
+    file = tmp_path / "own.pth"
+    torch.save(get_model(name, weights=None, weights_backbone=None, num_classes=3).state_dict(), file)
+
+    def epsilon(path=file, **options):
+        builder = ZooBuilder(name=name, weights=str(path), head="new", **options)
+        detector = builder.build(CLASSES)
+        found = {part.eps for part in detector.model.modules() if isinstance(part, FrozenBatchNorm2d)}
+        assert found == {detector.plan["batch_norm_eps"]}
+        return found.pop(), builder, detector
+
+    assert epsilon()[0] == 1e-5
+    value, builder, detector = epsilon(batch_norm_eps=0.0)
+    assert value == 0.0
+    # A student keeps what it was built with, by its file and as weights of another.
+    saved = tmp_path / "student.pt"
+    settings = {"min_size": 64, "max_size": 64, "size_divisor": 32}
+    save_student(saved, detector, builder=builder, image_settings=settings)
+    assert load_detector(saved).model.backbone.body.bn1.eps == 0.0
+    assert epsilon(saved)[0] == 0.0
+    # The published file, fetched by hand.
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setattr(ZooBuilder, "_published", lambda self: SimpleNamespace(url=f"https://h/n-{digest[:8]}.pth"))
+    assert epsilon()[0] == 0.0
+    with pytest.raises(DrkdError, match="batch_norm_eps: expected null"):
+        ZooBuilder(name="fcos_resnet50_fpn", weights=str(file), batch_norm_eps=0.0)
+    with pytest.raises(DrkdError, match="batch_norm_eps: expected a number from 0"):
+        ZooBuilder(name=name, weights=str(file), batch_norm_eps=-1.0)
 
 
 def test_builders_parse_from_yaml():

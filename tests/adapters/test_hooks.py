@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from tests.adapters.point_adapter import build, detections, losses
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drkd.adapters.hooks import HookedDetector, wrap_model
 from drkd.contracts import DetectionBatch, Detector, DrkdError
 from drkd.engine.distiller import Distiller
-from drkd.methods import CWD, DRKD, PKD, CrossKD
+from drkd.methods import CWD, DRKD, FGD, PKD, CrossKD
 
 CLASSES = ("cat", "dog", "cup")
 FEATURES, LOSSES, BOTH = frozenset({"features"}), frozenset({"losses"}), frozenset({"features", "losses"})
@@ -124,6 +125,27 @@ def test_a_dict_of_maps_and_a_model_that_returns_by_its_mode(make_batch):
     assert model.backbone.p3[1].running_mean.equal(statistics)
     found = detector.detect(replace(batch, original_sizes=((128, 96), (32, 64))))
     assert found[0].boxes.tolist() == [[1.0, 4.0, 30.0, 80.0]] and found[1].boxes.tolist() == [[1, 2, 30, 32]]
+
+
+def test_norms_with_children_keep_their_mode(make_batch):
+    model = Dictionary()
+    model.backbone.p3[1] = norm = BatchNormAct2d(4)
+    teacher = wrap(("backbone",), model, losses=by_mode, detections=None).eval()
+    batch = make_batch([(64, 64)] * 2)
+    before, first = copy.deepcopy(norm.state_dict()), teacher(batch, want=FEATURES).features
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+    maps = model.backbone.p3(teacher._prepare(batch, targets=False).images)
+    torch.testing.assert_close(first[0].tensor, maps)
+    # A container of the user's decides by its mode, whatever container of torch it is made from.
+    model.backbone.p3 = _Own(*model.backbone.p3).eval()
+    teacher(batch, want=FEATURES)
+    assert model.backbone.p3.seen == [True]
+
+
+class _Own(nn.Sequential):
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen = [self.training]
+        return super().forward(images)
 
 
 def test_where_features_are_enough_the_pass_ends_early(make_batch):
@@ -346,6 +368,26 @@ def test_distilled(make_batch, method):
     assert all(parameter.grad is not None for name, parameter in student.named_parameters() if "unused" not in name)
     assert all(value.equal(before[name]) for name, value in teacher.state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_teacher_in_inference_mode(make_batch):
+    teacher = wrap(("neck",), build(CLASSES), losses=None, detections=torch.inference_mode()(detections))
+    distiller = Distiller(wrap(), teacher, FGD)
+    batch = make_batch([(64, 64)] * 2)
+    torch.stack(list(distiller(batch).values())).sum().backward()
+    assert all(parameter.grad is not None for parameter in distiller.method.parameters())
+    plain = wrap(("neck",), teacher.model, losses=None)
+    for one, two in zip(teacher(batch, want=FEATURES).features, plain(batch, want=FEATURES).features, strict=True):
+        assert torch.equal(one.tensor, two.tensor)
+    student = wrap(losses=torch.inference_mode()(losses))
+    with pytest.raises(DrkdError, match=r"layers: neck\[0\] ran in torch.inference_mode.*Expected functions"):
+        student.train()(batch, want=BOTH)
+    with torch.inference_mode():
+        assert student(batch, want=FEATURES).features
+    # What overwrites a map is found out there too, although such tensors count no versions.
+    quick = torch.inference_mode()(boxes_by_mode)
+    with pytest.raises(DrkdError, match=r"'backbone.p4' returns is overwritten"):
+        wrap(("backbone.p4",), Dictionary(), losses=None, detections=quick)
 
 
 def test_a_method_on_predictions_says_why_not():

@@ -133,6 +133,24 @@ def test_what_cannot_be_built_is_said(options: dict[str, Any], expected: str) ->
         DetrBuilder().build([])
 
 
+def test_weights_bring_the_normalisation_that_they_were_trained_with(tmp_path: Path) -> None:
+    import timm
+
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "backbone.pt")
+    first, file = small(backbone_weights=str(tmp_path / "backbone.pt")), tmp_path / "student.pt"
+    save_student(file, first, builder=None, image_settings=SETTINGS)
+    second = small(weights=str(file))
+    assert (second.image_mean, second.image_std) == (first.image_mean, first.image_std) != ([0] * 3, [1] * 3)
+    assert small(weights=str(file), image_mean=(0.1, 0.2, 0.3)).image_mean == pytest.approx([0.1, 0.2, 0.3])
+    content = torch.load(file, weights_only=True)
+    torch.save(content["state_dict"], tmp_path / "bare.pt")
+    assert small(weights=str(tmp_path / "bare.pt")).image_mean == [0, 0, 0]
+    for name, values in (("mean", "grey"), ("std", [0.2, 0.0, 0.2])):
+        torch.save({**content, "preprocessing": {**content["preprocessing"], name: values}}, tmp_path / "bad.pt")
+        with pytest.raises(DrkdError, match=rf"bad\.pt: preprocessing\.{name}: expected three numbers"):
+            small(weights=str(tmp_path / "bad.pt"))
+
+
 def test_a_folder_keeps_its_classes_and_its_processor(
     published: Path, make_batch: Callable[..., DetectionBatch]
 ) -> None:

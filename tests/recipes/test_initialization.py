@@ -103,6 +103,17 @@ def test_a_bare_state_dict_of_another_class_count_is_refused(torchvision_teacher
         initialize(data, teacher=str(torchvision_teacher), output=tmp_path / "recipe.yaml")
 
 
+def test_a_one_stage_state_dict_with_a_background_is_recognised(tiny_coco: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher.pth"
+    model = ZooBuilder(name="fcos_resnet50_fpn", head="new", first_label=1).build(["a", "b"]).model
+    torch.save(model.state_dict(), teacher)
+    written = initialize(tiny_coco, teacher=str(teacher), output=tmp_path / "recipe.yaml")
+    assert any("2 classes" in line and "in its order, after a background" in line for line in written.findings)
+    data = write_coco(tmp_path / "coco", classes=("cat",))
+    with pytest.raises(DrkdError, match=r"knows 3 classes \(or 2 after a background\), but the data has 1 \(cat\)"):
+        initialize(data, teacher=str(teacher), output=tmp_path / "other.yaml")
+
+
 def test_a_saved_teacher_of_other_names_is_refused(tiny_coco: Path, tmp_path: Path) -> None:
     teacher = write_detector(tmp_path / "teacher.pt", classes=("cat", "horse"))
     with pytest.raises(DrkdError, match="horse"):

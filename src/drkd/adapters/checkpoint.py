@@ -44,6 +44,8 @@ _BUILDERS: dict[str, type[_Builder]] = {
 _BUILDERS |= {
     f"drkd.adapters.{builder.__name__}": builder for builder in (MaskRCNNBuilder, SSD300Builder, SSDLiteBuilder)
 }
+# Arguments of builders that say what training began with.
+_STARTS = ("weights", "backbone_weights", "batch_norm_eps")
 _KEYS = ("state_dict", "build", "builder", "class_names", "label_ids", "preprocessing")
 
 
@@ -222,7 +224,7 @@ def _describe(
         "format": FORMAT,
         "build": build,
         "code": None if build is None else write_plain_code(build),
-        "builder": None if builder is None else _describe_builder(builder),
+        "builder": None if builder is None else _describe_builder(builder, detector),
         "class_names": [name for _, name in labels],
         "label_ids": [label for label, _ in labels],
         "preprocessing": {
@@ -236,7 +238,7 @@ def _describe(
     }
 
 
-def _describe_builder(builder: DetectorBuilder) -> dict[str, Any] | None:
+def _describe_builder(builder: DetectorBuilder, detector: TorchvisionDetector) -> dict[str, Any] | None:
     """The builder as plain values; None for a class of the user's own, whose weights are saved all the same."""
     if isinstance(builder, SavedDetectorBuilder):
         return dict(_read(builder.path)["builder"])
@@ -245,7 +247,13 @@ def _describe_builder(builder: DetectorBuilder) -> dict[str, Any] | None:
         return None
     arguments = dataclasses.asdict(builder)
     # The file's own weights replace those that training began with.
-    arguments.update({name: None for name in ("weights", "backbone_weights") if name in arguments})
+    arguments.update({name: None for name in _STARTS if name in arguments})
+    if isinstance(builder, ZooBuilder) and builder.head == "new":
+        # The weights may have decided it.
+        arguments["first_label"] = min(detector.label_ids)
+    for name in {"image_mean", "image_std"} & set(arguments):
+        # So may they have decided these.
+        arguments[name] = [float(value) for value in getattr(detector.model.transform, name)]
     return {"class_path": class_path, "init_args": _plain(arguments)}
 
 
@@ -291,7 +299,7 @@ def _read_builder(path: str | Path, entry: Mapping[str, Any]) -> _Builder:
     try:
         arguments = {name: _tuples(value) for name, value in entry["init_args"].items()}
         # The file's own weights are what it is for: it has no business with other files, or with a network.
-        arguments.update({name: None for name in ("weights", "backbone_weights") if name in arguments})
+        arguments.update({name: None for name in _STARTS if name in arguments})
         if (wrong := find_mistyped(builder, arguments)) is not None:
             raise DrkdError(f"{path}: builder.init_args.{wrong}.")
         return builder(**arguments)

@@ -88,7 +88,7 @@ def build_mapped(builder: DetectorBuilder, class_names: Sequence[str], class_map
             f"class_map: the teacher's classes ({', '.join(own)}) and the student's ({', '.join(class_names)}) have no "
             "name in common. Write a map file of lines like 'automobile: car'."
         )
-    detector = builder.build(own)
+    detector = builder.build_teacher(own)
     names = dict(zip(own, renamed, strict=True))
     layout = detector.spec.predictions
     if layout is not None:

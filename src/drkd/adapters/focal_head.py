@@ -42,6 +42,15 @@ class FocalClassificationHead(RetinaNetClassificationHead):
         self.alpha = alpha
         self.gamma = gamma
 
+    @classmethod
+    def replacing(cls, plain: RetinaNetClassificationHead, *, alpha: float, gamma: float) -> FocalClassificationHead:
+        """A head of the layers that a plain one has, whatever its norms, for the plain one's place."""
+        with torch.random.fork_rng(devices=()):
+            # Of one channel: its own layers give way, and no random numbers are used up.
+            head = cls(1, 1, plain.num_classes, alpha=alpha, gamma=gamma)
+        head.conv, head.cls_logits, head.num_anchors = plain.conv, plain.cls_logits, plain.num_anchors
+        return head
+
     def compute_loss(
         self, targets: Sequence[dict[str, Tensor]], head_outputs: dict[str, Tensor], matched_idxs: Sequence[Tensor]
     ) -> Tensor:

@@ -36,6 +36,8 @@ FeatureFunction = Callable[[nn.Module, DetectionBatch], object]
 """(model, batch) to anything; runs at least the layers that are hooked."""
 
 _POSSIBLE = frozenset[Want]({"features", "losses"})
+# Bases that say nothing about what a module does.
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class HookedDetector(Detector):
@@ -201,7 +203,8 @@ class HookedDetector(Detector):
             with undisturbed(self):
                 return list_candidates(self.model, self._run, batch)
 
-        return take_levels(recorder, self._sources, batch, candidates=candidates)
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters())
+        return take_levels(recorder, self._sources, batch, candidates=candidates, trains=trains)
 
     def _task_losses(self, batch: DetectionBatch) -> dict[str, Tensor]:
         if self.missing_classes:
@@ -326,12 +329,13 @@ def wrap_model(
 def _as_in_training(model: nn.Module) -> Iterator[None]:
     """Let a model that decides by ``training`` what to return compute its losses; torch's own layers keep their mode.
 
-    So batch norm in eval mode still takes its running statistics, and dropout drops nothing.
+    So do layers made from them (timm's batch norms hold an activation), and whatever keeps running statistics. So batch
+    norm in eval mode still takes its running statistics and leaves them as they are, and dropout drops nothing.
     """
     changed = [
         module
         for module in model.modules()
-        if not module.training and any(True for _ in module.children()) and not _is_torchs(module)
+        if not module.training and any(True for _ in module.children()) and not _is_layer(module)
     ]
     try:
         for module in changed:
@@ -342,5 +346,9 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
             module.training = False
 
 
-def _is_torchs(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.")
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is torch's own, a kind of one of torch's layers (not of its containers), or a norm by its buffers."""
+    own, *bases = type(module).__mro__
+    layers = [own, *(base for base in bases if base not in _CONTAINERS)]
+    buffers = dict(module.named_buffers(recurse=False))
+    return any(layer.__module__.startswith("torch.nn.") for layer in layers) or "running_mean" in buffers

@@ -66,7 +66,8 @@ class LayerRecorder:
 
     Attributes:
         outputs: By dotted name, what each call returned.
-        versions: By dotted name, the version counters of the first call's tensors at that moment.
+        versions: By dotted name, what tells whether the first call's tensors have changed since (`changed_in_place`);
+            none where the block ends early.
 
     Raises:
         DrkdError: If the model has no such layer.
@@ -74,7 +75,7 @@ class LayerRecorder:
 
     def __init__(self, model: nn.Module, modules: Sequence[str], *, stop: bool = False) -> None:
         self.outputs: dict[str, list[Any]] = {name: [] for name in modules}
-        self.versions: dict[str, list[int]] = {}
+        self.versions: dict[str, list[int | Tensor]] = {}
         self._modules = {name: find_module(model, name) for name in modules}
         self._stop = stop
         self._handles: list[RemovableHandle] = []
@@ -96,7 +97,8 @@ class LayerRecorder:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             del module, inputs
             self.outputs[name].append(output)
-            self.versions.setdefault(name, [_version(tensor) for tensor in tensors_in(output).values()])
+            if not self._stop and name not in self.versions:
+                self.versions[name] = [_version(tensor) for tensor in tensors_in(output).values()]
             if self._stop and all(self.outputs.values()):
                 raise _Enough
 
@@ -108,7 +110,7 @@ class LayerRecorder:
         return [
             name
             for name, versions in self.versions.items()
-            if versions != [_version(tensor) for tensor in tensors_in(self.outputs[name][0]).values()]
+            if any(map(_has_changed, tensors_in(self.outputs[name][0]).values(), versions))
         ]
 
 
@@ -266,6 +268,12 @@ def _numbers(values: set[float] | set[int]) -> str:
     return ", ".join(f"{value:g}" for value in sorted(values))
 
 
-def _version(tensor: Tensor) -> int:
-    # Tensors of inference mode count no versions.
-    return 0 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> int | Tensor:
+    """The tensor's version, or a copy of it: tensors of inference mode count no versions."""
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def _has_changed(tensor: Tensor, version: int | Tensor) -> bool:
+    if isinstance(version, Tensor):
+        return not bool(((tensor == version) | version.isnan()).all())
+    return tensor._version != version

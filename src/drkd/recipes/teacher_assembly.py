@@ -50,7 +50,7 @@ def build_teacher(
         DrkdError: If the classes cannot be joined, the size is not positive, or the teacher cannot be built.
     """
     if class_map is None:
-        teacher = builder.build(class_names)
+        teacher = builder.build_teacher(class_names)
     else:
         teacher = build_mapped(builder, class_names, read_class_map(class_map))
     side = short_side(image_settings)
