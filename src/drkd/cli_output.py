@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from drkd.recipes.comparison.cell import Cell
-    from drkd.recipes.comparison.run import Failure
+    from drkd.recipes.comparison.run import Compared, Failure
     from drkd.recipes.training import RunResult
 
 
@@ -72,6 +74,21 @@ def print_cells(cells: Sequence[tuple[Cell, str, list[str]]], console: Console) 
     states = [state for _, state, _ in cells]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "missing", "changed") if state in states)
     console.print(f"{len(cells)} cells: {counts}.")
+
+
+def print_outcome(compared: Compared, page: Path | None, console: Console) -> None:
+    """Print how many cells have scores and how many cannot have any, and where the report is.
+
+    Args:
+        compared: What came of the comparison.
+        page: Its report, whose notes give the reasons; None where there is none, and they are printed here.
+        console: Where to print.
+    """
+    for name, reason in compared.inapplicable.items() if page is None else ():
+        console.print(f"{name} is not applicable: {reason}", markup=False)
+    without = f", {len(compared.inapplicable)} not applicable" if compared.inapplicable else ""
+    where = "" if page is None else f" Open {page}"
+    console.print(f"{compared.measured} of {compared.cells} cells are measured{without}.{where}", markup=False)
 
 
 def print_failures(failures: Sequence[Failure]) -> None:

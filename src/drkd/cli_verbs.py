@@ -270,7 +270,7 @@ def compare_parser(description: str, **settings: Any) -> ArgumentParser:
 
 def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
     """Measure what is missing, write the report and print its table; say what failed."""
-    from drkd.cli_output import print_cells, print_failures
+    from drkd.cli_output import print_cells, print_failures, print_outcome
     from drkd.recipes.comparison.definition import instantiate, source_of
     from drkd.recipes.comparison.run import compare, list_cells
     from drkd.reports import write_comparison_report
@@ -288,11 +288,15 @@ def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
             file=sys.stderr,
         )
         return INTERRUPTED
-    if compared.measured:
-        page = write_comparison_report(compared.output)
-        console.print((compared.output / "table.md").read_text(encoding="utf-8"))
-        console.print(f"{compared.measured} of {compared.cells} cells are measured. Open {page}")
-    print_failures(compared.failures)
+    page = None
+    try:
+        if compared.measured:
+            page = write_comparison_report(compared.output)
+            console.print((compared.output / "table.md").read_text(encoding="utf-8"))
+        print_outcome(compared, page, console)
+    finally:
+        # Whatever becomes of the report: a failed cell is what the user must hear of.
+        print_failures(compared.failures)
     return FAILED if compared.failures else 0
 
 

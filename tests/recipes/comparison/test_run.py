@@ -269,6 +269,31 @@ def test_a_method_that_cannot_work_with_a_pair_is_a_finished_cell_with_the_reaso
     assert main(["compare", "--config", str(comparison_file), "--seeds=[0]"]) == 0
 
 
+def test_without_any_score_failures_and_reasons_are_shown(
+    comparison_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def program(cell: run.Cell) -> list[str]:
+        end = "print('drkd: [it] has no bins'); raise SystemExit(3)" if cell.method == "hint" else "raise SystemExit(9)"
+        return [sys.executable, "-c", end]
+
+    monkeypatch.setattr(run, "_program", program)
+    command = ["compare", "--config", str(comparison_file), "--only"]
+    assert main([*command, "tiny/hint/0"]) == 0
+    shown = capsys.readouterr().out
+    assert "tiny/hint/0 is not applicable: [it] has no bins" in shown
+    assert "0 of 7 cells are measured, 1 not applicable." in shown
+    assert main([*command, "tiny/hint/0", "tiny/drkd/0"]) == 1
+    shown = capsys.readouterr()
+    assert "tiny/drkd/0 failed" in shown.err and "ended with code 9" in shown.err
+    # Nor does a report that cannot be written hide them.
+    monkeypatch.setattr(run, "_program", lambda c: fake_cell.fake_program(c) if c.seed else program(c))
+    with monkeypatch.context() as patch:
+        patch.setattr("drkd.reports.write_comparison_report", lambda _: (_ for _ in ()).throw(DrkdError("disk full")))
+        assert main([*command, "tiny/student/1", "tiny/drkd/0"]) == 2
+    shown = capsys.readouterr()
+    assert "tiny/drkd/0 failed" in shown.err and "disk full" in shown.err
+
+
 def test_a_cell_that_leaves_nothing_has_failed(
     comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +17,7 @@ from rich.console import Console
 
 from drkd.contracts import DrkdError
 from drkd.recipes.comparison.cell import (
+    NOT_APPLICABLE,
     Cell,
     State,
     can_resume,
@@ -64,15 +65,17 @@ class Compared:
 
     Args:
         output: Its folder.
-        measured: Cells that have results now.
+        measured: Cells that have scores now.
         cells: All cells of the comparison.
         failures: Those that failed in this session.
+        inapplicable: By name, why a cell's method cannot work with its pair; such a cell has no scores.
     """
 
     output: Path
     measured: int
     cells: int
     failures: tuple[Failure, ...]
+    inapplicable: Mapping[str, str]
 
 
 def compare(
@@ -116,8 +119,9 @@ def compare(
             markup=False,
         )
         failures = _work(tasks, board, jobs=comparison.jobs, lock=lock)
-    measured = sum(cell.file.exists() for cell in cells)
-    return Compared(comparison.output, measured, len(cells), tuple(failures))
+    found = {cell.name: read_object(cell.file) for cell in cells if cell.file.exists()}
+    inapplicable = {name: str(content[NOT_APPLICABLE]) for name, content in found.items() if NOT_APPLICABLE in content}
+    return Compared(comparison.output, len(found) - len(inapplicable), len(cells), tuple(failures), inapplicable)
 
 
 def list_cells(comparison: Comparison, *, source: str, only: Sequence[str] = ()) -> list[tuple[Cell, State, list[str]]]:
