@@ -91,8 +91,13 @@ def print_outcome(compared: Compared, page: Path | None, console: Console) -> No
     console.print(f"{compared.measured} of {compared.cells} cells are measured{without}.{where}", markup=False)
 
 
-def print_failures(failures: Sequence[Failure]) -> None:
-    """Print on standard error which cells failed, and the last lines of their logs."""
+def print_failures(failures: Sequence[Failure], *, rerun_all: bool = False) -> None:
+    """Print on standard error which cells failed, and the last lines of their logs.
+
+    Args:
+        failures: The failed cells.
+        rerun_all: Whether the command would forget what it has just measured, if it were repeated as it is.
+    """
     for failure in failures:
         where = "" if failure.log is None else f"; the end of {failure.log}"
         print(f"\n{failure.name} failed{where}:", file=sys.stderr)
@@ -100,7 +105,8 @@ def print_failures(failures: Sequence[Failure]) -> None:
             print(f"  {line}", file=sys.stderr)
     if failures:
         names = ", ".join(failure.name for failure in failures)
-        print(f"\ndrkd: {len(failures)} cells failed ({names}). The same command tries them again.", file=sys.stderr)
+        how = "The same command without --rerun" if rerun_all else "The same command"
+        print(f"\ndrkd: {len(failures)} cells failed ({names}). {how} tries them again.", file=sys.stderr)
 
 
 def _print_cost(cost: Mapping[str, Any], console: Console) -> None:

@@ -272,7 +272,7 @@ def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
     """Measure what is missing, write the report and print its table; say what failed."""
     from drkd.cli_output import print_cells, print_failures, print_outcome
     from drkd.recipes.comparison.definition import instantiate, source_of
-    from drkd.recipes.comparison.run import compare, list_cells
+    from drkd.recipes.comparison.run import StoppedMeasuring, compare, list_cells
     from drkd.reports import write_comparison_report
 
     source = source_of(config)
@@ -282,9 +282,11 @@ def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
         return 0
     try:
         compared = compare(comparison, source=source, only=config.only, rerun=config.rerun)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        forgotten = config.rerun == "all" and isinstance(stop, StoppedMeasuring)
+        how = "goes on" if not forgotten else "without --rerun goes on; with it, all is measured once more"
         print(
-            "drkd: interrupted; what was running is stopped, what was finished is kept. The same command goes on.",
+            f"drkd: interrupted; what was running is stopped, what was finished is kept. The same command {how}.",
             file=sys.stderr,
         )
         return INTERRUPTED
@@ -296,7 +298,7 @@ def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
         print_outcome(compared, page, console)
     finally:
         # Whatever becomes of the report: a failed cell is what the user must hear of.
-        print_failures(compared.failures)
+        print_failures(compared.failures, rerun_all=config.rerun == "all")
     return FAILED if compared.failures else 0
 
 

@@ -332,6 +332,47 @@ def test_rerun_all_measures_the_selected_cells_again(fake: None, comparison_file
     assert changed == ["tiny/hint/seed0.json", "tiny/hint/seed1.json"]
 
 
+def test_what_rerun_all_measured_outlives_an_interrupt_and_the_old_report_does_not(
+    fake: None,
+    comparison_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["compare", "--config", str(comparison_file), "--jobs=1", "--only", "tiny/hint"]
+    assert main(command) == 0
+    out, before = tmp_path / "out", _files(tmp_path)
+    kept = {"comparison.json", "cells", "runs"}
+    # Exactly what the report has written is what is removed.
+    assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == kept | {
+        name.split("/")[0] for name in cells.REPORT_FILES
+    }
+    assert {f"figures/{path.name}" for path in (out / "figures").iterdir()} < set(cells.REPORT_FILES)
+    (out / "figures" / "mine.png").touch()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_find_outdated", stop)
+        assert main([*command, "--rerun=all"]) == 130
+    assert "The same command goes on." in capsys.readouterr().err
+    assert _files(tmp_path) == before and (out / "report.html").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_program", lambda cell: stop() if cell.seed else fake_cell.fake_program(cell))
+        assert main([*command, "--rerun=all"]) == 130
+        assert "The same command without --rerun goes on" in capsys.readouterr().err
+        assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == kept | {"figures"}
+        assert [path.name for path in (out / "figures").iterdir()] == ["mine.png"]
+        assert list(_files(tmp_path)) == ["tiny/hint/seed0.json"]
+        patch.setattr(run, "_program", lambda _: [sys.executable, "-c", ""])
+        assert main([*command[:-1], "tiny/hint/1", "--rerun=all"]) == 1
+        assert "The same command without --rerun tries them again." in capsys.readouterr().err
+    measured = _files(tmp_path)["tiny/hint/seed0.json"]
+    assert main(command) == 0
+    assert _files(tmp_path)["tiny/hint/seed0.json"] == measured
+
+
 def test_what_cannot_be_removed_stops_before_anything_is_lost(
     fake: None, comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -30,6 +31,11 @@ _TEACHERS_SETTINGS = (
 )
 NOT_APPLICABLE = "not_applicable"
 """Field of a cell's file that says why its method cannot work with its pair; there are no scores then."""
+REPORT_FILES = (
+    *("report.html", "table.md", "table.json"),
+    *(f"figures/{name}.png" for name in ("scores", "differences", "cost")),
+)
+"""What ``drkd.reports`` writes of a comparison; it knows nothing of recipes, nor they of it."""
 # As safe as the plain one, and written in C where PyYAML has it. It recurses, so it is for what drkd itself wrote.
 _SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _KEPT = ("steps", "epochs", "commit", "versions", "machine", "started", "finished")
@@ -195,6 +201,18 @@ def remove_run(cell: Cell) -> None:
     # Without run.json the folder holds no run, whatever is left of it.
     for path in (cell.run_folder / "run.json", cell.run_folder, cell.inputs_file):
         _remove(path)
+
+
+def remove_report(folder: Path) -> None:
+    """Remove what the report of a comparison wrote into its folder; anything else there stays.
+
+    Raises:
+        DrkdError: If a file cannot be removed.
+    """
+    for name in REPORT_FILES:
+        _remove(folder / name)
+    with contextlib.suppress(OSError):
+        (folder / "figures").rmdir()  # a figure of the user's own keeps it
 
 
 def collect(cell: Cell) -> dict[str, Any]:

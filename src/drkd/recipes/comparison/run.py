@@ -29,6 +29,7 @@ from drkd.recipes.comparison.cell import (
     look_up,
     make_cells,
     read_object,
+    remove_report,
     remove_run,
 )
 from drkd.recipes.comparison.definition import Comparison
@@ -78,6 +79,10 @@ class Compared:
     inapplicable: Mapping[str, str]
 
 
+class StoppedMeasuring(KeyboardInterrupt):
+    """Interrupted when the cells to measure again were forgotten already, and not before."""
+
+
 def compare(
     comparison: Comparison,
     *,
@@ -100,11 +105,15 @@ def compare(
 
     Raises:
         DrkdError: If a recipe or a method cannot be used, or settings of a measured cell changed.
+        StoppedMeasuring: If it was interrupted while cells were measured.
     """
     cells = make_cells(comparison, source=source)
     selected = select_cells(cells, only, source=source)
     with locked_folder(comparison.output) as lock:
         again = _find_outdated(cells, selected, rerun)
+        if any(cell.file.exists() for cell in again):
+            # It would go on showing numbers whose cells are gone, however this session ends.
+            remove_report(comparison.output)
         for cell in again:
             forget(cell)
         _describe(comparison)
@@ -118,7 +127,10 @@ def compare(
             f"{_threads(comparison.jobs)} threads each",
             markup=False,
         )
-        failures = _work(tasks, board, jobs=comparison.jobs, lock=lock)
+        try:
+            failures = _work(tasks, board, jobs=comparison.jobs, lock=lock)
+        except KeyboardInterrupt as stop:
+            raise StoppedMeasuring from stop
     found = {cell.name: read_object(cell.file) for cell in cells if cell.file.exists()}
     inapplicable = {name: str(content[NOT_APPLICABLE]) for name, content in found.items() if NOT_APPLICABLE in content}
     return Compared(comparison.output, len(found) - len(inapplicable), len(cells), tuple(failures), inapplicable)
