@@ -364,13 +364,18 @@ def _make_cell(context: _Context, pair: tuple[str, Pair], arm: tuple[str, Arm]) 
 def _make_teacher(context: _Context, name: str, pair: Pair) -> Cell | None:
     cell = _make_cell(context, (name, pair), (TEACHER, Arm()))
     teacher = cell.settings.get("teacher")
-    # A teacher without heads cannot be scored.
-    if teacher is None or (teacher.get("init_args") or {}).get("part") == "features":
+    if teacher is None or not _detects(teacher):
         return None
     flat = leaves(cell.settings, plain=False)
     kept = {key: value for key, value in flat.items() if key.startswith(_TEACHERS_SETTINGS)}
     inputs = {key: value for key, value in cell.inputs.items() if key.startswith(_TEACHERS_SETTINGS)}
     return Cell(name, TEACHER, None, "teacher", cell.arguments, kept, cell.stated, cell.output, inputs)
+
+
+def _detects(teacher: Mapping[str, Any]) -> bool:
+    """Whether a teacher can be scored: not one without heads, nor one of the user's own without ``detections``."""
+    arguments = teacher.get("init_args") or {}
+    return arguments.get("part") != "features" and arguments.get("detections", "") is not None
 
 
 def _with_seed(cell: Cell, seed: int) -> Cell:
