@@ -88,6 +88,11 @@ class Run:
     cost: Mapping[str, Any]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_spans(self) -> bool:
+        """Whether some terms of its method have a part of the run only (``span``, ``response_span``)."""
+        return _names_span(self.settings.get("method"))
+
 
 def read_run(folder: Path) -> Run:
     """Read a run folder. ``run.json`` must be there, the rest may be missing, nothing may be damaged.
@@ -232,6 +237,15 @@ def write_atomically(path: Path, content: bytes) -> Path:
         Path(aside).unlink(missing_ok=True)
         raise
     return path
+
+
+def _names_span(content: object) -> bool:
+    if not isinstance(content, Mapping):
+        return False
+    return any(
+        _names_span(value) or (str(key).endswith("span") and value not in (None, [0, 1]))
+        for key, value in content.items()
+    )
 
 
 def _parse_recipe(text: str, *, path: Path) -> Mapping[str, Any]:

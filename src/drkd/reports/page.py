@@ -87,8 +87,8 @@ def write_demo_report(folder: Path) -> Path:
         "detections": draw_detections(compared),
         "pixel_relations": draw_pixel_relations(explanation),
         "relation_matrices": draw_relation_matrices(explanation),
-        "distillation": draw_kd_report(distilled.curves),
-        "losses": draw_losses(distilled.curves),
+        "distillation": draw_kd_report(distilled.curves, spans=distilled.has_spans),
+        "losses": draw_losses(distilled.curves, spans=distilled.has_spans),
     }
     images = save_figures(figures, folder)
     sections = [
@@ -129,11 +129,11 @@ def write_run_report(folder: Path) -> Path:
     small_px = run.evaluation.thresholds_px[0] if run.evaluation else None
     figures = {
         **_learning_figure({folder.name: run.curves}, small_px=small_px),
-        "losses": draw_losses(run.curves),
+        "losses": draw_losses(run.curves, spans=run.has_spans),
     }
     distils = any(name.startswith(("kd/", "ratio/")) for name in run.curves)
     if distils:
-        figures["distillation"] = draw_kd_report(run.curves)
+        figures["distillation"] = draw_kd_report(run.curves, spans=run.has_spans)
     images = save_figures(figures, folder)
     sections = []
     if run.evaluation:
