@@ -164,6 +164,41 @@ def test_calibration_data_of_two_formats_are_read_as_the_user_says(
     assert (tmp_path / "a.int8.onnx").is_file()
 
 
+def test_a_student_of_some_classes_is_calibrated_and_scored_on_those(tmp_path: Path) -> None:
+    data = write_coco(tmp_path / "coco", classes=("cat", "owl", "dog"))
+
+    def load(*names: str) -> Any:
+        return exporting._Calibration(str(data), "auto", "val", 2, None, SIZE, "all").load(names)
+
+    calibration, scored = load("dog", "cat")
+    assert (calibration.val_split.name, len(calibration.val_split)) == ("train", 2)
+    assert (scored.val_split.name, len(scored.val_split)) == ("val", 3)
+    assert scored.val_split.class_names == ("dog", "cat")
+    # Of two or three boxes an image, the second one is an owl.
+    assert [record.labels.tolist() for record in scored.val_split.records] == [[1, 0], [1], [1, 0]]
+    assert load("owl", "dog", "cat", "bat")[1].val_split.class_names == ("owl", "dog", "cat", "bat")
+    # A class that the data lacks beside one that the student lacks: they may be one, and nothing is left out silently.
+    with pytest.raises(DrkdError, match="the classes differ: its 'dog' not among"):
+        load("cat", "owl", "hound")
+
+
+@pytest.mark.parametrize(("change", "text"), [("--evaluation_split=tune", "no split 'tune'"), (None, "no such folder")])
+def test_wrong_calibration_data_are_refused_before_anything_is_written(
+    change: str | None,
+    text: str,
+    tiny_coco: Path,
+    student: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(exporting, "write_onnx", lambda *_, **__: pytest.fail("it was exported first"))
+    told = [f"--calibration={tiny_coco}", change] if change else [f"--calibration={tmp_path / 'nowhere'}"]
+    command = ["export", str(student), f"--output={tmp_path / 'a.onnx'}", f"--images={tiny_coco / 'val'}", "--int8"]
+    assert cli.main([*command, *told]) == 2
+    assert text in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
 def test_an_output_that_would_replace_an_input_is_refused(tiny_coco: Path, student: Path, tmp_path: Path) -> None:
     for name in ("student.pt", "a.onnx", "b.int8.onnx", "c.onnx.json"):
         (tmp_path / name).write_bytes(student.read_bytes())
