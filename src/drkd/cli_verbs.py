@@ -124,7 +124,7 @@ def predict_parser(description: str, **settings: Any) -> ArgumentParser:
 
     positional = {
         "checkpoint": "A student.pt, or a run folder that holds one.",
-        "path": "An image, or a folder of images; its sub-folders are searched too.",
+        "path": "An image, or a folder of images and its sub-folders; each is turned as its EXIF data say.",
     }
     flags = {
         "overwrite": "Replace what an earlier prediction left in the output folder; nothing else is ever replaced.",

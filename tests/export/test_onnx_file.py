@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tests.conftest import write_coco
 from tests.export.test_graph import BUILDERS, make_batch, make_detector
 
@@ -101,6 +102,24 @@ def test_the_verb_leaves_both_files_and_a_report(shipped: Path) -> None:
     small = report["int8"]
     assert small["bytes"] < report["bytes"] and small["calibration"]["images"] == 2
     assert small["ap_cost"] == pytest.approx(small["metrics"]["fp32"]["ap"] - small["metrics"]["int8"]["ap"])
+
+
+def test_the_pages_example_shows_the_image_as_the_check_does(
+    shipped: Path, tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    example = page.split("## Use it without drkd")[1].split("```python\n")[1].split("```")[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned clockwise
+    Image.open(tiny_coco / "val" / "1.png").save(tmp_path / "photo.jpg", exif=exif)
+    (tmp_path / "birds.onnx").write_bytes((shipped / "tiny.onnx").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(example, found)
+    (_, batch), *_ = exporting._read_images("photo.jpg", 1, SIZE, "none", tmp_path / "a.onnx")
+    assert found["image"].size == (64, 96) and batch.sizes == ((found["height"], found["width"]),)
+    # A JPEG decoded and resized by two libraries.
+    assert torch.from_numpy(found["images"]).sub(batch.images).abs().mean() < 0.01
 
 
 def test_the_int8_file_is_quantised_and_detects(shipped: Path) -> None:
