@@ -6,6 +6,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,6 +98,19 @@ def test_a_run_report_escapes_the_name_of_its_folder(run):
     assert "Run run &lt;b&gt;" in text
     assert "Status: finished." in text
     check_pictures(run, ["learning_curves", "losses", "distillation"])
+
+
+def test_a_run_is_called_by_its_folder_wherever_one_stands(run, monkeypatch):
+    monkeypatch.chdir(run)
+    # The path stays as it was given.
+    assert write_run_report(Path()) == Path("report.html")
+    assert "Run run &lt;b&gt;" in Path("report.html").read_text()
+
+
+def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend():
+    curves = {"val/ap": Curve((0, 1), (0.1, 0.2))}
+    (panel,) = draw_learning_curves({"_try": curves, "other": curves}).axes
+    assert [text.get_text().strip() for text in panel.get_legend().get_texts()] == ["_try", "other"]
 
 
 def test_without_a_validation_there_are_no_learning_curves(run):

@@ -49,7 +49,9 @@ def draw_learning_curves(
                 if f"val/{metric}" in curves:
                     curve = curves[f"val/{metric}"]
                     values = [100 * value for value in curve.values]
-                    axes.plot(curve.steps, values, color=colour, label=run, marker="o", markersize=3)
+                    # Matplotlib leaves labels that begin with "_" out of legends.
+                    label = f" {run}" if run.startswith("_") else run
+                    axes.plot(curve.steps, values, color=colour, label=label, marker="o", markersize=3)
             level = (teacher or {}).get(metric, math.nan)
             if not math.isnan(level):
                 axes.axhline(100 * level, color=TEACHER, linestyle=(0, (5, 3)), linewidth=1.4, label="teacher")
