@@ -154,4 +154,4 @@ def _same_curve(ours: dict[str, list[float]], theirs: dict[str, list[float]]) ->
 def test_the_result_is_on_record(finished: RunResult) -> None:
     scores: dict[str, Any] = json.loads((finished.folder / "evaluation.json").read_text())
     assert scores["thresholds_px"] == [16.0, 48.0]
-    assert scores["ap"] == pytest.approx(finished.metrics["ap"])
+    assert scores["ap"] == pytest.approx(finished.metrics["ap"]) and scores["split"] == "val"

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from drkd.recipes.comparison.cell import Cell
-    from drkd.recipes.comparison.run import Failure
+    from drkd.recipes.comparison.run import Compared, Failure
     from drkd.recipes.training import RunResult
 
 
@@ -74,8 +76,28 @@ def print_cells(cells: Sequence[tuple[Cell, str, list[str]]], console: Console) 
     console.print(f"{len(cells)} cells: {counts}.")
 
 
-def print_failures(failures: Sequence[Failure]) -> None:
-    """Print on standard error which cells failed, and the last lines of their logs."""
+def print_outcome(compared: Compared, page: Path | None, console: Console) -> None:
+    """Print how many cells have scores and how many cannot have any, and where the report is.
+
+    Args:
+        compared: What came of the comparison.
+        page: Its report, whose notes give the reasons; None where there is none, and they are printed here.
+        console: Where to print.
+    """
+    for name, reason in compared.inapplicable.items() if page is None else ():
+        console.print(f"{name} is not applicable: {reason}", markup=False)
+    without = f", {len(compared.inapplicable)} not applicable" if compared.inapplicable else ""
+    where = "" if page is None else f" Open {page}"
+    console.print(f"{compared.measured} of {compared.cells} cells are measured{without}.{where}", markup=False)
+
+
+def print_failures(failures: Sequence[Failure], *, rerun_all: bool = False) -> None:
+    """Print on standard error which cells failed, and the last lines of their logs.
+
+    Args:
+        failures: The failed cells.
+        rerun_all: Whether the command would forget what it has just measured, if it were repeated as it is.
+    """
     for failure in failures:
         where = "" if failure.log is None else f"; the end of {failure.log}"
         print(f"\n{failure.name} failed{where}:", file=sys.stderr)
@@ -83,7 +105,8 @@ def print_failures(failures: Sequence[Failure]) -> None:
             print(f"  {line}", file=sys.stderr)
     if failures:
         names = ", ".join(failure.name for failure in failures)
-        print(f"\ndrkd: {len(failures)} cells failed ({names}). The same command tries them again.", file=sys.stderr)
+        how = "The same command without --rerun" if rerun_all else "The same command"
+        print(f"\ndrkd: {len(failures)} cells failed ({names}). {how} tries them again.", file=sys.stderr)
 
 
 def _print_cost(cost: Mapping[str, Any], console: Console) -> None:

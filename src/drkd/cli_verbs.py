@@ -124,7 +124,7 @@ def predict_parser(description: str, **settings: Any) -> ArgumentParser:
 
     positional = {
         "checkpoint": "A student.pt, or a run folder that holds one.",
-        "path": "An image, or a folder of images; its sub-folders are searched too.",
+        "path": "An image, or a folder of images and its sub-folders; each is turned as its EXIF data say.",
     }
     flags = {
         "overwrite": "Replace what an earlier prediction left in the output folder; nothing else is ever replaced.",
@@ -270,9 +270,9 @@ def compare_parser(description: str, **settings: Any) -> ArgumentParser:
 
 def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
     """Measure what is missing, write the report and print its table; say what failed."""
-    from drkd.cli_output import print_cells, print_failures
+    from drkd.cli_output import print_cells, print_failures, print_outcome
     from drkd.recipes.comparison.definition import instantiate, source_of
-    from drkd.recipes.comparison.run import compare, list_cells
+    from drkd.recipes.comparison.run import StoppedMeasuring, compare, list_cells
     from drkd.reports import write_comparison_report
 
     source = source_of(config)
@@ -282,17 +282,23 @@ def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
         return 0
     try:
         compared = compare(comparison, source=source, only=config.only, rerun=config.rerun)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        forgotten = config.rerun == "all" and isinstance(stop, StoppedMeasuring)
+        how = "goes on" if not forgotten else "without --rerun goes on; with it, all is measured once more"
         print(
-            "drkd: interrupted; what was running is stopped, what was finished is kept. The same command goes on.",
+            f"drkd: interrupted; what was running is stopped, what was finished is kept. The same command {how}.",
             file=sys.stderr,
         )
         return INTERRUPTED
-    if compared.measured:
-        page = write_comparison_report(compared.output)
-        console.print((compared.output / "table.md").read_text(encoding="utf-8"))
-        console.print(f"{compared.measured} of {compared.cells} cells are measured. Open {page}")
-    print_failures(compared.failures)
+    page = None
+    try:
+        if compared.measured:
+            page = write_comparison_report(compared.output)
+            console.print((compared.output / "table.md").read_text(encoding="utf-8"))
+        print_outcome(compared, page, console)
+    finally:
+        # Whatever becomes of the report: a failed cell is what the user must hear of.
+        print_failures(compared.failures, rerun_all=config.rerun == "all")
     return FAILED if compared.failures else 0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tests.conftest import write_coco
 from tests.export.test_graph import BUILDERS, make_batch, make_detector
 
@@ -103,6 +104,24 @@ def test_the_verb_leaves_both_files_and_a_report(shipped: Path) -> None:
     assert small["ap_cost"] == pytest.approx(small["metrics"]["fp32"]["ap"] - small["metrics"]["int8"]["ap"])
 
 
+def test_the_pages_example_shows_the_image_as_the_check_does(
+    shipped: Path, tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    example = page.split("## Use it without drkd")[1].split("```python\n")[1].split("```")[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned clockwise
+    Image.open(tiny_coco / "val" / "1.png").save(tmp_path / "photo.jpg", exif=exif)
+    (tmp_path / "birds.onnx").write_bytes((shipped / "tiny.onnx").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(example, found)
+    (_, batch), *_ = exporting._read_images("photo.jpg", 1, SIZE, "none", tmp_path / "a.onnx")
+    assert found["image"].size == (64, 96) and batch.sizes == ((found["height"], found["width"]),)
+    # A JPEG decoded and resized by two libraries.
+    assert torch.from_numpy(found["images"]).sub(batch.images).abs().mean() < 0.01
+
+
 def test_the_int8_file_is_quantised_and_detects(shipped: Path) -> None:
     import onnx
 
@@ -162,6 +181,41 @@ def test_calibration_data_of_two_formats_are_read_as_the_user_says(
     assert cli.main([*told, "--evaluation_images=1"]) == 2
     assert cli.main([*told, "--evaluation_images=1", "--format=coco"]) == 0
     assert (tmp_path / "a.int8.onnx").is_file()
+
+
+def test_a_student_of_some_classes_is_calibrated_and_scored_on_those(tmp_path: Path) -> None:
+    data = write_coco(tmp_path / "coco", classes=("cat", "owl", "dog"))
+
+    def load(*names: str) -> Any:
+        return exporting._Calibration(str(data), "auto", "val", 2, None, SIZE, "all").load(names)
+
+    calibration, scored = load("dog", "cat")
+    assert (calibration.val_split.name, len(calibration.val_split)) == ("train", 2)
+    assert (scored.val_split.name, len(scored.val_split)) == ("val", 3)
+    assert scored.val_split.class_names == ("dog", "cat")
+    # Of two or three boxes an image, the second one is an owl.
+    assert [record.labels.tolist() for record in scored.val_split.records] == [[1, 0], [1], [1, 0]]
+    assert load("owl", "dog", "cat", "bat")[1].val_split.class_names == ("owl", "dog", "cat", "bat")
+    # A class that the data lacks beside one that the student lacks: they may be one, and nothing is left out silently.
+    with pytest.raises(DrkdError, match="the classes differ: its 'dog' not among"):
+        load("cat", "owl", "hound")
+
+
+@pytest.mark.parametrize(("change", "text"), [("--evaluation_split=tune", "no split 'tune'"), (None, "no such folder")])
+def test_wrong_calibration_data_are_refused_before_anything_is_written(
+    change: str | None,
+    text: str,
+    tiny_coco: Path,
+    student: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(exporting, "write_onnx", lambda *_, **__: pytest.fail("it was exported first"))
+    told = [f"--calibration={tiny_coco}", change] if change else [f"--calibration={tmp_path / 'nowhere'}"]
+    command = ["export", str(student), f"--output={tmp_path / 'a.onnx'}", f"--images={tiny_coco / 'val'}", "--int8"]
+    assert cli.main([*command, *told]) == 2
+    assert text in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_would_replace_an_input_is_refused(tiny_coco: Path, student: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from drkd.cli import main
 from drkd.contracts import DrkdError
 from drkd.recipes import prediction
 from drkd.recipes.prediction import find_images, predict
@@ -51,6 +52,20 @@ def test_the_json_is_coco_results_with_the_images_they_mean(photos: Path, tiny_d
         image = images[entry["image_id"]]
         assert x >= 0 and x + width <= image["width"] + 1e-3 and y >= 0 and y + height <= image["height"] + 1e-3
         assert entry["category_id"] in (1, 2) and 0 <= entry["score"] <= 1
+
+
+def test_boxes_are_those_of_the_image_as_a_viewer_shows_it(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned clockwise
+    Image.open(tiny_coco / "val" / "1.png").save(tmp_path / "turned.png", exif=exif)
+    predict(tiny_detector, tmp_path / "turned.png", output=tmp_path / "found", threshold=0.0, device="cpu")
+    (image,) = json.loads((tmp_path / "found" / "images.json").read_text())["images"]
+    assert (image["width"], image["height"]) == (64, 96)
+    # The help says so.
+    assert main(["predict", "--help"]) == 0
+    assert "px of the images as a viewer shows them, turned by EXIF" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_threshold_leaves_out_what_is_below(photos: Path, tiny_detector: Path, tmp_path: Path) -> None:

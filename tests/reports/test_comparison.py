@@ -145,6 +145,17 @@ def test_tables_show_them(tmp_path):
     assert "+3.5 [-2.3, +9.3] to the next, hint, not beyond chance with 3 seeds." in answer
 
 
+def test_a_pair_without_scores_of_its_teacher_says_why_the_gap_is_empty(tmp_path):
+    for teacher, told in ((60.0, False), (None, True)):
+        rows, comparison = rows_of(write_cells(tmp_path / str(teacher), teacher=teacher))
+        table = tabulate_quality(list(rows.values()), comparison)
+        shown = {row[1]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+        assert (shown["drkd"]["Gap recovered"] == "-") == told
+        assert (
+            "Of net there are no scores of a teacher, so no gap to recover is known" in " ".join(table.notes)
+        ) == told
+
+
 def test_small_objects_have_a_best_rival_of_their_own(tmp_path):
     write_cells(tmp_path)
     for seed, value in enumerate((0.44, 0.45, 0.46)):

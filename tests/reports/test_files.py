@@ -39,6 +39,14 @@ def test_only_run_json_must_be_there(run):
         read_run(run / "nowhere")
 
 
+def test_the_split_is_that_of_the_scores_else_of_the_recipe(run):
+    assert read_run(run).evaluation.split == ""
+    (run / "recipe.yaml").write_text("evaluation: {split: tune}\n")
+    assert read_run(run).evaluation.split == "tune"
+    edit(run / "evaluation.json", split="test")
+    assert read_run(run).evaluation.split == "test"
+
+
 @pytest.mark.parametrize("nothing", [None, -1, math.nan])
 def test_empty_buckets_are_nan(run, nothing):
     edit(run / "evaluation.json", ap_small=nothing)
@@ -52,6 +60,7 @@ def test_empty_buckets_are_nan(run, nothing):
         ("evaluation.json", {"ap": "high"}, r"evaluation\.json: field ap should be a score"),
         ("evaluation.json", {"per_class": [1]}, "field per_class"),
         ("evaluation.json", {"thresholds_px": [32]}, "field thresholds_px"),
+        ("evaluation.json", {"split": 3}, r"evaluation\.json: field split should be the name of a split, got 3"),
         ("cost.json", {"flops": None}, r"cost\.json: field flops"),
         ("cost.json", {"latency_ms": -1}, "field latency_ms"),
     ],
@@ -68,6 +77,8 @@ def test_wrong_fields_are_named(run, name, changes, message):
         ("run.json", b'{"seed": 1', r"run\.json is no valid JSON"),
         ("run.json", b"[]", "should hold an object, got list"),
         ("evaluation.json", b"{}", "field ap is missing"),
+        ("recipe.yaml", b"a: [", r"recipe\.yaml is no valid YAML"),
+        ("recipe.yaml", b"- a", r"recipe\.yaml should hold a recipe's settings, got list"),
         ("recipe.yaml", b"\xff\xfe\xff", r"recipe\.yaml cannot be read"),
         ("metrics.csv", b"epoch,val/ap\n1,0.5\n", "column named step"),
         ("metrics.csv", b"step,val/ap\n1,half\n", r"line 2: column val/ap should hold a number, got 'half'"),

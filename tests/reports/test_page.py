@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from drkd.contracts import DrkdError
 from drkd.reports import write_demo_report, write_run_report
 from drkd.reports.curves import draw_kd_report, draw_learning_curves, draw_losses, summed_terms
 from drkd.reports.figures import render_png
-from drkd.reports.files import Curve
+from drkd.reports.files import Curve, read_run
 from drkd.reports.page import Section, say_quick, write_page
 from drkd.reports.pictures import Box, match_boxes, read_compared_images
 from drkd.reports.relations import draw_relation_matrices, read_explanation
@@ -98,6 +100,19 @@ def test_a_run_report_escapes_the_name_of_its_folder(run):
     check_pictures(run, ["learning_curves", "losses", "distillation"])
 
 
+def test_a_run_is_called_by_its_folder_wherever_one_stands(run, monkeypatch):
+    monkeypatch.chdir(run)
+    # The path stays as it was given.
+    assert write_run_report(Path()) == Path("report.html")
+    assert "Run run &lt;b&gt;" in Path("report.html").read_text()
+
+
+def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend():
+    curves = {"val/ap": Curve((0, 1), (0.1, 0.2))}
+    (panel,) = draw_learning_curves({"_try": curves, "other": curves}).axes
+    assert [text.get_text().strip() for text in panel.get_legend().get_texts()] == ["_try", "other"]
+
+
 def test_without_a_validation_there_are_no_learning_curves(run):
     curves = (run / "metrics.csv").read_text()
     assert "val/ap" in curves and "Learning curves" in write_run_report(run).read_text()
@@ -122,6 +137,21 @@ def test_odd_curves_are_drawn(draw, values):
     names = ("task/a", "kd/b/p3", "kd/b", "ratio/b", "val/ap")
     curves = {} if values is None else {name: Curve(tuple(range(len(values))), values) for name in names}
     assert render_png(draw(curves), dpi=40).startswith(b"\x89PNG")
+
+
+def test_a_term_is_drawn_within_its_span(run):
+    # As tests/recipes/comparison/test_cell.py has it of the tables: 15 in the span's first tenth, 6 in its last.
+    values = (math.inf, *(20.0 - step if 5 <= step < 15 else 0.0 for step in range(1, 20)))
+    curves = {"bare/response": Curve(tuple(range(20)), values), "bare/never": Curve((0,), (math.nan,))}
+    (panel,) = draw_losses(curves, spans=True).axes
+    assert list(panel.lines[0].get_xdata()) == list(range(5, 15)) and len(panel.lines) == 2
+    (panel,) = draw_losses(curves).axes
+    assert list(panel.lines[0].get_xdata()) == list(range(1, 20))
+    assert [text.get_text() for text in draw_kd_report(curves, spans=True).axes[1].texts] == ["-60 %  (15 to 6)"]
+    assert not read_run(run).has_spans
+    for span, told in (("null", False), ("[0.0, 1.0]", False), ("[0.5, 1]", True)):
+        (run / "recipe.yaml").write_text(f"method: {{init_args: {{methods: {{one: {{response_span: {span}}}}}}}}}\n")
+        assert read_run(run).has_spans == told
 
 
 def test_a_level_is_left_out_where_its_sum_is_there():

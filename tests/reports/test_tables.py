@@ -8,7 +8,7 @@ import pytest
 
 from drkd.contracts import DrkdError
 from drkd.reports.files import METRICS, Evaluation
-from drkd.reports.tables import Model, Table, compare_models, format_count, format_score
+from drkd.reports.tables import Model, Table, compare_models, describe_evaluation, format_count, format_score
 
 COST = {"parameters": 4_321_000, "flops": 1.5e9, "latency_ms": 12.34, "threads": 2, "image_size": [160, 128]}
 
@@ -64,6 +64,12 @@ def test_all_three_forms_hold_the_same_cells():
     assert table.markdown() == "| Name | AP |\n| :-- | --: |\n| <b>\\|x | 1.0 |\n| **plain** | **2.0** |\n\nA note.\n"
     text = table.text()
     assert "<b>|x" in text and "2.0" in text and "A note." in text
+
+
+@pytest.mark.parametrize("split", ["tune", ""])
+def test_scores_are_called_by_their_split(split):
+    scores = Evaluation(dict.fromkeys(METRICS, 0.1), {}, split=split)
+    assert describe_evaluation(scores).rows[0][:2] == (split, "10.0")
 
 
 def test_number_formats():

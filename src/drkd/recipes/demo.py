@@ -97,7 +97,7 @@ def clear_demo(output: Path) -> None:
 
 def _evaluate_teacher(teacher: Detector, data: DetectionDataModule, folder: Path, *, area_scale: float) -> None:
     measured = evaluate_detector(teacher, data.split("val"), loader=data.loader("val"), area_scale=area_scale)
-    write_json(folder / "evaluation.json", measured.metrics)
+    write_json(folder / "evaluation.json", {**measured.metrics, "split": "val"})
 
 
 def _measure_costs(models: Mapping[str, Detector], data: DetectionDataModule, output: Path) -> None:

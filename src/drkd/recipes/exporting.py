@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 
 from drkd.contracts import BoxTargets, DetectionBatch, Detector, DrkdError
 from drkd.data.batches import DetectionData
-from drkd.data.dataset import Sample
+from drkd.data.dataset import Sample, load_split
 from drkd.data.digits import build_digits
 from drkd.data.formats.reading import FormatChoice
 from drkd.data.image import decode_image
@@ -102,6 +102,10 @@ def export(
     aside = output.with_name(f".{output.name}.{os.getpid()}.onnx")
     aside_int8 = output.with_name(f".{output.name}.{os.getpid()}.int8.onnx")
     # Before the graph is written, which may take minutes.
+    data = None
+    if calibration is not None:
+        plan = _Calibration(calibration, format, evaluation_split, calibration_images, evaluation_images, size, dynamic)
+        data = plan.load(loaded.detector.spec.class_names)
     with torch.inference_mode():
         if not any(len(entry.scores) for _, batch in batches for entry in loaded.detector.detect(batch)):
             raise _nothing(sum(len(batch) for _, batch in batches))
@@ -128,11 +132,9 @@ def export(
             "versions": versions(),
             "commit": source_commit(),
         }
-        if int8 and calibration is not None:
-            data = _Calibration(
-                calibration, format, evaluation_split, calibration_images, evaluation_images, size, dynamic
-            )
+        if data is not None:
             report["int8"] = _quantize(aside, aside_int8, found, data, batches[0][1], repeats=repeats)
+            report["int8"]["calibration"]["data"] = report["int8"]["evaluation"]["data"] = calibration
             report["int8"]["output"] = str(int8_file)
             aside_int8.replace(int8_file)
         aside.replace(output)
@@ -211,6 +213,18 @@ def compare_latency(detector: Detector, found: OnnxDetector, batch: DetectionBat
 
 @dataclass(frozen=True)
 class _Calibration:
+    """Which images int8 ranges are measured on, and which both versions are scored on.
+
+    Args:
+        root: The data set's folder, or ``digits``.
+        format: Its format.
+        split: Split to score on.
+        train_limit: Calibrate on the first so many images of the train split.
+        limit: Score on the first so many images; None takes all.
+        size: How images are resized.
+        dynamic: What the graph leaves open.
+    """
+
     root: str
     format: FormatChoice
     split: str
@@ -219,50 +233,71 @@ class _Calibration:
     size: ImageSize
     dynamic: Dynamic
 
-    def module(self, class_names: tuple[str, ...]) -> DetectionData:
-        return DetectionData(
-            self.root,
-            val_split=self.split,
-            val_limit=self.limit,
-            batch_size=1 if self.dynamic == "none" else 8,
-            min_size=self.size.min_size,
-            max_size=self.size.max_size,
-            size_divisor=self.size.multiple,
-            pad_to=None if self.dynamic == "all" else self.size.fixed,
-            workers=0,
-            class_names=class_names,
-            format=self.format,
-        )
+    def load(self, class_names: tuple[str, ...]) -> tuple[DetectionData, DetectionData]:
+        """The images to calibrate on and those to score on, each as the module's ``val_split``, read already.
+
+        Of data with more classes than the student's, those that it knows count.
+
+        Args:
+            class_names: The student's.
+
+        Raises:
+            DrkdError: If a split is not there, cannot be used, or has other classes.
+        """
+        root = DetectionData(self.root).root
+        own = {name: load_split(root, name, format=self.format).class_names for name in ("train", self.split)}
+        known = {name for names in own.values() for name in names}
+        # Where the student has a class that the data lacks, names differ, and saying so is better than leaving out.
+        some = set(class_names) < known
+
+        def module(split: str, limit: int | None, batch_size: int) -> DetectionData:
+            classes = [name for name in class_names if name in own[split]] if some else []
+            return DetectionData(
+                self.root,
+                val_split=split,
+                val_limit=limit,
+                batch_size=batch_size,
+                min_size=self.size.min_size,
+                max_size=self.size.max_size,
+                size_divisor=self.size.multiple,
+                pad_to=None if self.dynamic == "all" else self.size.fixed,
+                workers=0,
+                class_names=class_names,
+                classes=classes or None,
+                format=self.format,
+            )
+
+        calibration, scored = module("train", self.train_limit, 1), module(self.split, self.limit, self._batch_size)
+        for data in (calibration, scored):
+            _ = data.val_split
+        return calibration, scored
+
+    @property
+    def _batch_size(self) -> int:
+        return 1 if self.dynamic == "none" else 8
 
 
 def _quantize(
-    source: Path, target: Path, plain: OnnxDetector, data: _Calibration, example: DetectionBatch, *, repeats: int
+    source: Path,
+    target: Path,
+    plain: OnnxDetector,
+    data: tuple[DetectionData, DetectionData],
+    example: DetectionBatch,
+    *,
+    repeats: int,
 ) -> dict[str, Any]:
-    module = data.module(plain.spec.class_names)
-    calibration = DetectionData(
-        data.root,
-        train_split="val",
-        val_split="train",
-        val_limit=data.train_limit,
-        batch_size=1,
-        min_size=data.size.min_size,
-        max_size=data.size.max_size,
-        size_divisor=data.size.multiple,
-        pad_to=None if data.dynamic == "all" else data.size.fixed,
-        workers=0,
-        class_names=plain.spec.class_names,
-        format=data.format,
-    )
+    """Write the int8 version, calibrated on the first data and scored on the second; say what it costs."""
+    calibration, scored = data
     quantize(source, target, calibration.val_dataloader())
     small = OnnxDetector(target)
     metrics = {}
     for name, detector in (("fp32", plain), ("int8", small)):
-        evaluated = evaluate_detector(detector, module.val_split, loader=module.val_dataloader())
+        evaluated = evaluate_detector(detector, scored.val_split, loader=scored.val_dataloader())
         metrics[name] = {key: evaluated.metrics[key] for key in ("ap", "ap50", "ap_small")}
     return {
         "bytes": target.stat().st_size,
-        "calibration": {"data": data.root, "split": "train", "images": len(calibration.val_split)},
-        "evaluation": {"data": data.root, "split": data.split, "images": len(module.val_split)},
+        "calibration": {"split": calibration.val_split.name, "images": len(calibration.val_split)},
+        "evaluation": {"split": scored.val_split.name, "images": len(scored.val_split)},
         "metrics": metrics,
         "ap_cost": (metrics["fp32"]["ap"] or 0.0) - (metrics["int8"]["ap"] or 0.0),
         "latency": compare_latency(small, small, example, repeats=repeats)["onnxruntime_ms"],

@@ -35,7 +35,8 @@ class Predicted:
     Args:
         output: Folder of the pictures, of ``detections.json`` (COCO results) and of ``images.json`` (COCO images and
             categories, which give its ids a meaning, and each image's picture; category ids are those of the data that
-            the detector was trained on, 1..K where they are not known).
+            the detector was trained on, 1..K where they are not known). Boxes and sizes are in px of the images as a
+            viewer shows them, turned by their EXIF orientation.
         images: Number of images that were read.
         detections: Number of detections in them.
         unreadable: One message for each image that could not be read.
@@ -62,10 +63,14 @@ def predict(
 ) -> Predicted:
     """Detect objects in an image, or in every image of a folder and its sub-folders.
 
+    Images are turned by their EXIF orientation, as a viewer shows them, and boxes are in px of the turned ones. Boxes
+    of COCO and VOC data are mostly those of the stored image: to score a split, use ``drkd evaluate``.
+
     Args:
         checkpoint: A student.pt, or a run folder that holds one.
         path: An image or a folder of images.
-        output: Folder for the pictures with boxes, ``detections.json`` and ``images.json``.
+        output: Folder for the pictures with boxes, ``detections.json`` and ``images.json``; boxes are in px of the
+            images as a viewer shows them, turned by EXIF.
         threshold: Lowest score that is drawn and written, in [0, 1]; 0 keeps all, as scoring with COCO tools wants.
         min_size: Short side that images are resized to, px; the checkpoint's own by default.
         max_size: Limit of the long side, px; the checkpoint's own by default.

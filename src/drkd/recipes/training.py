@@ -289,7 +289,7 @@ def _finish(recipe: Recipe, folder: RunFolder, student: Detector, *, device: tor
         device=device,
     )
     if folder.writes:
-        write_json(folder.path / "evaluation.json", evaluated.metrics)
+        write_json(folder.path / "evaluation.json", {**evaluated.metrics, "split": recipe.evaluation.split})
         if evaluated.cost is not None:
             write_json(folder.path / "cost.json", evaluated.cost)
     return evaluated.metrics

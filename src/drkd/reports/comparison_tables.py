@@ -179,6 +179,12 @@ def _notes(rows: Sequence[Row], comparison: Comparison) -> Iterator[str]:
     )
     for (pair, method), reason in comparison.inapplicable.items():
         yield f"{pair}/{method} is not applicable: {reason}"
+    scored = {row.pair for row in rows if row.method == TEACHER}
+    if unscored := [pair for pair in dict.fromkeys(row.pair for row in rows) if pair not in scored]:
+        yield (
+            f"Of {', '.join(unscored)} there are no scores of a teacher, so no gap to recover is known: it is not "
+            "measured yet, or finds no objects by itself (features only, no `detections`), or there is not exactly one."
+        )
     wanted = len(comparison.seeds)
     single = [f"{row.pair}/{row.method}" for row in rows if len(row.seeds) == 1]
     if wanted == 1:

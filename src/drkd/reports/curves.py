@@ -49,7 +49,9 @@ def draw_learning_curves(
                 if f"val/{metric}" in curves:
                     curve = curves[f"val/{metric}"]
                     values = [100 * value for value in curve.values]
-                    axes.plot(curve.steps, values, color=colour, label=run, marker="o", markersize=3)
+                    # Matplotlib leaves labels that begin with "_" out of legends.
+                    label = f" {run}" if run.startswith("_") else run
+                    axes.plot(curve.steps, values, color=colour, label=label, marker="o", markersize=3)
             level = (teacher or {}).get(metric, math.nan)
             if not math.isnan(level):
                 axes.axhline(100 * level, color=TEACHER, linestyle=(0, (5, 3)), linewidth=1.4, label="teacher")
@@ -63,11 +65,16 @@ def draw_learning_curves(
         return figure
 
 
-def draw_losses(curves: Mapping[str, Curve]) -> Figure:
-    """Draw the task's and the distillation's terms over the steps, smoothed, each group on a logarithmic axis."""
+def draw_losses(curves: Mapping[str, Curve], *, spans: bool = False) -> Figure:
+    """Draw the task's and the distillation's terms over the steps, smoothed, each group on a logarithmic axis.
+
+    Args:
+        curves: Columns of ``metrics.csv``.
+        spans: Whether some distillation terms have a part of the run only; they are drawn there.
+    """
     groups = {
-        "Task losses": summed_terms(curves, "task/"),
-        "Distillation terms (unweighted)": summed_terms(curves, "bare/"),
+        "Task losses": _told(summed_terms(curves, "task/")),
+        "Distillation terms (unweighted)": _told(summed_terms(curves, "bare/"), spans=spans),
     }
     groups = {title: terms for title, terms in groups.items() if terms}
     with drawing_style():
@@ -81,12 +88,16 @@ def draw_losses(curves: Mapping[str, Curve]) -> Figure:
         return figure
 
 
-def draw_kd_report(curves: Mapping[str, Curve]) -> Figure:
+def draw_kd_report(curves: Mapping[str, Curve], *, spans: bool = False) -> Figure:
     """Draw what every distillation term did: its gradient against the task's, and how far it fell.
 
     A term whose ratio stays near zero distils nothing, however sensible its weight looks.
+
+    Args:
+        curves: Columns of ``metrics.csv``.
+        spans: Whether some terms have a part of the run only; how far one fell is then said of its part.
     """
-    ratios, terms = _every_term(curves, "ratio/"), summed_terms(curves, "bare/")
+    ratios, terms = _told(_every_term(curves, "ratio/")), _told(summed_terms(curves, "bare/"), spans=spans)
     with drawing_style():
         figure = new_figure(9.6, 0.9 + 0.3 * max(5, len(ratios)))
         left, right = figure.subplots(1, 2)
@@ -147,6 +158,20 @@ def summed_terms(curves: Mapping[str, Curve], prefix: str) -> dict[str, Curve]:
     """Return the curves below a prefix without those of single levels ("kd/pixel_relation/p3") where a sum is there."""
     named = _every_term(curves, prefix)
     return {name: curve for name, curve in named.items() if name.rpartition("/")[0] not in named}
+
+
+def _told(terms: Mapping[str, Curve], *, spans: bool = False) -> dict[str, Curve]:
+    """The terms where they say something: where they are finite, and with spans not 0, as a term is outside of its own.
+
+    A step that was skipped logs infinite ones. A term that is 0 all along stays, one that is never finite does not.
+    """
+    found = {}
+    for name, curve in terms.items():
+        points = [point for point in zip(curve.steps, curve.values, strict=True) if math.isfinite(point[1])]
+        points = [point for point in points if not spans or point[1]] or points
+        if points:
+            found[name] = Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
+    return found
 
 
 def _every_term(curves: Mapping[str, Curve], prefix: str) -> dict[str, Curve]:

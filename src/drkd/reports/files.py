@@ -8,12 +8,13 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from drkd.contracts import DrkdError
@@ -46,11 +47,13 @@ class Evaluation:
         metrics: COCO's twelve numbers in [0, 1]; NaN where there was nothing to count.
         per_class: Average precision by class name.
         thresholds_px: Sides of the squares that part small, medium and large objects, px.
+        split: Name of the split that was scored; empty where it is not known.
     """
 
     metrics: Mapping[str, float]
     per_class: Mapping[str, float]
     thresholds_px: tuple[float, float] = (32.0, 96.0)
+    split: str = ""
 
     @property
     def thresholds(self) -> str:
@@ -74,6 +77,7 @@ class Run:
         curves: Columns of ``metrics.csv`` by name.
         evaluation: ``evaluation.json``.
         cost: ``cost.json``.
+        settings: ``recipe.yaml`` as nested plain values.
     """
 
     folder: Path
@@ -82,6 +86,12 @@ class Run:
     curves: Mapping[str, Curve]
     evaluation: Evaluation | None
     cost: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether some terms of its method have a part of the run only (``span``, ``response_span``)."""
+        return _names_span(self.settings.get("method"))
 
 
 def read_run(folder: Path) -> Run:
@@ -97,13 +107,21 @@ def read_run(folder: Path) -> Run:
     curves = folder / "metrics.csv"
     evaluation = folder / "evaluation.json"
     cost = folder / "cost.json"
+    text = _read_text(recipe) if recipe.exists() else ""
+    settings = _parse_recipe(text, path=recipe)
+    scores = read_evaluation(evaluation) if evaluation.exists() else None
+    if scores is not None and not scores.split:
+        # Runs of before the file said so.
+        told = settings.get("evaluation")
+        scores = replace(scores, split=str((told.get("split") if isinstance(told, Mapping) else None) or ""))
     return Run(
         folder=folder,
-        recipe=_read_text(recipe) if recipe.exists() else "",
+        recipe=text,
         facts=facts,
         curves=read_curves(curves) if curves.exists() else {},
-        evaluation=read_evaluation(evaluation) if evaluation.exists() else None,
+        evaluation=scores,
         cost=read_cost(cost) if cost.exists() else {},
+        settings=settings,
     )
 
 
@@ -120,7 +138,7 @@ def read_json(path: Path, *, kind: type[dict[Any, Any]] | type[list[Any]]) -> An
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Read ``evaluation.json``: the twelve numbers, ``per_class`` and ``thresholds_px``."""
+    """Read ``evaluation.json``: the twelve numbers, ``per_class``, ``thresholds_px`` and ``split``."""
     return parse_evaluation(read_json(path, kind=dict), source=str(path))
 
 
@@ -139,7 +157,10 @@ def parse_evaluation(content: Mapping[str, Any], *, source: str) -> Evaluation:
     sides = content.get("thresholds_px", [32.0, 96.0])
     if not (isinstance(sides, list) and len(sides) == 2 and all(_is_number(side) and side > 0 for side in sides)):
         raise DrkdError(f"{source}: field thresholds_px should be two lengths in px, got {sides!r}.")
-    return Evaluation(metrics=metrics, per_class=per_class, thresholds_px=(float(sides[0]), float(sides[1])))
+    split = content.get("split") or ""
+    if not isinstance(split, str):
+        raise DrkdError(f"{source}: field split should be the name of a split, got {split!r}.")
+    return Evaluation(metrics, per_class, (float(sides[0]), float(sides[1])), split)
 
 
 def read_cost(path: Path) -> dict[str, Any]:
@@ -216,6 +237,25 @@ def write_atomically(path: Path, content: bytes) -> Path:
         Path(aside).unlink(missing_ok=True)
         raise
     return path
+
+
+def _names_span(content: object) -> bool:
+    if not isinstance(content, Mapping):
+        return False
+    return any(
+        _names_span(value) or (str(key).endswith("span") and value not in (None, [0, 1]))
+        for key, value in content.items()
+    )
+
+
+def _parse_recipe(text: str, *, path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise DrkdError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, Mapping):
+        raise DrkdError(f"{path} should hold a recipe's settings, got {type(content).__name__}.")
+    return content
 
 
 def _read_text(path: Path) -> str:

@@ -87,8 +87,8 @@ def write_demo_report(folder: Path) -> Path:
         "detections": draw_detections(compared),
         "pixel_relations": draw_pixel_relations(explanation),
         "relation_matrices": draw_relation_matrices(explanation),
-        "distillation": draw_kd_report(distilled.curves),
-        "losses": draw_losses(distilled.curves),
+        "distillation": draw_kd_report(distilled.curves, spans=distilled.has_spans),
+        "losses": draw_losses(distilled.curves, spans=distilled.has_spans),
     }
     images = save_figures(figures, folder)
     sections = [
@@ -126,14 +126,16 @@ def write_run_report(folder: Path) -> Path:
         DrkdError: If ``run.json`` is missing or a file is damaged, naming it and the field.
     """
     run = read_run(folder)
+    # "." and ".." have no name of their own.
+    name = folder.resolve().name
     small_px = run.evaluation.thresholds_px[0] if run.evaluation else None
     figures = {
-        **_learning_figure({folder.name: run.curves}, small_px=small_px),
-        "losses": draw_losses(run.curves),
+        **_learning_figure({name: run.curves}, small_px=small_px),
+        "losses": draw_losses(run.curves, spans=run.has_spans),
     }
     distils = any(name.startswith(("kd/", "ratio/")) for name in run.curves)
     if distils:
-        figures["distillation"] = draw_kd_report(run.curves)
+        figures["distillation"] = draw_kd_report(run.curves, spans=run.has_spans)
     images = save_figures(figures, folder)
     sections = []
     if run.evaluation:
@@ -147,10 +149,10 @@ def write_run_report(folder: Path) -> Path:
     status = str(run.facts.get("status", "unknown"))
     return write_page(
         folder / PAGE,
-        title=f"Run {folder.name}",
+        title=f"Run {name}",
         lead=f"Status: {status}.",
         sections=sections,
-        runs={folder.name: run},
+        runs={name: run},
     )
 
 

@@ -132,10 +132,10 @@ def compare_models(teacher: Model, student: Model, distilled: Model) -> Table:
 
 
 def describe_evaluation(evaluation: Evaluation) -> Table:
-    """Return COCO's twelve numbers of one model."""
+    """Return COCO's twelve numbers of one model, on the split that the row names."""
     names = (*("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L"), *("AR_1", "AR_10", "AR_100", "AR_S", "AR_M", "AR_L"))
     scores = tuple(format_score(value) for value in evaluation.metrics.values())
-    return Table(("", *names), (("val", *scores),), (evaluation.thresholds,))
+    return Table(("", *names), ((evaluation.split, *scores),), (evaluation.thresholds,))
 
 
 def compare_classes(evaluations: Mapping[str, Evaluation]) -> Table:

@@ -269,6 +269,31 @@ def test_a_method_that_cannot_work_with_a_pair_is_a_finished_cell_with_the_reaso
     assert main(["compare", "--config", str(comparison_file), "--seeds=[0]"]) == 0
 
 
+def test_without_any_score_failures_and_reasons_are_shown(
+    comparison_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def program(cell: run.Cell) -> list[str]:
+        end = "print('drkd: [it] has no bins'); raise SystemExit(3)" if cell.method == "hint" else "raise SystemExit(9)"
+        return [sys.executable, "-c", end]
+
+    monkeypatch.setattr(run, "_program", program)
+    command = ["compare", "--config", str(comparison_file), "--only"]
+    assert main([*command, "tiny/hint/0"]) == 0
+    shown = capsys.readouterr().out
+    assert "tiny/hint/0 is not applicable: [it] has no bins" in shown
+    assert "0 of 7 cells are measured, 1 not applicable." in shown
+    assert main([*command, "tiny/hint/0", "tiny/drkd/0"]) == 1
+    shown = capsys.readouterr()
+    assert "tiny/drkd/0 failed" in shown.err and "ended with code 9" in shown.err
+    # Nor does a report that cannot be written hide them.
+    monkeypatch.setattr(run, "_program", lambda c: fake_cell.fake_program(c) if c.seed else program(c))
+    with monkeypatch.context() as patch:
+        patch.setattr("drkd.reports.write_comparison_report", lambda _: (_ for _ in ()).throw(DrkdError("disk full")))
+        assert main([*command, "tiny/student/1", "tiny/drkd/0"]) == 2
+    shown = capsys.readouterr()
+    assert "tiny/drkd/0 failed" in shown.err and "disk full" in shown.err
+
+
 def test_a_cell_that_leaves_nothing_has_failed(
     comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +330,47 @@ def test_rerun_all_measures_the_selected_cells_again(fake: None, comparison_file
     after = _files(tmp_path)
     changed = sorted(name for name in NAMES if after[name][1] != before[name][1])
     assert changed == ["tiny/hint/seed0.json", "tiny/hint/seed1.json"]
+
+
+def test_what_rerun_all_measured_outlives_an_interrupt_and_the_old_report_does_not(
+    fake: None,
+    comparison_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["compare", "--config", str(comparison_file), "--jobs=1", "--only", "tiny/hint"]
+    assert main(command) == 0
+    out, before = tmp_path / "out", _files(tmp_path)
+    kept = {"comparison.json", "cells", "runs"}
+    # Exactly what the report has written is what is removed.
+    assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == kept | {
+        name.split("/")[0] for name in cells.REPORT_FILES
+    }
+    assert {f"figures/{path.name}" for path in (out / "figures").iterdir()} < set(cells.REPORT_FILES)
+    (out / "figures" / "mine.png").touch()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_find_outdated", stop)
+        assert main([*command, "--rerun=all"]) == 130
+    assert "The same command goes on." in capsys.readouterr().err
+    assert _files(tmp_path) == before and (out / "report.html").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_program", lambda cell: stop() if cell.seed else fake_cell.fake_program(cell))
+        assert main([*command, "--rerun=all"]) == 130
+        assert "The same command without --rerun goes on" in capsys.readouterr().err
+        assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == kept | {"figures"}
+        assert [path.name for path in (out / "figures").iterdir()] == ["mine.png"]
+        assert list(_files(tmp_path)) == ["tiny/hint/seed0.json"]
+        patch.setattr(run, "_program", lambda _: [sys.executable, "-c", ""])
+        assert main([*command[:-1], "tiny/hint/1", "--rerun=all"]) == 1
+        assert "The same command without --rerun tries them again." in capsys.readouterr().err
+    measured = _files(tmp_path)["tiny/hint/seed0.json"]
+    assert main(command) == 0
+    assert _files(tmp_path)["tiny/hint/seed0.json"] == measured
 
 
 def test_what_cannot_be_removed_stops_before_anything_is_lost(

@@ -53,7 +53,7 @@ def test_the_class_map_and_the_size_count(tmp_path: Path, tiny_coco: Path, monke
     )
     folder = evaluate_teacher(load_recipe([str(tmp_path / "recipe.yaml")], [f"--output={tmp_path / 'run'}"]))
     scores = json.loads((folder / "evaluation.json").read_text())
-    assert scores["ap"] == pytest.approx(1.0)
+    assert scores["ap"] == pytest.approx(1.0) and scores["split"] == "val"
     # Shorter sides of 64 px are shown to it as 128.
     assert min(knowing.widths) >= 128
 
@@ -61,3 +61,14 @@ def test_the_class_map_and_the_size_count(tmp_path: Path, tiny_coco: Path, monke
 def test_another_class_map_is_another_teacher(comparison_file: Path) -> None:
     (cell, *_) = make_cells(load_comparison(comparison_file, ["--overrides.class_map=names"]), source="x")
     assert cell.method == "teacher" and cell.settings["class_map"] == "names"
+
+
+def test_a_teacher_that_finds_no_objects_has_no_cell(comparison_file: Path) -> None:
+    recipe = comparison_file.with_name("recipe.yaml")
+    content = yaml.safe_load(recipe.read_text())
+    for detections, names in ((None, ["student"]), ("my_module:detections", ["teacher", "student"])):
+        arguments = {"factory": "my_module:build", "layers": ["neck"], "detections": detections}
+        content["teacher"] = {"class_path": "drkd.adapters.HookedBuilder", "init_args": arguments}
+        recipe.write_text(yaml.safe_dump(content))
+        comparison = load_comparison(comparison_file, ["--seeds=[0]"])
+        assert [cell.method for cell in make_cells(comparison, source="x")][: len(names)] == names

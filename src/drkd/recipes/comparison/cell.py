@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -30,6 +31,11 @@ _TEACHERS_SETTINGS = (
 )
 NOT_APPLICABLE = "not_applicable"
 """Field of a cell's file that says why its method cannot work with its pair; there are no scores then."""
+REPORT_FILES = (
+    *("report.html", "table.md", "table.json"),
+    *(f"figures/{name}.png" for name in ("scores", "differences", "cost")),
+)
+"""What ``drkd.reports`` writes of a comparison; it knows nothing of recipes, nor they of it."""
 # As safe as the plain one, and written in C where PyYAML has it. It recurses, so it is for what drkd itself wrote.
 _SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _KEPT = ("steps", "epochs", "commit", "versions", "machine", "started", "finished")
@@ -197,6 +203,18 @@ def remove_run(cell: Cell) -> None:
         _remove(path)
 
 
+def remove_report(folder: Path) -> None:
+    """Remove what the report of a comparison wrote into its folder; anything else there stays.
+
+    Raises:
+        DrkdError: If a file cannot be removed.
+    """
+    for name in REPORT_FILES:
+        _remove(folder / name)
+    with contextlib.suppress(OSError):
+        (folder / "figures").rmdir()  # a figure of the user's own keeps it
+
+
 def collect(cell: Cell) -> dict[str, Any]:
     """Write the cell's file, whole or not at all, from what its run left; return its content.
 
@@ -346,13 +364,18 @@ def _make_cell(context: _Context, pair: tuple[str, Pair], arm: tuple[str, Arm]) 
 def _make_teacher(context: _Context, name: str, pair: Pair) -> Cell | None:
     cell = _make_cell(context, (name, pair), (TEACHER, Arm()))
     teacher = cell.settings.get("teacher")
-    # A teacher without heads cannot be scored.
-    if teacher is None or (teacher.get("init_args") or {}).get("part") == "features":
+    if teacher is None or not _detects(teacher):
         return None
     flat = leaves(cell.settings, plain=False)
     kept = {key: value for key, value in flat.items() if key.startswith(_TEACHERS_SETTINGS)}
     inputs = {key: value for key, value in cell.inputs.items() if key.startswith(_TEACHERS_SETTINGS)}
     return Cell(name, TEACHER, None, "teacher", cell.arguments, kept, cell.stated, cell.output, inputs)
+
+
+def _detects(teacher: Mapping[str, Any]) -> bool:
+    """Whether a teacher can be scored: not one without heads, nor one of the user's own without ``detections``."""
+    arguments = teacher.get("init_args") or {}
+    return arguments.get("part") != "features" and arguments.get("detections", "") is not None
 
 
 def _with_seed(cell: Cell, seed: int) -> Cell:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +17,7 @@ from rich.console import Console
 
 from drkd.contracts import DrkdError
 from drkd.recipes.comparison.cell import (
+    NOT_APPLICABLE,
     Cell,
     State,
     can_resume,
@@ -28,6 +29,7 @@ from drkd.recipes.comparison.cell import (
     look_up,
     make_cells,
     read_object,
+    remove_report,
     remove_run,
 )
 from drkd.recipes.comparison.definition import Comparison
@@ -64,15 +66,21 @@ class Compared:
 
     Args:
         output: Its folder.
-        measured: Cells that have results now.
+        measured: Cells that have scores now.
         cells: All cells of the comparison.
         failures: Those that failed in this session.
+        inapplicable: By name, why a cell's method cannot work with its pair; such a cell has no scores.
     """
 
     output: Path
     measured: int
     cells: int
     failures: tuple[Failure, ...]
+    inapplicable: Mapping[str, str]
+
+
+class StoppedMeasuring(KeyboardInterrupt):
+    """Interrupted when the cells to measure again were forgotten already, and not before."""
 
 
 def compare(
@@ -97,11 +105,15 @@ def compare(
 
     Raises:
         DrkdError: If a recipe or a method cannot be used, or settings of a measured cell changed.
+        StoppedMeasuring: If it was interrupted while cells were measured.
     """
     cells = make_cells(comparison, source=source)
     selected = select_cells(cells, only, source=source)
     with locked_folder(comparison.output) as lock:
         again = _find_outdated(cells, selected, rerun)
+        if any(cell.file.exists() for cell in again):
+            # It would go on showing numbers whose cells are gone, however this session ends.
+            remove_report(comparison.output)
         for cell in again:
             forget(cell)
         _describe(comparison)
@@ -115,9 +127,13 @@ def compare(
             f"{_threads(comparison.jobs)} threads each",
             markup=False,
         )
-        failures = _work(tasks, board, jobs=comparison.jobs, lock=lock)
-    measured = sum(cell.file.exists() for cell in cells)
-    return Compared(comparison.output, measured, len(cells), tuple(failures))
+        try:
+            failures = _work(tasks, board, jobs=comparison.jobs, lock=lock)
+        except KeyboardInterrupt as stop:
+            raise StoppedMeasuring from stop
+    found = {cell.name: read_object(cell.file) for cell in cells if cell.file.exists()}
+    inapplicable = {name: str(content[NOT_APPLICABLE]) for name, content in found.items() if NOT_APPLICABLE in content}
+    return Compared(comparison.output, len(found) - len(inapplicable), len(cells), tuple(failures), inapplicable)
 
 
 def list_cells(comparison: Comparison, *, source: str, only: Sequence[str] = ()) -> list[tuple[Cell, State, list[str]]]:

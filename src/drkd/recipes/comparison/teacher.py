@@ -40,7 +40,7 @@ def evaluate_teacher(recipe: Recipe) -> Path:
             area_scale=recipe.evaluation.area_scale,
             device=choose_device("cuda" if accelerator == "gpu" else accelerator),
         )
-        write_json(folder.path / "evaluation.json", evaluated.metrics)
+        write_json(folder.path / "evaluation.json", {**evaluated.metrics, "split": recipe.evaluation.split})
         folder.finish("finished")
     return folder.path
 
