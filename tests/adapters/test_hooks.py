@@ -404,3 +404,21 @@ def test_nothing_to_run():
         wrap_model(build(CLASSES), ("neck",), detections=detections)
     with pytest.raises(DrkdError, match="image_std"):
         wrap(image_std=(1.0, 0.0, 1.0))
+
+
+def test_detections_are_found_without_autocast(make_batch) -> None:
+    seen: list[bool] = []
+
+    def detections(model: nn.Module, batch: DetectionBatch) -> list[dict[str, Tensor]]:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        model(batch.images)
+        return [
+            {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
+        ] * len(batch)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=8, padding=1))
+    detector = wrap_model(model, ["0"], class_names=CLASSES, detections=detections).eval()
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert len(detector.detect(make_batch([(64, 64)]))) == 1
+    assert seen == [False]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drkd.adapters.box_precision import without_autocast
 from drkd.adapters.layer_outputs import LayerName, LayerRecorder
 from drkd.adapters.pyramid_probe import find_levels, list_candidates, probe_batch, take_levels, undisturbed
 from drkd.adapters.returned_values import read_detections, read_loss
@@ -143,8 +144,9 @@ class HookedDetector(Detector):
         return self._detections is not None
 
     @torch.no_grad()
+    @without_autocast
     def detect(self, batch: DetectionBatch) -> list[Detections]:
-        """Detections in px of the original images.
+        """Detections in px of the original images, in the precision of the weights: autocast is left.
 
         Raises:
             DrkdError: If no function for detections was given, or it does not return what it should.
