@@ -10,7 +10,7 @@ import torch
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from drkd.adapters import MaskRCNNBuilder, SSDLiteBuilder
-from drkd.adapters.box_precision import float32_likes, widen
+from drkd.adapters.box_precision import exact_regions, float32_likes, widen
 from drkd.adapters.torchvision import PyramidBuilder
 from drkd.contracts import BoxTargets, DetectionBatch, Detector
 
@@ -57,6 +57,16 @@ def test_detections_of_other_libraries_are_those_without_autocast() -> None:
     _same(lively(build_yolo()), _wide_batch())
 
 
+@pytest.mark.parametrize("kind", ["rt_detr", "deformable_detr"])
+def test_detections_of_detrs_are_those_without_autocast(kind: str) -> None:
+    pytest.importorskip("transformers")
+    from test_transformers import tiny
+
+    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    size = ((96, 96),) * 2
+    _same(tiny(kind), replace(_wide_batch(), images=images, sizes=size, original_sizes=size))
+
+
 def test_a_model_of_16_bit_weights_is_left_to_autocast(builder: PyramidBuilder) -> None:
     detector = builder.build(CLASSES).eval()
     detector.model.to(torch.bfloat16)
@@ -100,10 +110,9 @@ def test_the_box_head_learns_from_the_boxes_as_they_are(masks: bool, monkeypatch
         assert total.isfinite()
 
 
+@pytest.mark.parametrize("builder", ["retinanet", "fcos"], indirect=True)
 def test_anchors_and_targets_of_one_stage_are_those_without_autocast(builder: PyramidBuilder) -> None:
     detector = builder.build(CLASSES).train()
-    if detector.spec.family not in ("retinanet", "fcos"):
-        pytest.skip("of two stages: the test above")
     batch = _wide_batch()
     want = frozenset({"losses", "predictions", "assignment"})
     plain = detector(batch, want=want)
@@ -111,7 +120,8 @@ def test_anchors_and_targets_of_one_stage_are_those_without_autocast(builder: Py
         other = detector(batch, want=want)
     assert torch.equal(plain.predictions.anchors, other.predictions.anchors)
     assert torch.equal(plain.assignment, other.assignment)
-    assert other.losses["bbox_regression"].item() == pytest.approx(plain.losses["bbox_regression"].item(), rel=0.02)
+    for name, loss in plain.losses.items():
+        assert other.losses[name].item() == pytest.approx(loss.item(), rel=0.02), name
 
 
 def test_default_boxes_of_an_ssd_are_those_without_autocast() -> None:
@@ -140,6 +150,14 @@ def test_a_yolos_cells_lie_where_they_are_beyond_1024_px(make_batch: Callable[..
         with context:
             detector(batch, want=frozenset({"losses"}))
     assert len(places) == 2 and torch.equal(places[0], places[1])
+
+
+def test_a_part_that_is_not_there_leaves_no_hook_behind() -> None:
+    rpn, heads = torch.nn.Module(), torch.nn.Module()
+    rpn.head, heads.box_predictor = torch.nn.Identity(), torch.nn.Identity()
+    with _halved(), pytest.raises(AttributeError), exact_regions(rpn, heads, torch.device("cpu")):
+        pass
+    assert not rpn.head._forward_hooks and not heads.box_predictor._forward_hooks
 
 
 def test_widening_reaches_into_collections_and_takes_no_memory_for_stand_ins() -> None:

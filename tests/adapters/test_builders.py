@@ -288,9 +288,12 @@ def test_a_one_stage_file_with_a_background(make_batch, tmp_path, name):
     file = tmp_path / "torchvisions_way.pth"
     torch.save(plain.state_dict(), file)
     builder = ZooBuilder(name=name, weights=str(file), head="new")
-    with warnings.catch_warnings(action="error"):
+    with pytest.warns(UserWarning, match="4 outputs for 3 classes: the first is taken for a background"):
         teacher = builder.build_teacher(("a", "b", "c")).eval()
     assert teacher.label_ids == (1, 2, 3)
+    with warnings.catch_warnings(action="error"):
+        said = ZooBuilder(name=name, weights=str(file), head="new", first_label=1).build_teacher(("a", "b", "c"))
+    assert said.label_ids == (1, 2, 3)
     assert all(torch.equal(value, plain.state_dict()[key]) for key, value in teacher.model.state_dict().items())
     # A student that starts from it comes back as it was, and by its file too.
     save_student(
@@ -325,7 +328,8 @@ def test_only_published_weights_run_without_epsilon(monkeypatch, tmp_path):
         assert found == {detector.plan["batch_norm_eps"]}
         return found.pop(), builder, detector
 
-    assert epsilon()[0] == 1e-5
+    with pytest.warns(UserWarning, match="nothing says which batch norm epsilon .* 1e-05 is taken"):
+        assert epsilon()[0] == 1e-5
     value, builder, detector = epsilon(batch_norm_eps=0.0)
     assert value == 0.0
     # A student keeps what it was built with, by its file and as weights of another.

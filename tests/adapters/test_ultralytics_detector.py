@@ -301,14 +301,27 @@ def test_pairs_whose_predictions_do_not_fit_say_why():
         CrossKD(bins, bins)
 
 
-def test_classes_that_nobody_asked_for_take_no_places(make_batch):
-    plain = lively(build_yolo(detections_per_image=10**4))
+@KINDS
+@pytest.mark.parametrize("several", [True, False])
+def test_classes_that_nobody_asked_for_take_no_places(name, several, make_batch):
+    model = lively(build_yolo(name)).model
     batch = make_batch(SIZES)
+    head = model.model[-1]
+    # With so many places no limit of the head's is met.
+    head.max_det = 10**4
     with torch.no_grad():
-        for branch in plain.model.model[-1].cv3:
-            branch[-1].bias[:2] += 3.0
-    whole = plain.detect(batch)
-    only = UltralyticsDetector(plain.model, ["cup"], label_ids=[2], detections_per_image=4).eval().detect(batch)
-    for entry, everything in zip(only, whole, strict=True):
+        branches = [*head.cv3, *(getattr(head, "one2one_cv3", None) or ())]
+        for branch in branches:
+            branch[-1].bias[:2] = -30.0
+        options = {"several_labels": several, "detections_per_image": 10**4}
+        alone = UltralyticsDetector(model, CLASSES, label_ids=[0, 1, 2], **options).eval().detect(batch)
+        for branch in branches:
+            branch[-1].bias[:2] = 5.0
+        head.max_det = 4
+        options["detections_per_image"] = 4
+        only = UltralyticsDetector(model, ["cup"], label_ids=[2], **options).eval().detect(batch)
+    assert not any(layer._forward_hooks for layer in branches)
+    for entry, everything in zip(only, alone, strict=True):
         expected = everything.scores[everything.labels == 2][:4]
-        assert len(expected) == 4 and torch.equal(entry.scores, expected)
+        assert len(expected) == 4
+        torch.testing.assert_close(entry.scores, expected)

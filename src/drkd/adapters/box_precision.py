@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -27,8 +27,11 @@ def widen(values: Any) -> Any:
         return values.float() if values.dtype in _HALVES else values
     if isinstance(values, dict):
         return {name: widen(value) for name, value in values.items()}
-    if isinstance(values, list | tuple):
-        return type(values)(widen(value) for value in values)
+    if isinstance(values, list):
+        return [widen(value) for value in values]
+    if isinstance(values, tuple):
+        found = [widen(value) for value in values]
+        return type(values)(*found) if hasattr(values, "_fields") else tuple(found)
     return values
 
 
@@ -51,18 +54,15 @@ def exact_regions(rpn: nn.Module, heads: nn.Module, device: torch.device) -> Ite
         yield
         return
     untyped: tuple[Any, Any] = rpn, heads
-    hooks = [
-        untyped[0].head.register_forward_hook(lambda _module, _inputs, outputs: widen(outputs)),
-        untyped[0].anchor_generator.register_forward_pre_hook(
+    with ExitStack() as stack:
+        for part in (untyped[0].head, untyped[1].box_predictor):
+            hook = part.register_forward_hook(lambda _module, _inputs, outputs: widen(outputs))
+            stack.callback(hook.remove)
+        hook = untyped[0].anchor_generator.register_forward_pre_hook(
             lambda _module, inputs: (inputs[0], float32_likes(inputs[1]))
-        ),
-        untyped[1].box_predictor.register_forward_hook(lambda _module, _inputs, outputs: widen(outputs)),
-    ]
-    try:
+        )
+        stack.callback(hook.remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def without_autocast(

@@ -262,9 +262,10 @@ class TorchvisionDetector(Detector):
             head = DenseHead(self.model, self._order, maps, keep_towers="head_features" in want)
         anchors = _parts(self.model).anchor_generator(images, float32_likes(maps))
         if want & {"losses", "assignment"}:
+            # The logits too: of one minus a small probability, which the focal loss takes, 16 bits keep little.
             model = LossRecorder(self.model, losses="losses" in want) if "assignment" in want else self.model
             cells = (head.cells,) if self.spec.family == "fcos" else ()
-            losses = dict(_parts(model).compute_loss(self._targets(batch), _wide(head.outputs), anchors, *cells))
+            losses = dict(_parts(model).compute_loss(self._targets(batch), widen(head.outputs), anchors, *cells))
             if "losses" in want:
                 found["losses"] = losses
             if isinstance(model, LossRecorder):
@@ -289,7 +290,7 @@ class TorchvisionDetector(Detector):
             targets = self._targets(batch)
             matched = match_default_boxes(self.model, targets, anchors)
             if "losses" in want:
-                found["losses"] = dict(_parts(self.model).compute_loss(targets, _wide(outputs), anchors, matched))
+                found["losses"] = dict(_parts(self.model).compute_loss(targets, widen(outputs), anchors, matched))
             if "assignment" in want:
                 found["assignment"] = self._assignment(matched, batch)
         if "predictions" in want:
@@ -407,11 +408,6 @@ def wrap_torchvision(
     elif class_names is None:
         class_names = [str(index) for index in range(len(label_ids))]
     return TorchvisionDetector(model, class_names, label_ids=label_ids)
-
-
-def _wide(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a head puts out, its boxes in float32; the losses of its many logits widen them by themselves."""
-    return {name: values if name == "cls_logits" else widen(values) for name, values in outputs.items()}
 
 
 def _parts(model: object) -> Any:

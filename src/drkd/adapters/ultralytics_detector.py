@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +67,7 @@ class UltralyticsDetector(Detector):
 
     _to_model: Tensor
     _to_ours: Tensor
+    _unasked: Tensor
 
     def __init__(
         self,
@@ -111,9 +112,9 @@ class UltralyticsDetector(Detector):
                 to_ours[theirs] = ours
         self.register_buffer("_to_model", torch.tensor(label_ids, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("_to_ours", to_ours.to(device), persistent=False)
-        known = sorted(label for label in label_ids if label >= 0)
-        # Of the best of all classes those that nobody asked for would be dropped later.
-        self._known = known if len(known) < head.nc else None
+        others = sorted(set(range(head.nc)) - set(label_ids))
+        self.register_buffer("_unasked", torch.tensor(others, dtype=torch.int64, device=device), persistent=False)
+        self._others = bool(others)
         self._in_order = self.label_ids == tuple(range(head.nc))
 
     @property
@@ -185,13 +186,12 @@ class UltralyticsDetector(Detector):
         if self.training:
             raise ValueError("detect needs eval mode: call .eval() first")
         head = self._head
-        with _kept_grid(head):
+        with _kept_grid(head), _asked_for(head, self._unasked if self._others else None):
             decoded = head(self._pyramid(batch))[0]
         found = ultralytics_module("utils.nms").non_max_suppression(
             decoded.float(),
             self.score_threshold,
             self.nms_threshold,
-            classes=self._known,
             multi_label=self.several_labels,
             max_det=self.detections_per_image,
             # Its limit on time would drop the rest of a batch.
@@ -362,6 +362,19 @@ def _cells(height: int, width: int, stride: float, device: torch.device) -> Tens
     )
     corners = torch.stack([lefts, tops], dim=-1).reshape(-1, 2)
     return torch.cat([corners, corners + stride], dim=1)
+
+
+@contextmanager
+def _asked_for(head: Any, others: Tensor | None) -> Iterator[None]:
+    """Have the head score no classes that would be dropped: it, and suppression, keep the best of all."""
+    with ExitStack() as stack:
+        for layer in (layer for name in ("cv3", "one2one_cv3") for layer in getattr(head, name, None) or ()):
+            if others is not None:
+                hook = layer.register_forward_hook(
+                    lambda _module, _inputs, logits: logits.index_fill(1, others, -math.inf)
+                )
+                stack.callback(hook.remove)
+        yield
 
 
 @contextmanager

@@ -118,6 +118,8 @@ class ZooBuilder(DetectorBuilder):
     def build_teacher(self, class_names: Sequence[str]) -> TorchvisionDetector:
         """Build the detector for these classes, all of it from the weights where there are any.
 
+        A subclass that overrides ``build`` overrides this too.
+
         Raises:
             DrkdError: As ``build``, or if the weights have another number of classes.
         """
@@ -147,13 +149,19 @@ class ZooBuilder(DetectorBuilder):
     def _find_first_label(self, classes: int, given: ZooFile | None) -> int:
         if self.first_label is not None or self._has_background:
             return 1 if self.first_label is None else self.first_label
-        fits = given is not None and given.outputs == classes + 1 and given.first_label in (None, 1)
-        return int(fits)
+        if given is None or given.outputs != classes + 1 or given.first_label not in (None, 1):
+            return 0
+        if given.first_label is None:
+            warnings.warn(
+                f"{self.weights}: {given.outputs} outputs for {classes} classes: the first is taken for a background, "
+                "as torchvision's training leaves one. Say so with first_label: 1, or otherwise with first_label: 0.",
+                stacklevel=4,
+            )
+        return 1
 
     def _read(self, weights: str) -> ZooFile:
         if weights not in _PUBLISHED:
-            published = self._published().url if self.name in _WITHOUT_EPSILON else ""
-            return read_zoo_file(weights, published)
+            return read_zoo_file(weights, self._published().url)
         state = self._download()
         # COCO's outputs are no others', however many there are.
         return ZooFile(state, count_file_outputs(state), first_label=0, batch_norm_eps=0.0)
@@ -183,10 +191,11 @@ class ZooBuilder(DetectorBuilder):
         if self.name in _WITHOUT_EPSILON:
             chosen = self.batch_norm_eps if self.batch_norm_eps is not None else given.batch_norm_eps
             epsilon = _DEFAULT_EPSILON if chosen is None else float(chosen)
-            if chosen is None and given.outputs == len(coco_categories()):
+            if chosen is None:
                 warnings.warn(
-                    f"{weights}: COCO's outputs, but not torchvision's published file: batch norms take epsilon "
-                    f"{epsilon:g}. If these are the published weights, saved again, give batch_norm_eps: 0.0.",
+                    f"{weights}: nothing says which batch norm epsilon these weights were trained with; "
+                    f"{epsilon:g} is taken, torchvision's default. If they were fine-tuned from its published weights, "
+                    "or are these, saved again, give batch_norm_eps: 0.0.",
                     stacklevel=4,
                 )
         freeze_zoo(model, epsilon)

@@ -36,7 +36,7 @@ def read_zoo_file(path: str, published: str = "") -> ZooFile:
 
     Args:
         path: The file.
-        published: Address of the weights that ran without epsilon, whose file may have been fetched by hand.
+        published: Address of torchvision's weights, whose file may have been fetched by hand.
 
     Raises:
         DrkdError: If the file cannot be read, or holds no state dict.
@@ -48,7 +48,7 @@ def read_zoo_file(path: str, published: str = "") -> ZooFile:
     build: Any = content.get("build") if isinstance(content, Mapping) else None
     epsilon = build.get("batch_norm_eps") if isinstance(build, Mapping) else None
     if is_published(path, published):
-        epsilon = 0.0
+        first, epsilon = 0, 0.0
     return ZooFile(state, count_file_outputs(state), first, epsilon if isinstance(epsilon, float) else None)
 
 

@@ -112,7 +112,8 @@ def _look_at_state(
         found = outputs - int(background) if outputs is not None else 0
         # Trained torchvision's way, a RetinaNet or FCOS has an output for a background too.
         fits = head == "coco" or found == len(class_names) or (not background and found == len(class_names) + 1)
-        builder = ZooBuilder(name=name, weights=str(file), head=head)
+        after = head == "new" and not background and found == len(class_names) + 1
+        builder = ZooBuilder(name=name, weights=str(file), head=head, first_label=1 if after else None)
         try:
             spec = build(builder).spec if fits else builder.build([str(number) for number in range(found)]).spec
         except DrkdError as error:
@@ -126,8 +127,9 @@ def _look_at_state(
                 "trained on, or a teacher of these classes."
             )
         arguments: dict[str, object] = {"name": name, "weights": str(file), "head": head}
-        after = "" if background or found == len(class_names) else ", after a background"
-        note = f" (the file names no classes; they are taken to be the data's, in its order{after})"
+        arguments |= {"first_label": 1} if after else {}
+        place = ", after a background" if after else ""
+        note = f" (the file names no classes; they are taken to be the data's, in its order{place})"
         note = "" if head == "coco" else note
         return Teacher(str(file), "drkd.adapters.ZooBuilder", arguments, _describe(str(file), spec, note=note))
     why = f" Closest: {reasons[0]}" if reasons else ""

@@ -217,3 +217,13 @@ def test_accumulation_does_not_mix_with_warm_up(tiny_coco: Path, tiny_detector: 
     for name, ratio in plain.items():
         # Other students after the first step, as the terms are quieter; the ratios are those of the whole weights.
         assert warming[name] == pytest.approx(ratio, rel=0.2), name
+
+
+def test_a_run_shorter_than_the_examination_with_weights_that_fall(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path
+) -> None:
+    options = ("--method.decay=cosine", "--training.steps=2", "--training.epochs=null", "--method.balanced=false")
+    recipe = _recipe(tiny_coco, tiny_detector, tmp_path / "run", *options)
+    diagnosis = doctor(recipe, images=2, steps=8)
+    ratios = diagnosis.numbers["gradients"]["ratio_to_task"]
+    assert ratios and all(ratio > 0 for ratio in ratios.values())

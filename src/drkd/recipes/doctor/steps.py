@@ -36,6 +36,7 @@ class StepNumbers:
         peak_bytes: Peak memory; None where it is not known.
         peak_kind: What that counts.
         error: What stopped the steps, if anything.
+        has_spans: Whether the method has terms in a part of the run only, which these steps' time may leave out.
     """
 
     ratios: dict[str, float] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class StepNumbers:
     peak_bytes: int | None = None
     peak_kind: str = ""
     error: str = ""
+    has_spans: bool = False
 
 
 def take_steps(recipe: Recipe, distiller: Distiller, *, steps: int, device: torch.device) -> StepNumbers:
@@ -70,13 +72,18 @@ def take_steps(recipe: Recipe, distiller: Distiller, *, steps: int, device: torc
     loader = recipe.data.train_dataloader()
     distiller.total_steps = run_length(recipe, passes=len(loader))
     batches = _endless(loader)
+    numbers.has_spans = method is not None and any(
+        part.needs_run_length for part in method.modules() if isinstance(part, KDMethod)
+    )
     for step in range(steps):
         started = time.perf_counter()
         batch = next(batches).to(device)
         loaded = time.perf_counter()
         distiller.monitor_interval = 1 if step < measured else 10**9
         distiller.balance.interval = 1 if step < measured else 10**9
-        distiller.at_step(step, first=True)
+        # Of a run that is shorter, its last step again and again.
+        place = min(step, max(0, distiller.total_steps - 1))
+        distiller.at_step(place, first=True)
         try:
             with _autocast(choose_precision(recipe.training), device):
                 losses = distiller(batch)
@@ -95,7 +102,7 @@ def take_steps(recipe: Recipe, distiller: Distiller, *, steps: int, device: torc
             compute.append(time.perf_counter() - loaded)
             wait.append(loaded - started)
         elif method is not None:
-            schedule = method.schedule(step, distiller.total_steps)
+            schedule = method.schedule(place, distiller.total_steps)
             for name, value in distiller.monitor.ratios.items():
                 found.setdefault(name, []).append(float(value) / schedule)
             _note_possible(numbers.possible, method, batch)
@@ -178,6 +185,7 @@ def forecast(recipe: Recipe, numbers: StepNumbers, *, detect_seconds: float, pas
         "validations": validations,
         "seconds": seconds,
         "finish": time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(time.time() + seconds)),
+        "without_spans": numbers.has_spans,
         "peak_memory_bytes": numbers.peak_bytes,
         "peak_memory_kind": numbers.peak_kind,
         "threads": torch.get_num_threads(),
@@ -193,6 +201,8 @@ def judge_cost(plan: Mapping[str, Any]) -> Finding:
         f"{plan['steps']} steps of {plan['seconds_per_step']:.2f} s: about {duration(plan['seconds'])}, until "
         f"{plan['finish']} if started now{memory}."
     )
+    if plan.get("without_spans"):
+        text += " It is the time of the run's beginning: terms in another part of the run come on top."
     if plan["of_which_waiting_for_data"] > 0.5 * plan["seconds_per_step"]:
         return Finding(
             "careful", "cost", f"{text} Most of it is waiting for images: raise data.workers, or store them smaller."
