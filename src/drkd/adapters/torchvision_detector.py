@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import MultiScaleRoIAlign
-from torchvision.ops.poolers import initLevelMapper
 
 from drkd.adapters.backbones import probe_features
-from drkd.adapters.box_precision import exact_regions, float32_likes, widen, without_autocast
+from drkd.adapters.box_precision import float32_likes, widen, without_autocast
 from drkd.adapters.labels import SSD_FAMILIES, TWO_STAGE, WITH_BACKGROUND, count_outputs, family_of, infer_labels
 from drkd.adapters.normalisation import normalise_images
+from drkd.adapters.torchvision_modes import heads_mode, uncut
 from drkd.adapters.torchvision_predictions import (
     ClassOrder,
     DenseHead,
@@ -203,7 +200,7 @@ class TorchvisionDetector(Detector):
         if self.spec.family in TWO_STAGE:
             box_heads = _parts(self.model).roi_heads
             most = int(box_heads.detections_per_img)
-            with _mode(self.model, features, images, training=False), _uncut(box_heads, when=self._others):
+            with heads_mode(self.model, features, images, training=False), uncut(box_heads, when=self._others):
                 proposals, _ = _parts(self.model).rpn(images, features)
                 # Of a Mask R-CNN the boxes alone: nobody asks for the masks here.
                 found, _ = RegionRecorder(box_heads, masks=False)(features, proposals, images.image_sizes)
@@ -262,9 +259,9 @@ class TorchvisionDetector(Detector):
             head = DenseHead(self.model, self._order, maps, keep_towers="head_features" in want)
         anchors = _parts(self.model).anchor_generator(images, float32_likes(maps))
         if want & {"losses", "assignment"}:
-            # The logits too: of one minus a small probability, which the focal loss takes, 16 bits keep little.
             model = LossRecorder(self.model, losses="losses" in want) if "assignment" in want else self.model
             cells = (head.cells,) if self.spec.family == "fcos" else ()
+            # The logits too: of one minus a small probability, which the focal loss takes, 16 bits keep little.
             losses = dict(_parts(model).compute_loss(self._targets(batch), widen(head.outputs), anchors, *cells))
             if "losses" in want:
                 found["losses"] = losses
@@ -320,7 +317,7 @@ class TorchvisionDetector(Detector):
         if want & {"losses", "regions"}:
             masks = "losses" in want and bool(_parts(model).roi_heads.has_mask())
             targets = self._targets(batch, masks=masks)
-            with _mode(model, features, images, training=True):
+            with heads_mode(model, features, images, training=True):
                 proposals, rpn = _parts(model).rpn(images, features, targets)
                 heads = _parts(model).roi_heads
                 if "regions" in want:
@@ -354,7 +351,7 @@ class TorchvisionDetector(Detector):
     ) -> RegionPredictions:
         """Pool the given regions from this pass's features and classify them (a `RegionHead`)."""
         heads = _parts(self.model).roi_heads
-        with _mode(self.model, features, images, training=False):
+        with heads_mode(self.model, features, images, training=False):
             pooled = heads.box_roi_pool(features, list(regions), images.image_sizes)
         return region_predictions(heads, self._order, regions, heads.box_predictor(heads.box_head(pooled)))
 
@@ -363,7 +360,7 @@ class TorchvisionDetector(Detector):
         outputs = _parts(self.model).head(maps)
         anchors = _parts(self.model).anchor_generator(images, maps)
         if self._frame is not None:
-            with _uncut(self.model, when=self._others):
+            with uncut(self.model, when=self._others):
                 return list(_parts(self.model).postprocess_detections(outputs, anchors, images.image_sizes))
         if self._others:
             # Before the best are chosen, level by level and of all classes.
@@ -461,52 +458,4 @@ def _levels(features: Mapping[str, Tensor], size: int) -> tuple[FeatureLevel, ..
     return tuple(
         FeatureLevel(name, tensor.shape[1], stride)
         for name, tensor, stride in zip(names, features.values(), strides, strict=True)
-    )
-
-
-@contextmanager
-def _uncut(owner: Any, *, when: bool) -> Iterator[None]:
-    """Keep every detection, where some of them will be dropped: torchvision keeps the best of all classes."""
-    before = owner.detections_per_img
-    try:
-        if when:
-            owner.detections_per_img = sys.maxsize
-        yield
-    finally:
-        owner.detections_per_img = before
-
-
-@contextmanager
-def _mode(model: nn.Module, features: Mapping[str, Tensor], images: ImageList, *, training: bool) -> Iterator[None]:
-    """Let a two-stage head compute losses or detections whatever mode the model is in, and at this batch's scales.
-
-    The proposal network and the box head decide by their own ``training`` flag; their children's are left alone.
-    ``MultiScaleRoIAlign`` infers its scales from the valid sizes of its first call and keeps them: they are set here
-    from the padded size, and taken away afterwards.
-    """
-    rpn, heads = _parts(model).rpn, _parts(model).roi_heads
-    pools: list[MultiScaleRoIAlign] = [heads.box_roi_pool, *([heads.mask_roi_pool] if heads.has_mask() else [])]
-    before = rpn.training, heads.training, [(pool.scales, pool.map_levels) for pool in pools]
-    try:
-        rpn.training = heads.training = training
-        for pool in pools:
-            _set_scales(pool, features, images.tensors.shape[-2])
-        with exact_regions(rpn, heads, images.tensors.device):
-            yield
-    finally:
-        rpn.training, heads.training, kept = before
-        for pool, (scales, mapper) in zip(pools, kept, strict=True):
-            pool.scales, pool.map_levels = scales, mapper
-
-
-def _set_scales(pool: MultiScaleRoIAlign, features: Mapping[str, Tensor], height: int) -> None:
-    scales = [
-        2.0 ** round(math.log2(features[name].shape[-2] / height)) for name in features if name in pool.featmap_names
-    ]
-    pool.scales = scales
-    pool.map_levels = initLevelMapper(
-        int(-math.log2(scales[0])),
-        int(-math.log2(scales[-1])),
-        canonical_scale=pool.canonical_scale,
-        canonical_level=pool.canonical_level,
     )
