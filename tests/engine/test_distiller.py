@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from toys import ToyDetector, ToyMethod, toy_batch
 
-from drkd.contracts import DrkdError
+from drkd.contracts import DetectionBatch, DetectorOutput, DrkdError, KDMethod, Want
 from drkd.engine import DeadDistillationError, Distiller, GradientBalance
 from drkd.engine.balance import gradient_norms
 from drkd.methods import Combination
@@ -252,6 +253,35 @@ def test_a_frozen_students_features_are_said_to_be_out_of_reach() -> None:
     distiller.student.model["norm"].requires_grad_(False)
     with pytest.raises(DeadDistillationError, match="carry no gradient"):
         distiller(toy_batch())
+
+
+class _Predictions(KDMethod):
+    """Compares predictions alone and asks for no maps."""
+
+    needs = frozenset[Want]()
+
+    def __init__(self, student: object, teacher: object, *, silent: bool = False) -> None:
+        super().__init__()
+        self.balanced, self.weights, self.silent = False, {"own": 1.0}, silent
+        self.minimum_boxes, self.warmup_steps, self.decay = {}, 0, "none"
+
+    def forward(self, student: DetectorOutput, teacher: DetectorOutput, batch: DetectionBatch) -> dict[str, Tensor]:
+        return {"own": student.losses["task"].detach() if self.silent else 2 * student.losses["task"]}
+
+
+def test_a_method_without_maps_has_plain_weights_and_nothing_to_measure() -> None:
+    student, teacher = ToyDetector(seed=1), ToyDetector(6, seed=2)
+    plain = student.forward
+
+    def without_maps(batch: DetectionBatch, *, want: frozenset[Want]) -> DetectorOutput:
+        return replace(plain(batch, want=want), features=())
+
+    student.forward = without_maps  # type: ignore[method-assign]
+    losses = Distiller(student, teacher, _Predictions)(toy_batch())
+    assert float(losses["kd/own"].detach()) == pytest.approx(2 * float(losses["task/task"].detach()))
+    Distiller(student, teacher, lambda s, t: _Predictions(s, t, silent=True), dead_after=None)(toy_batch())
+    with pytest.raises(DeadDistillationError, match=r"carry no gradient.* plain weights"):
+        Distiller(student, teacher, lambda s, t: _Predictions(s, t, silent=True))(toy_batch())
 
 
 def test_the_silence_must_be_in_a_row() -> None:

@@ -109,6 +109,57 @@ def test_a_signal_between_the_start_and_training_stops_the_run_without_lightning
     assert all(getattr(now, "__func__", now) is not asks for _, now in seen)
 
 
+def test_a_student_that_comes_ready_for_use_is_trained_as_any_other(tmp_path: Path) -> None:
+    """As ``from_pretrained`` gives it: in eval mode its batch norms would stand still for the whole run."""
+    seen = []
+
+    class Modes(Callback):
+        def on_train_batch_start(self, run: object, own: DistillationModule, *_: object) -> None:
+            model, teacher = own.distiller.student.model, own.distiller.teacher
+            seen.append((model.training, model["norm"].training, teacher.training))
+
+    for asleep in ((), ("norm",), ("", "body", "norm", "head")):
+        learner = module()
+        for name in asleep:
+            part = learner.distiller.student.model.get_submodule(name)
+            part.training = False
+        before = learner.distiller.student.model["norm"].running_mean.clone()
+        seen.clear()
+        trainer(tmp_path, Modes()).fit(learner, loader(1))
+        # A part that rests by itself, as a frozen norm may, is left alone.
+        rests = asleep == ("norm",)
+        assert seen == [(True, not rests, False)] * 2
+        assert torch.equal(learner.distiller.student.model["norm"].running_mean, before) == rests
+
+
+def test_a_step_that_the_epoch_cuts_short_has_the_mean_gradient_of_its_images(tmp_path: Path) -> None:
+    norms: list[float] = []
+    expected = 0.0
+
+    class Gradients(Callback):
+        def on_before_optimizer_step(self, run: object, own: DistillationModule, optimizer: object) -> None:
+            norms.append(float(torch.cat([p.grad.flatten() for p in own.distiller.student.parameters()]).norm()))
+
+    same = DataLoader([toy_batch(seed=0)] * 5, batch_size=None)  # type: ignore[arg-type]
+    for accumulate in (1, 2, 8):
+        norms.clear()
+        learner = module(learning_rate=1e-12)
+        learner.distiller.accumulate = accumulate
+        trainer(tmp_path, Gradients(), accumulate_grad_batches=accumulate, max_epochs=1).fit(learner, same)
+        assert len(norms) == {1: 5, 2: 3, 8: 1}[accumulate]
+        expected = norms[0] if accumulate == 1 else expected
+        assert norms == pytest.approx([expected] * len(norms), rel=1e-4), accumulate
+
+
+def test_rates_are_scaled_to_the_images_that_a_short_epoch_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for accumulate, images in ((2, 2), (8, 3)):
+        learner = module(reference_batch=6)
+        trainer(tmp_path, accumulate_grad_batches=accumulate, max_epochs=1).fit(learner, loader(3))
+        assert f"= 0.05 x {images} / 6 images a step" in capsys.readouterr().err
+
+
 def test_multistep_is_the_papers_schedule() -> None:
     settings = Optimization(learning_rate=0.01, warmup_steps=500, warmup_factor=0.001)
     total = 24 * 1000

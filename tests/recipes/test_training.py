@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from drkd.adapters import load_detector, save_student
 from drkd.contracts import DetectionBatch, DrkdError
+from drkd.data.split import DatasetSplit
 from drkd.engine.module import DistillationModule
 from drkd.recipes import training
 from drkd.recipes.dry_run import dry_run
@@ -101,6 +104,73 @@ def test_patience_ends_a_run_that_gets_no_better(tiny_coco: Path, tmp_path: Path
     )
     train(recipe)
     assert '"epochs": 3' in (tmp_path / "run" / "run.json").read_text()
+    # Started again by a job script, it has ended.
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    before, student = torch.load(last, weights_only=True), tmp_path / "run" / "student.pt"
+    student.unlink()
+    train(replace(recipe, resume="auto"))
+    assert '"epochs": 3' in (tmp_path / "run" / "run.json").read_text() and student.exists()
+    assert torch.load(last, weights_only=True)["global_step"] == before["global_step"] == 9
+
+
+@pytest.mark.parametrize(("first", "then"), [("null", "0.5"), ("0.5", "null")])
+def test_the_best_student_is_what_was_scored_whatever_average_the_run_has_now(
+    first: str, then: str, tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worse_and_worse(self: DistillationModule) -> None:
+        self.log("val/ap", 0.9 - 0.1 * self.current_epoch, batch_size=1)
+
+    monkeypatch.setattr(DistillationModule, "on_validation_epoch_end", worse_and_worse)
+    for epochs, ema in ((1, first), (2, then)):
+        given = (f"--training.epochs={epochs}", f"--training.ema={ema}", "--training.keep=best", "--resume=auto")
+        train(_recipe(tiny_coco, tmp_path / "run", *given))
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+    averages = [state for name, state in saved["callbacks"].items() if name.startswith("StudentAverage") and state]
+    kept = load_detector(tmp_path / "run" / "student.pt").state_dict()
+    raw = {name: saved["state_dict"][f"distiller.student.{name}"] for name in kept}
+    expected = raw if first == "null" else {name: averages[0]["average"][f"module.{name}"] for name in kept}
+    assert bool(averages) == (first != "null")
+    assert [name for name, value in kept.items() if not torch.equal(value, expected[name])] == []
+
+
+def test_a_folder_with_training_images_alone_is_enough_where_nothing_is_validated(
+    tiny_coco: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "data"
+    (root / "annotations").mkdir(parents=True)
+    for file in (tiny_coco / "annotations").glob("*train*"):
+        shutil.copy(file, root / "annotations")
+    for folder in tiny_coco.iterdir():
+        if folder.name != "annotations":
+            shutil.copytree(folder, root / folder.name)
+    given = (f"--data.root={root}", "--training.epochs=1", "--training.validate_every=0")
+    assert dry_run(_recipe(tiny_coco, tmp_path / "run", *given), kind="train").validation_seconds is None
+    train(_recipe(tiny_coco, tmp_path / "run", *given))
+    assert (tmp_path / "run" / "student.pt").exists()
+    # What comes at the end is looked for at the beginning.
+    for asked in ("--training.validate_every=1", "--evaluation.split=val"):
+        with pytest.raises(DrkdError, match="there is no split 'val'"):
+            train(_recipe(tiny_coco, tmp_path / "other", *given, asked))
+    assert not (tmp_path / "other" / "run.json").exists()
+
+
+@pytest.mark.parametrize("choice", ["--training.keep=best", "--training.patience=1"])
+def test_a_best_student_by_images_without_boxes_is_refused(
+    choice: str, tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = DatasetSplit.first
+
+    def bare(self: DatasetSplit, count: int | None) -> DatasetSplit:
+        split = first(self, count)
+        nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "areas": torch.zeros(0)}
+        empty = [replace(record, crowd=torch.zeros(0, dtype=torch.bool), **nothing) for record in split.records]
+        return replace(split, records=empty) if self.name == "val" else split
+
+    monkeypatch.setattr(DatasetSplit, "first", bare)
+    with pytest.raises(DrkdError, match=r"data\.val_split: none of the \d images of 'val' .* has a box"):
+        train(_recipe(tiny_coco, tmp_path / "run", choice))
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 @pytest.mark.parametrize("choice", ["--training.keep=best", "--training.patience=1"])

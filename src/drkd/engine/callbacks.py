@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from drkd.contracts import DrkdError
 from drkd.engine.module import DistillationModule
+
+# How torch names the averaged model within its average.
+_WITHIN = "module."
 
 
 class StudentAverage(Callback):
@@ -85,6 +89,19 @@ class StudentAverage(Callback):
             self._saved = None
         self._swap_in(pl_module)
         self._swapped = None
+
+    @staticmethod
+    def put_saved(state: Mapping[str, Any], pl_module: LightningModule) -> None:
+        """Put the average that a checkpoint holds into the student; of one before the first step, nothing.
+
+        Args:
+            state: The callback's state in the checkpoint.
+            pl_module: The module whose student it goes to.
+        """
+        saved = state["average"]
+        if int(saved["n_averaged"]) > 0:
+            own = {name.removeprefix(_WITHIN): value for name, value in saved.items() if name.startswith(_WITHIN)}
+            _student(pl_module).load_state_dict(own)
 
     def _swap_in(self, pl_module: LightningModule) -> None:
         if self._average is None or int(self._average.n_averaged) == 0:

@@ -194,6 +194,16 @@ class Distiller(nn.Module):
             self.teacher.eval()
         return self
 
+    def wake_student(self) -> None:
+        """Set a student to training that its builder made ready for use, as ``from_pretrained`` does.
+
+        Otherwise its norms and its dropout would be at rest for the whole run. A model that is in training as a whole
+        is left as it is, whatever parts of it rest.
+        """
+        for module in self.student.children():
+            if not module.training:
+                module.train()
+
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters to give to the optimizer: the student's and the method's that require gradient."""
         for module in (self.student, self.method):
@@ -345,10 +355,16 @@ class Distiller(nn.Module):
         constant: Mapping[str, Tensor],
     ) -> None:
         assert self.method is not None  # only called with a method
-        if not task.requires_grad or not any(feature.requires_grad for feature in features):
+        heard = task.requires_grad and any(feature.requires_grad for feature in features)
+        if not heard and not self.method.balanced and (self.dead_after is None or self._reaches_student(terms)):
+            # Plain weights need no norms: a method of predictions alone, or a frozen neck and a head that learns.
+            return
+        if not heard:
             raise DeadDistillationError(
                 "The student's features carry no gradient, so nothing can be distilled into them: its backbone and "
-                "neck are frozen, or its features were detached. Unfreeze it (frozen_stages) or distil other levels."
+                "neck are frozen, its features were detached, or the method asked for none. Unfreeze it "
+                "(frozen_stages) or distil other levels; a method that compares predictions alone needs plain weights "
+                "(balanced: false)."
             )
         reached = [index for index, feature in enumerate(features) if feature.requires_grad]
         norms = gradient_norms({"": task, **terms}, [features[index] for index in reached])
@@ -360,6 +376,15 @@ class Distiller(nn.Module):
         for name, value in self.method.target_spread().items():
             spreads.setdefault(term_family(name), []).append(value)
         self.monitor.targets = {family: torch.stack(values).mean() for family, values in spreads.items()}
+
+    def _reaches_student(self, terms: Mapping[str, Tensor]) -> bool:
+        """Whether a term depends on a weight of the student's that is trained."""
+        weights = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        total = torch.stack([term.float() for term in terms.values()]).sum()
+        if not weights or not total.requires_grad:
+            return False
+        found = torch.autograd.grad(total, weights, retain_graph=True, allow_unused=True)
+        return any(gradient is not None for gradient in found)
 
     def _note_ratios(
         self,

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -169,7 +169,8 @@ class DistillationModule(LightningModule):
         return moved
 
     def on_fit_start(self) -> None:
-        """Give every process one teacher, once: DDP leaves it out. Collective."""
+        """Have the student train, and give every process one teacher, once: DDP leaves it out. Collective."""
+        self.distiller.wake_student()
         if self.distiller.teacher is not None:
             share_weights(self.distiller.teacher)
 
@@ -223,7 +224,8 @@ class DistillationModule(LightningModule):
             for name, value in values.items():
                 self.log(f"{kind}/{name}", value, batch_size=len(batch))
         self.log("loss", total.detach(), prog_bar=True, batch_size=len(batch))
-        return total
+        missing = 1.0 if trainer is None else _missing_passes(trainer, batch_idx)
+        return total if missing == 1 else missing * total
 
     def on_validation_epoch_start(self) -> None:
         """Start a fresh evaluator, with one student in all processes."""
@@ -248,6 +250,7 @@ class DistillationModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer over student and connectors, and the learning-rate schedule by optimizer step."""
+        total = int(self.trainer.estimated_stepping_batches)
         settings = self._scaled(self.optimization)
         groups = _parameter_groups(self.distiller, settings)
         if not groups:
@@ -260,7 +263,6 @@ class DistillationModule(LightningModule):
             momentum=settings.momentum,
             filter_bias_and_bn=False,
         )
-        total = int(self.trainer.estimated_stepping_batches)
         self.distiller.total_steps = total
         schedule = LambdaLR(optimizer, lambda step: settings.factor(step, total))
         self._asked = [
@@ -272,7 +274,9 @@ class DistillationModule(LightningModule):
         """The settings with their learning rates scaled to the images that a step takes."""
         if settings.reference_batch is None:
             return settings
-        images = self._batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        # An epoch shorter than a step ends it. The loaders are there: the number of steps was asked for.
+        passes = min(self.trainer.accumulate_grad_batches, max(1, self.trainer.num_training_batches))
+        images = int(self._batch_size * self.trainer.world_size * passes)
         scaled = scale_rates(settings, images)
         if self.global_rank == 0:
             print(
@@ -360,6 +364,16 @@ def scale_rates(settings: Optimization, images: int) -> Optimization:
 
 def _with_images(batch: DetectionBatch, images: Tensor) -> DetectionBatch:
     return replace(batch, images=images)
+
+
+def _missing_passes(trainer: Trainer, batch_idx: int) -> float:
+    """Passes that a step should have over those that this batch's has: more than 1 where the epoch ends within a step.
+
+    Lightning divides every pass by the former. The step's gradient is the mean over its images all the same.
+    """
+    asked = trainer.accumulate_grad_batches
+    first = batch_idx - batch_idx % asked
+    return float(asked / max(1, min(asked, trainer.num_training_batches - first)))
 
 
 def _parameter_groups(distiller: Distiller, settings: Optimization) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from drkd.engine.interruption import leave_out_sigterm_broadcast
 from drkd.engine.module import DistillationModule
 from drkd.engine.quiet import quiet_lightning
 from drkd.engine.training_cost import TrainingCost
-from drkd.recipes.limits import check_device, check_validation, steps_per_epoch
+from drkd.recipes.limits import check_device, check_splits, check_validation, steps_per_epoch
 from drkd.recipes.precision import choose_precision
 from drkd.recipes.recipe import Recipe
 from drkd.recipes.training import build_module, require_teacher_and_method
@@ -118,6 +118,7 @@ def dry_run(recipe: Recipe, *, kind: str, price: float | None = None) -> Project
     else:
         recipe.data.leave_out_unlabelled()
     recipe.data.setup("fit")
+    check_splits(recipe)
     module = build_module(recipe, kind=kind)
     cost = TrainingCost()
     with tempfile.TemporaryDirectory() as scratch, quiet_lightning():
@@ -153,6 +154,8 @@ def dry_run(recipe: Recipe, *, kind: str, price: float | None = None) -> Project
     seconds = float(cost.measured["seconds_per_step"])
     device = trainer.strategy.root_device
     every = settings.validate_every
+    # The last one is of the finished student.
+    validations = (int(epochs // every) if every else 0) + (recipe.evaluation.split is not None)
     losses = {
         name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(("task/", "kd/"))
     }
@@ -168,9 +171,8 @@ def dry_run(recipe: Recipe, *, kind: str, price: float | None = None) -> Project
         peak_bytes=cost.measured["peak_memory_bytes"],
         peak_kind=str(cost.measured["peak_memory_kind"]),
         # Each process detects on its share.
-        validation_seconds=_validation_seconds(recipe, module, device) / trainer.world_size,
-        # The last one is of the finished student.
-        validations=(int(epochs // every) if every else 0) + (recipe.evaluation.split is not None),
+        validation_seconds=_validation_seconds(recipe, module, device) / trainer.world_size if validations else None,
+        validations=validations,
         losses=losses,
         price=price,
     )

@@ -92,6 +92,30 @@ def check_validation(training: Training, *, epochs: int | None = None, steps_per
             )
 
 
+def check_splits(recipe: Recipe) -> None:
+    """Read what the run looks at hours later; nothing where it neither validates nor evaluates.
+
+    Args:
+        recipe: The recipe; its data must be set up.
+
+    Raises:
+        DrkdError: If a split is not there, or the best student is to be kept by the AP of images without a box.
+    """
+    training, evaluated = recipe.training, recipe.evaluation.split
+    if evaluated is not None:
+        recipe.data.split(evaluated)
+    if not training.validate_every:
+        return
+    validation = recipe.data.val_split
+    if training.keeps_best and not any((~record.crowd).any() for record in validation.records):
+        wanted = "training.keep=best" if training.patience is None else "training.patience"
+        raise DrkdError(
+            f"data.val_split: none of the {len(validation)} images of '{validation.name}' that are validated on has a "
+            f"box of these classes, so there is no AP for {wanted} to go by. Expected some: see data.val_limit and "
+            "data.classes, or leave it out."
+        )
+
+
 def steps_per_epoch(recipe: Recipe, *, processes: int) -> int:
     """Optimizer steps of an epoch of the recipe's data, which must be set up."""
     batches = max(1, len(recipe.data.train_dataloader()) // processes)

@@ -58,8 +58,10 @@ def preflight(recipe: Recipe, distiller: Distiller, folder: RunFolder, *, device
     try:
         diagnosis = examine_briefly(recipe, distiller, device=device)
         write_json(folder.path / REPORT, diagnosis.as_json())
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever it is, the run may not touch it
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not isinstance(error, ValueError | RuntimeError):  # whose text alone may be a mere name
+            reason = f"{type(error).__name__}: {reason}"
         print(f"drkd doctor: could not examine this run, which goes on without it: {reason}", file=sys.stderr)
         return
     if diagnosis.severity != "ok":

@@ -89,6 +89,8 @@ class Restoring(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look over what is not taken over yet: counters, schedule, the optimizer's settings, the place in the data.
 
+        A run that had stopped early is not trained on.
+
         Raises:
             DrkdError: If they cannot be this run's.
         """
@@ -105,6 +107,9 @@ class Restoring(Callback):
         self._refuse(find_misfit(trainer.fit_loop.state_dict(), loops, "loops.fit_loop"))
         places = loops["state_dict"].get("combined_loader", [])
         self._refuse(find_misfit([{"epoch": 0, "position": 0}] * len(places), places, "loops: combined_loader"))
+        # A run that lost its patience has ended; only a larger one has it go on.
+        if any(entry.wait_count >= entry.patience for entry in trainer.early_stopping_callbacks):
+            trainer.should_stop = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All is restored.

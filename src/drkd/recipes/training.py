@@ -31,7 +31,7 @@ from drkd.evaluation import CocoEvaluator
 from drkd.recipes.building import explained_by_recipe
 from drkd.recipes.evaluation import evaluate_detector
 from drkd.recipes.inheritance import inherit_neck_and_head
-from drkd.recipes.limits import check_device, check_unlabelled, check_validation, steps_per_epoch
+from drkd.recipes.limits import check_device, check_splits, check_unlabelled, check_validation, steps_per_epoch
 from drkd.recipes.precision import choose_precision
 from drkd.recipes.preflight import preflight
 from drkd.recipes.recipe import Recipe
@@ -134,15 +134,14 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
         check_unlabelled(recipe, student=student, teacher=distiller.teacher)
     if recipe.training.compile is not None:
         compile_distiller(distiller, backend=recipe.training.compile)
-    validation = recipe.data.val_split
 
     def make_evaluator() -> CocoEvaluator:
-        return CocoEvaluator(validation.records, names, area_scale=recipe.evaluation.area_scale)
+        return CocoEvaluator(recipe.data.val_split.records, names, area_scale=recipe.evaluation.area_scale)
 
     return DistillationModule(
         distiller,
         recipe.training.optimization,
-        evaluator=make_evaluator,
+        evaluator=make_evaluator if recipe.training.validate_every else None,
         seed=recipe.seed,
         channels_last=recipe.training.channels_last,
         batch_size=recipe.data.batch_size,
@@ -210,6 +209,7 @@ def _run_in(folder: RunFolder, recipe: Recipe, stops: StopsAtOnce, *, kind: str)
     if kind == "train":
         recipe.data.leave_out_unlabelled()
     recipe.data.setup("fit")
+    check_splits(recipe)
     module = build_module(recipe, kind=kind)
     average = StudentAverage(recipe.training.ema) if recipe.training.ema else None
     last, best = _checkpoints(recipe, folder)
@@ -313,10 +313,9 @@ def _restore(
             module.on_load_checkpoint(saved)  # which compares the names
             module.load_state_dict(saved["state_dict"], strict=False)
             states = [state for key, state in saved["callbacks"].items() if str(key).startswith("StudentAverage")]
-            if average is not None and states:
-                average.load_state_dict(states[0])
-            if average is not None:
-                average.apply_to(module)
+            # What was scored: the average where that run had one, whatever this session of it has.
+            if states and states[0]:
+                StudentAverage.put_saved(states[0], module)
     elif average is not None:
         average.apply_to(module)
 

@@ -22,6 +22,7 @@ from drkd.recipes import preflight as preflight_module
 from drkd.recipes.doctor import Diagnosis, examination
 from drkd.recipes.doctor.batches import ValidationBatches
 from drkd.recipes.doctor.preprocessing import average_precision, judge_preprocessing, preprocessing_changes
+from drkd.recipes.doctor.steps import _autocast
 from drkd.recipes.preflight import doctor
 from drkd.recipes.recipe import Recipe, load_recipe
 from drkd.recipes.run_folder import RunFolder
@@ -70,7 +71,10 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without_it(
             assert torch.equal(value, states[1][name]), name
 
 
-@pytest.mark.parametrize("failure", [DrkdError("an image is gone"), RuntimeError("CUDA out of memory\nmore")])
+@pytest.mark.parametrize(
+    "failure",
+    [DrkdError("an image is gone"), RuntimeError("CUDA out of memory\nmore"), TypeError("a detection of another kind")],
+)
 def test_a_run_goes_on_where_its_examination_fails(
     failure: Exception,
     tiny_coco: Path,
@@ -145,6 +149,33 @@ def _raising(error: BaseException) -> Callable[..., NoReturn]:
         raise error
 
     return fail
+
+
+@pytest.mark.parametrize(("precision", "half"), [("32-true", False), ("32", False), ("bf16", True), ("16-mixed", True)])
+def test_steps_are_taken_in_the_runs_precision(precision: str, half: bool) -> None:
+    with _autocast(precision, torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") == half
+
+
+def test_the_whole_form_takes_its_steps_with_a_student_that_trains(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path
+) -> None:
+    """A student of `from_pretrained` comes in eval mode; a norm that rests by itself is left alone."""
+    recipe = _recipe(tiny_coco, tiny_detector, tmp_path / "run")
+    recipe.data.setup("fit")
+    distiller = build_module(recipe, kind="distill").distiller
+    model, seen = distiller.student.model, []
+    rests = next(name for name, part in model.named_modules() if isinstance(part, torch.nn.GroupNorm))
+    for asleep in (True, False):
+        model.train(not asleep)
+        model.get_submodule(rests).eval()
+        hook = model.get_submodule(rests).register_forward_pre_hook(
+            lambda part, _: seen.append((model.training, part.training)) if torch.is_grad_enabled() else None
+        )
+        examination.examine(recipe, distiller, images=2, steps=2, device=torch.device("cpu"))
+        hook.remove()
+        assert set(seen) == {(True, asleep)}
+        seen.clear()
 
 
 def test_the_whole_form_measures_everything_and_says_that_this_teacher_is_bad(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -49,9 +50,10 @@ def examine(
     if steps < 2 or (images is not None and images < 1):
         raise DrkdError(f"drkd doctor: expected at least 2 steps and 1 image, got {steps} and {images}.")
     distiller.to(device)
-    findings, numbers = _look(recipe, distiller, images=images, device=device)
-    batch = ValidationBatches(recipe, 1, device=device).first()
-    detect = _detect_seconds(distiller.student, batch)
+    with _kept_modes(distiller):
+        findings, numbers = _look(recipe, distiller, images=images, device=device)
+        batch = ValidationBatches(recipe, 1, device=device).first()
+        detect = _detect_seconds(distiller.student, batch)
     taken = take_steps(recipe, distiller, steps=steps, device=device)
     weights = distiller.method.weights if distiller.method is not None else {}
     findings += judge_gradients(taken, weights)
@@ -77,15 +79,23 @@ def examine_briefly(recipe: Recipe, distiller: Distiller, *, device: torch.devic
     """
     home = next(distiller.student.parameters()).device
     where = device or home
-    modes = {module: module.training for module in distiller.modules()}
-    with isolate_rng():
+    with isolate_rng(), _kept_modes(distiller):
         try:
             findings, numbers = _look(recipe, distiller.to(where), images=BRIEF_IMAGES, device=where)
         finally:
             distiller.to(home)
-            for module, training in modes.items():
-                module.training = training
     return Diagnosis(tuple(findings), numbers, brief=True)
+
+
+@contextmanager
+def _kept_modes(distiller: Distiller) -> Iterator[None]:
+    """Every module's mode is afterwards what it was."""
+    modes = {module: module.training for module in distiller.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _look(

@@ -64,7 +64,7 @@ def take_steps(recipe: Recipe, distiller: Distiller, *, steps: int, device: torc
     numbers = StepNumbers()
     settings = recipe.training.optimization
     optimizer = torch.optim.SGD(distiller.trainable_parameters(), lr=settings.learning_rate * settings.warmup_factor)
-    distiller.train()
+    distiller.wake_student()
     method = distiller.method
     measured = max(1, steps // 2)
     found: dict[str, list[float]] = {}
@@ -177,7 +177,7 @@ def forecast(recipe: Recipe, numbers: StepNumbers, *, detect_seconds: float, pas
     validations = int(epochs // settings.validate_every) if settings.validate_every else 0
     validations += recipe.evaluation.split is not None
     step = settings.accumulate * (numbers.compute_seconds + numbers.wait_seconds)
-    seconds = steps * step + validations * len(recipe.data.val_split) * detect_seconds
+    seconds = steps * step + (validations * len(recipe.data.val_split) * detect_seconds if validations else 0)
     return {
         "steps": steps,
         "seconds_per_step": step,
@@ -233,6 +233,6 @@ def _endless(loader: TrainLoader) -> Iterator[DetectionBatch]:
 
 
 def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    if "mixed" not in precision:
+    if not precision.startswith(("bf16", "16")):  # with or without "-mixed", as Lightning takes them
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision.startswith("bf16") else torch.float16)
