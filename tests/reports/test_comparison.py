@@ -12,8 +12,9 @@ from PIL import Image
 
 from drkd.contracts import DrkdError
 from drkd.reports import write_comparison_report
+from drkd.reports.comparison_answer import judge
 from drkd.reports.comparison_rows import read_comparison, summarise_comparison
-from drkd.reports.comparison_tables import judge, tabulate_cost, tabulate_quality
+from drkd.reports.comparison_tables import tabulate_cost, tabulate_quality
 from drkd.reports.matrix import draw_cost, draw_matrix
 from drkd.reports.tables import format_count
 
@@ -201,18 +202,51 @@ def test_every_rival_counts_and_not_the_best_alone(tmp_path):
     assert answer.endswith("Beyond chance it is above 1 of 2 rival(s) in AP and 1 in AP_S.")
 
 
+def keep_seeds(folder, kept):
+    """Leave of some methods only the cells of these seeds."""
+    for method, seeds in kept.items():
+        for cell in (folder / "cells" / "net" / method).iterdir():
+            if int(cell.stem.removeprefix("seed")) not in seeds:
+                cell.unlink()
+
+
 def test_as_many_seeds_are_not_the_same_seeds(tmp_path):
-    write_cells(tmp_path, scores={"student": (40.0, 41.0, 42.0, 43.0), "drkd": (50.0, 51.0), "hint": (46.0, 47.0)})
-    about = json.loads((tmp_path / "comparison.json").read_text())
-    (tmp_path / "comparison.json").write_text(json.dumps({**about, "seeds": [0, 1, 2, 3]}))
-    for seed in (0, 1):
-        cell = tmp_path / f"cells/net/hint/seed{seed}.json"
-        moved = {**json.loads(cell.read_text()), "seed": seed + 2}
-        cell.unlink()
-        cell.with_name(f"seed{seed + 2}.json").write_text(json.dumps(moved))
+    # By its mean AP good is best, by its gain over easier seeds lucky is.
+    scores = {"student": (30, 31, 20, 21), "good": (36, 37, 0, 0), "lucky": (0, 0, 28, 29)}
+    write_cells(tmp_path, scores=scores, seeds=[0, 1, 2, 3])
+    keep_seeds(tmp_path, {"good": (0, 1), "lucky": (2, 3)})
     rows, _ = rows_of(tmp_path)
-    assert rows["drkd"].to_rivals == {}
-    assert judge(list(rows.values()), "net", "student").endswith(" No other method has as many seeds.")
+    assert rows["good"].to_rivals == {}
+    assert judge(list(rows.values()), "net", "student") == (
+        "net: of 2 method(s), lucky has the largest gain over student (on its seeds 2, 3): +8.0 [+8.0, +8.0], beyond "
+        "chance. There is no seed that all of them have, so mean APs are not compared. No other method shares its "
+        "seeds."
+    )
+
+
+def test_methods_are_ranked_over_the_seeds_that_all_have(tmp_path):
+    # Seed 3 is an easy one, and lucky alone has it.
+    scores = {"student": (30, 31, 32, 60), "good": (36, 38, 40, 0), "lucky": (0, 35, 37, 90)}
+    write_cells(tmp_path, scores=scores, seeds=[0, 1, 2, 3])
+    keep_seeds(tmp_path, {"good": (0, 1, 2), "lucky": (1, 2, 3)})
+    rows, _ = rows_of(tmp_path)
+    # 38 - 31, 40 - 32: mean 7.5, t(1) = 12.7062, half width 12.7062 * 0.7071 / sqrt(2).
+    assert judge(list(rows.values()), "net", "student") == (
+        "net: of 2 method(s), good has the highest mean AP over the seeds that all have (1, 2), 39.0 ± 1.4: +7.5 "
+        "[+1.1, +13.9] to student, beyond chance; +3.0 [+3.0, +3.0] to the next, lucky, beyond chance. On small "
+        "objects: +3.0 [+3.0, +3.0] AP_S to the best rival there, lucky, beyond chance. Beyond chance it is above 1 of "
+        "1 rival(s) in AP and 1 in AP_S."
+    )
+
+
+def test_without_a_seed_common_to_all_the_rivals_that_share_some_still_count(tmp_path):
+    scores = {"student": (30, 31, 32, 33), "a": (31, 32, 0, 0), "b": (0, 36, 37.5, 0), "c": (0, 0, 33, 34)}
+    write_cells(tmp_path, scores=scores, seeds=[0, 1, 2, 3])
+    keep_seeds(tmp_path, {"a": (0, 1), "b": (1, 2), "c": (2, 3)})
+    rows, _ = rows_of(tmp_path)
+    answer = judge(list(rows.values()), "net", "student")
+    assert "b has the largest gain over student (on its seeds 1, 2): +5.2" in answer
+    assert answer.endswith("so mean APs are not compared.")
 
 
 def test_a_cell_that_began_with_another_commit_says_so(tmp_path):

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from drkd.reports.comparison_answer import judge
 from drkd.reports.comparison_rows import TEACHER, Comparison, Row, read_comparison, summarise_comparison
-from drkd.reports.comparison_tables import judge, tabulate_cost, tabulate_quality, tabulate_terms
+from drkd.reports.comparison_tables import tabulate_cost, tabulate_quality, tabulate_terms
 from drkd.reports.files import Run, write_atomically
 from drkd.reports.gap import PairedDifference
 from drkd.reports.matrix import draw_cost, draw_differences, draw_matrix

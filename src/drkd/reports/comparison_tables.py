@@ -1,4 +1,4 @@
-"""The tables of a comparison: scores, cost of training, distillation terms; and its answer in words."""
+"""The tables of a comparison: scores, cost of training, distillation terms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from drkd.reports.comparison_rows import TEACHER, Comparison, Row
 from drkd.reports.files import Evaluation
-from drkd.reports.gap import PairedDifference
 from drkd.reports.tables import Table, format_count, format_difference, format_share, format_spread
 
 _LOAD = 0.1
@@ -110,45 +109,6 @@ def tabulate_terms(rows: Sequence[Row]) -> Table:
     return Table(columns, tuple(lines), notes, words=3)
 
 
-def judge(rows: Sequence[Row], pair: str, reference: str) -> str:
-    """Say in a sentence which method is best on a pair, and how sure that is; nothing where none can be compared."""
-    known = [row for row in rows if row.pair == pair and row.to_reference and row.to_reference["ap"].count]
-    known = [row for row in known if not math.isnan(row.to_reference["ap"].mean)]
-    if not known:
-        return ""
-    # A method with one lucky seed does not beat one that was measured with all.
-    most = max(row.to_reference["ap"].count for row in known)
-    fewer = [row.method for row in known if row.to_reference["ap"].count < most]
-    known = [row for row in known if row.method not in fewer]
-    best = max(known, key=lambda row: row.to_reference["ap"].mean)
-    gain = best.to_reference["ap"]
-    words = f"{pair}: "
-    if gain.mean <= 0:
-        words += f"no method is better than {reference}; the best of {len(known)}, {best.method}, has an AP of "
-    else:
-        words += f"of {len(known)} method(s), {best.method} has the highest mean AP, "
-    words += f"{format_spread(best.scores['ap'])}: {format_difference(gain)} to {reference}, {_certainty(gain)}"
-    others = [row.method for row in known if row is not best]
-    if best.rival in others and best.to_rival["ap"].count:
-        rival = best.to_rival["ap"]
-        words += f"; {format_difference(rival)} to the next, {best.rival}, {_certainty(rival)}"
-    words += "."
-    small = best.to_small_rival
-    if small is not None and best.small_rival in others and small.count and not math.isnan(small.mean):
-        words += f" On small objects: {format_difference(small)} AP_S to the best rival there, {best.small_rival}, "
-        words += f"{_certainty(small)}."
-    # As many seeds as the best one has are not always the same seeds.
-    others = [name for name in others if name in best.to_rivals]
-    if others and gain.count > 1:
-        clear = [sum(best.to_rivals[name][metric].low > 0 for name in others) for metric in ("ap", "ap_small")]
-        words += f" Beyond chance it is above {clear[0]} of {len(others)} rival(s) in AP and {clear[1]} in AP_S."
-    elif not others:
-        words += " No other method has as many seeds."
-    if fewer:
-        words += f" Left out, with fewer seeds: {', '.join(fewer)}."
-    return words
-
-
 def _loads(rows: Sequence[Row], comparison: Comparison) -> Iterator[str]:
     """Pairs whose reference took unlike times for the same work."""
     for row in rows:
@@ -161,12 +121,6 @@ def _loads(rows: Sequence[Row], comparison: Comparison) -> Iterator[str]:
             ]
             if steps and max(steps) > (1 + _LOAD) * min(steps):
                 yield row.pair
-
-
-def _certainty(difference: PairedDifference) -> str:
-    if difference.count < 2:
-        return "from one seed, which says nothing about chance"
-    return "beyond chance" if difference.is_clear else f"not beyond chance with {difference.count} seeds"
 
 
 def _notes(rows: Sequence[Row], comparison: Comparison) -> Iterator[str]:
