@@ -16,6 +16,7 @@ from drkd.reports.tables import HEADINGS, group_scores
 METRICS = tuple(HEADINGS)
 TEACHER = "teacher"
 _REASON = "not_applicable"
+_AGAIN_FILE = "rerun.json"
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Comparison:
         split: The split of all scores.
         cells: Content of the cells' files, in order, with the pair as ``detector`` too.
         inapplicable: By pair and method, why the method cannot work with the pair.
+        again: Names of cells that are to be measured again, perhaps with other settings, and are left out.
     """
 
     pairs: tuple[str, ...]
@@ -85,6 +87,7 @@ class Comparison:
     split: str
     cells: tuple[Mapping[str, Any], ...]
     inapplicable: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    again: tuple[str, ...] = ()
 
 
 def read_comparison(folder: Path) -> Comparison:
@@ -97,7 +100,9 @@ def read_comparison(folder: Path) -> Comparison:
     missing = [name for name in ("pairs", "methods", "seeds", "reference", "split") if name not in about]
     if missing:
         raise DrkdError(f"{folder / 'comparison.json'}: field {missing[0]} is missing.")
-    found = [_read_cell(path) for path in _cell_files(folder, about) if path.exists()]
+    noted = read_json(folder / _AGAIN_FILE, kind=dict) if (folder / _AGAIN_FILE).exists() else {}
+    files = {name: path for name, path in _cell_files(folder, about) if path.exists()}
+    found = [_read_cell(path) for name, path in files.items() if name not in noted]
     cells = [cell for cell in found if _REASON not in cell]
     if not cells:
         raise DrkdError(f"{folder} holds no measured cell, so there is nothing to report.")
@@ -109,6 +114,7 @@ def read_comparison(folder: Path) -> Comparison:
         split=about["split"],
         cells=tuple(cells),
         inapplicable={(cell["pair"], cell["method"]): cell[_REASON] for cell in found if _REASON in cell},
+        again=tuple(name for name in files if name in noted),
     )
 
 
@@ -215,11 +221,13 @@ def _mean_terms(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
     return {term: {name: summarise(list_).mean for name, list_ in values.items()} for term, values in shown.items()}
 
 
-def _cell_files(folder: Path, about: Mapping[str, Any]) -> Iterator[Path]:
+def _cell_files(folder: Path, about: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+    """Name and file of every cell."""
     for pair in about["pairs"]:
-        yield folder / "cells" / pair / f"{TEACHER}.json"
+        yield f"{pair}/{TEACHER}", folder / "cells" / pair / f"{TEACHER}.json"
         for method in about["methods"]:
-            yield from (folder / "cells" / pair / method / f"seed{seed}.json" for seed in about["seeds"])
+            for seed in about["seeds"]:
+                yield f"{pair}/{method}/{seed}", folder / "cells" / pair / method / f"seed{seed}.json"
 
 
 def _read_cell(path: Path) -> dict[str, Any]:

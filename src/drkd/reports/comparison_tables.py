@@ -160,6 +160,12 @@ def _notes(rows: Sequence[Row], comparison: Comparison) -> Iterator[str]:
     if absent:
         more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
         yield f"Not measured: {', '.join(absent[:_NAMED])}{more}."
+    if comparison.again:
+        more = f" and {len(comparison.again) - _NAMED} more" if len(comparison.again) > _NAMED else ""
+        yield (
+            f"To be measured again, and not in this table: {', '.join(comparison.again[:_NAMED])}{more}. "
+            "The command goes on with them."
+        )
     sides = {tuple(cell["thresholds_px"]) for cell in cells if "thresholds_px" in cell} or {(32.0, 96.0)}
     if len(sides) == 1:
         yield Evaluation({}, {}, sides.pop()).thresholds

@@ -22,8 +22,11 @@ from drkd.cli import main
 from drkd.contracts import DrkdError
 from drkd.recipes.comparison import cell as cells
 from drkd.recipes.comparison import run
+from drkd.recipes.comparison.again import AGAIN_FILE
 from drkd.recipes.comparison.definition import Comparison, load_comparison
 from drkd.recipes.lock import locked_folder
+from drkd.reports.comparison_rows import read_comparison, summarise_comparison
+from drkd.reports.comparison_tables import tabulate_quality
 
 NAMES = ["tiny/teacher.json", *(f"tiny/{m}/seed{s}.json" for m in ("student", "hint", "drkd") for s in (0, 1))]
 
@@ -371,6 +374,60 @@ def test_what_rerun_all_measured_outlives_an_interrupt_and_the_old_report_does_n
     measured = _files(tmp_path)["tiny/hint/seed0.json"]
     assert main(command) == 0
     assert _files(tmp_path)["tiny/hint/seed0.json"] == measured
+
+
+@pytest.mark.parametrize("rerun", ["all", "changed"])
+def test_a_rerun_that_is_broken_off_keeps_what_it_has_not_begun_with(
+    rerun: str, fake: None, comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = ("--jobs=1",) if rerun == "all" else ("--jobs=1", "--overrides.training.steps=3")
+    only = ["tiny/student", "tiny/hint/0", "tiny/hint/1"]
+    _compare(comparison_file, only=only)
+    before = _files(tmp_path)
+
+    def stop_at(name: str, cell: run.Cell) -> list[str]:
+        if cell.name == name:
+            raise KeyboardInterrupt
+        return fake_cell.fake_program(cell)
+
+    # Seed 0 of both is measured again; student/1 has begun, hint/1 has not.
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_program", lambda cell: stop_at("tiny/student/1", cell))
+        with pytest.raises(KeyboardInterrupt):
+            _compare(comparison_file, overrides=change, only=only, rerun=rerun)
+    after = _files(tmp_path)
+    assert sorted(before.keys() - after.keys()) == ["tiny/student/seed1.json"]
+    assert after["tiny/hint/seed1.json"] == before["tiny/hint/seed1.json"]
+    # It is in no table with those that are measured already, perhaps with other settings.
+    comparison = read_comparison(tmp_path / "out")
+    assert {(cell["method"], cell["seed"]) for cell in comparison.cells} == {("student", 0), ("hint", 0)}
+    assert comparison.again == ("tiny/hint/1",)
+    notes = tabulate_quality(summarise_comparison(comparison), comparison).notes
+    assert any(note.startswith("To be measured again, and not in this table: tiny/hint/1.") for note in notes)
+    listed = run.list_cells(load_comparison(comparison_file, change), source="x", only=["tiny/hint"])
+    assert [state for _, state, _ in listed] == ["done", "changed"]
+    assert "a --rerun was broken off" in listed[1][2][-1]
+    # The same command without --rerun goes on, and repeats nothing.
+    assert _compare(comparison_file, overrides=change, only=only).measured == 4
+    last = _files(tmp_path)
+    assert sorted(name for name in last if after.get(name) == last[name]) == [
+        "tiny/hint/seed0.json",
+        "tiny/student/seed0.json",
+    ]
+    assert read_comparison(tmp_path / "out").again == () and not (tmp_path / "out" / AGAIN_FILE).exists()
+
+
+def test_a_change_that_is_taken_back_needs_no_second_run(
+    fake: None, comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _compare(comparison_file, only=["tiny/hint"])
+    before = _files(tmp_path)
+    change = ("--jobs=1", "--overrides.training.steps=3")
+    monkeypatch.setattr(run, "check_inputs", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        _compare(comparison_file, overrides=change, only=["tiny/hint"], rerun="changed")
+    assert _compare(comparison_file, only=["tiny/hint"]).measured == 2
+    assert _files(tmp_path) == before
 
 
 def test_what_cannot_be_removed_stops_before_anything_is_lost(

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from drkd.contracts import DrkdError
+from drkd.recipes.comparison.again import Again, read_again
 from drkd.recipes.comparison.cell import (
     NOT_APPLICABLE,
     Cell,
@@ -24,7 +25,6 @@ from drkd.recipes.comparison.cell import (
     check_inputs,
     collect,
     collect_reason,
-    forget,
     is_finished,
     look_up,
     make_cells,
@@ -80,7 +80,7 @@ class Compared:
 
 
 class StoppedMeasuring(KeyboardInterrupt):
-    """Interrupted when the cells to measure again were forgotten already, and not before."""
+    """Interrupted when the cells to measure again were noted already, and not before."""
 
 
 def compare(
@@ -111,16 +111,15 @@ def compare(
     selected = select_cells(cells, only, source=source)
     with locked_folder(comparison.output) as lock:
         again = _find_outdated(cells, selected, rerun)
-        if any(cell.file.exists() for cell in again):
+        if any(cell in again and cell.file.exists() for cell in selected):
             # It would go on showing numbers whose cells are gone, however this session ends.
             remove_report(comparison.output)
-        for cell in again:
-            forget(cell)
+        again.note()
         _describe(comparison)
         for cell in cells:
             remove_asides(cell.file.parent, [cell.file.name])
-        missing = [cell for cell in selected if not cell.file.exists()]
-        tasks = [_task(cell) for cell in selected]
+        tasks = [_task(cell, again) for cell in selected]
+        missing = [task for task in tasks if task.state == "queued"]
         board = Board(tasks, console or Console(stderr=True, highlight=False), jobs=comparison.jobs)
         board.console.print(
             f"{len(selected)} cells, {len(missing)} to measure, {comparison.jobs} at a time, "
@@ -128,10 +127,10 @@ def compare(
             markup=False,
         )
         try:
-            failures = _work(tasks, board, jobs=comparison.jobs, lock=lock)
+            failures = _work(tasks, board, again, jobs=comparison.jobs, lock=lock)
         except KeyboardInterrupt as stop:
             raise StoppedMeasuring from stop
-    found = {cell.name: read_object(cell.file) for cell in cells if cell.file.exists()}
+    found = {cell.name: read_object(cell.file) for cell in cells if cell.file.exists() and cell not in again}
     inapplicable = {name: str(content[NOT_APPLICABLE]) for name, content in found.items() if NOT_APPLICABLE in content}
     return Compared(comparison.output, len(found) - len(inapplicable), len(cells), tuple(failures), inapplicable)
 
@@ -142,8 +141,12 @@ def list_cells(comparison: Comparison, *, source: str, only: Sequence[str] = ())
     Raises:
         DrkdError: If a recipe or a method cannot be used.
     """
-    selected = select_cells(make_cells(comparison, source=source), only, source=source)
-    return [(cell, *look_up(cell)) for cell in selected]
+    cells = make_cells(comparison, source=source)
+    found = {cell.name: look_up(cell) for cell in cells}
+    noted = read_again(comparison.output, cells, [name for name, (state, _) in found.items() if state == "changed"])
+    for name in noted.keys() & found.keys():
+        found[name] = "changed", [*found[name][1], "is to be measured again: a --rerun was broken off"]
+    return [(cell, *found[cell.name]) for cell in select_cells(cells, only, source=source)]
 
 
 def select_cells(cells: Sequence[Cell], only: Sequence[str], *, source: str) -> list[Cell]:
@@ -169,11 +172,17 @@ def _fits(cell: Cell, pattern: str) -> bool:
     return len(wanted) <= len(parts) and all(map(fnmatchcase, parts, wanted))
 
 
-def _find_outdated(cells: Sequence[Cell], selected: Sequence[Cell], rerun: Rerun) -> list[Cell]:
-    """Cells to measure again; refuses those that would mix settings in one table."""
+def _find_outdated(cells: Sequence[Cell], selected: Sequence[Cell], rerun: Rerun) -> Again:
+    """Cells to measure again, those of a broken-off session too; refuses those that would mix settings in a table."""
     changed = {cell.name: changes for cell in cells for state, changes in [look_up(cell)] if state == "changed"}
-    again = [cell for cell in selected if rerun == "all" or (rerun == "changed" and cell.name in changed)]
-    left = [cell for cell in cells if cell.name in changed and cell not in again]
+    folder = cells[0].output
+    noted = read_again(folder, cells, changed)
+    for cell in selected:
+        if rerun == "all":
+            noted[cell.name] = "all"
+        elif rerun == "changed" and cell.name in changed:
+            noted.setdefault(cell.name, "changed")
+    left = [cell for cell in cells if cell.name in changed and cell.name not in noted]
     if left:
         first = left[0]
         more = f" and {len(left) - 1} other cells" if len(left) > 1 else ""
@@ -183,7 +192,7 @@ def _find_outdated(cells: Sequence[Cell], selected: Sequence[Cell], rerun: Rerun
             f"{first.file}{more} were measured with other settings ({words}). Measure such cells again with --rerun, "
             "take the change back, or choose another folder with --output."
         )
-    return again
+    return Again(folder, noted)
 
 
 def _describe(comparison: Comparison) -> None:
@@ -199,13 +208,13 @@ def _describe(comparison: Comparison) -> None:
     write_json(comparison.output / "comparison.json", content)
 
 
-def _task(cell: Cell) -> Task:
-    if not cell.file.exists():
+def _task(cell: Cell, again: Again) -> Task:
+    if cell in again or not cell.file.exists():
         return Task(cell)
     return Task(cell, "done", read_object(cell.file), earlier=True)
 
 
-def _work(tasks: Sequence[Task], board: Board, *, jobs: int, lock: int | None) -> list[Failure]:
+def _work(tasks: Sequence[Task], board: Board, again: Again, *, jobs: int, lock: int | None) -> list[Failure]:
     """Run the queued tasks; stop the running ones when this is interrupted."""
     queue = deque(task for task in tasks if task.state == "queued")
     running: dict[int, tuple[Task, subprocess.Popen[bytes]]] = {}
@@ -216,9 +225,17 @@ def _work(tasks: Sequence[Task], board: Board, *, jobs: int, lock: int | None) -
             while queue or running:
                 while queue and len(running) < jobs:
                     task = queue.popleft()
-                    if is_finished(task.cell):
+                    if task.cell not in again and is_finished(task.cell):
                         _end(task, 0, board, failures)
                         continue
+                    try:
+                        check_inputs(task.cell)
+                    except DrkdError as error:
+                        _fail(task, board, failures, Failure(task.cell.name, None, (str(error),)))
+                        continue
+                    if task.cell in again:
+                        # Outside of what makes a failed cell: where nothing can be removed the command ends.
+                        again.begin(task.cell)
                     try:
                         process = _start(task, environment, lock=lock)
                     except DrkdError as error:
@@ -243,10 +260,9 @@ def _start(task: Task, environment: dict[str, str], *, lock: int | None) -> subp
     """Start the cell's process.
 
     Raises:
-        DrkdError: If the files that the settings name were replaced, or the folder cannot be written to.
+        DrkdError: If the folder cannot be written to.
     """
     task.state, task.began = "running", time.monotonic()
-    check_inputs(task.cell)
     if can_resume(task.cell):
         task.look()
         task.first = task.step
