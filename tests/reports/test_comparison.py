@@ -249,6 +249,35 @@ def test_without_a_seed_common_to_all_the_rivals_that_share_some_still_count(tmp
     assert answer.endswith("so mean APs are not compared.")
 
 
+def test_cells_that_are_not_asked_for_are_noted(tmp_path):
+    write_cells(tmp_path, seeds=[1, 2], methods=["student", "drkd", "hint"])
+    write_cells(tmp_path / "other", pair="gone")
+    (tmp_path / "other" / "cells" / "gone").rename(tmp_path / "cells" / "gone")
+    rows, comparison = rows_of(tmp_path)
+    notes = " ".join(tabulate_quality(list(rows.values()), comparison).notes)
+    for words in ("pairs gone", "methods paper", "seeds 0"):
+        assert f"Cells of {words} lie in the folder and are not in this table" in notes
+    rows, comparison = rows_of(write_cells(tmp_path / "whole"))
+    assert comparison.aside == ()
+
+
+def test_steps_of_two_machines_are_not_compared(tmp_path):
+    write_cells(tmp_path)
+    for method, seed, machine in (("drkd", 0, {"cpu": "fast"}), ("drkd", 1, None), ("hint", 0, {"cpu": "fast"})):
+        cell = tmp_path / f"cells/net/{method}/seed{seed}.json"
+        content = {**json.loads(cell.read_text()), "machine": machine}
+        content["training"]["seconds_per_step"] = 0.01
+        cell.write_text(json.dumps(content))
+    for seed in (1, 2):
+        (tmp_path / f"cells/net/hint/seed{seed}.json").unlink()
+    rows, comparison = rows_of(tmp_path)
+    # Of the one seed on the student's machine: 0.12 / 0.1.
+    assert rows["drkd"].step_ratio == pytest.approx(1.2) and math.isnan(rows["hint"].step_ratio)
+    table = tabulate_cost(list(rows.values()), comparison)
+    assert {row[1]: row[3] for row in table.rows}["hint"] == "-"
+    assert "Measured on 2 kinds of machine" in " ".join(table.notes)
+
+
 def test_a_cell_that_began_with_another_commit_says_so(tmp_path):
     def notes():
         rows, comparison = rows_of(tmp_path)

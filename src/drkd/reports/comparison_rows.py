@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,8 @@ class Row:
             shares a seed; the best rival is not always the one that is hardest to tell apart from.
         share: Share of the teacher's lead over the reference that is recovered, in AP; NaN where there is none.
         seconds_per_step: Mean over seeds of the median step, s; NaN if not measured.
-        step_ratio: The same over the reference's, mean over the seeds that both have; NaN if there is none.
+        step_ratio: The same over the reference's, mean over the seeds that both have measured on the same machine; NaN
+            if there is none.
         peak_memory: Largest over seeds, bytes; NaN if not measured.
         extra_parameters: Trainable parameters of the method while training; NaN if not measured.
         held_parameters: The same with its fixed ones; NaN if not measured, as in cells of earlier versions.
@@ -78,6 +80,7 @@ class Comparison:
         cells: Content of the cells' files, in order, with the pair as ``detector`` too.
         inapplicable: By pair and method, why the method cannot work with the pair.
         again: Names of cells that are to be measured again, perhaps with other settings, and are left out.
+        aside: Sentences about cells that lie in the folder and are not asked for, so that they are left out too.
     """
 
     pairs: tuple[str, ...]
@@ -88,6 +91,7 @@ class Comparison:
     cells: tuple[Mapping[str, Any], ...]
     inapplicable: Mapping[tuple[str, str], str] = field(default_factory=dict)
     again: tuple[str, ...] = ()
+    aside: tuple[str, ...] = ()
 
 
 def read_comparison(folder: Path) -> Comparison:
@@ -115,6 +119,7 @@ def read_comparison(folder: Path) -> Comparison:
         cells=tuple(cells),
         inapplicable={(cell["pair"], cell["method"]): cell[_REASON] for cell in found if _REASON in cell},
         again=tuple(name for name in files if name in noted),
+        aside=tuple(_cells_aside(folder, about)),
     )
 
 
@@ -200,12 +205,20 @@ def _training(cells: Sequence[Mapping[str, Any]], *keys: str) -> list[float]:
 
 
 def _step_ratio(cells: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> float:
-    """Paired by seed: a machine's load differs from one seed to the next, and would count as the method's."""
+    """Paired by seed: a machine's load differs from one seed to the next, and would count as the method's.
+
+    Both of a pair must have run on one machine, and say so.
+    """
     ours, theirs = (
-        {cell.get("seed"): seconds[0] for cell in side if (seconds := _training([cell], "seconds_per_step"))}
+        # Of two machines the faster one would count as the method's too.
+        {
+            (cell.get("seed"), json.dumps(machine, sort_keys=True)): seconds[0]
+            for cell in side
+            if (machine := cell.get("machine")) and (seconds := _training([cell], "seconds_per_step"))
+        }
         for side in (cells, base)
     )
-    return summarise([ours[seed] / theirs[seed] for seed in ours if theirs.get(seed)]).mean
+    return summarise([ours[key] / theirs[key] for key in ours if theirs.get(key)]).mean
 
 
 def _mean_terms(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -228,6 +241,23 @@ def _cell_files(folder: Path, about: Mapping[str, Any]) -> Iterator[tuple[str, P
         for method in about["methods"]:
             for seed in about["seeds"]:
                 yield f"{pair}/{method}/{seed}", folder / "cells" / pair / method / f"seed{seed}.json"
+
+
+def _cells_aside(folder: Path, about: Mapping[str, Any]) -> Iterator[str]:
+    """Say which cells lie in the folder beside those of this table: of other seeds, methods or pairs."""
+    seeds, methods, pairs = set(), set(), set()
+    for path in (folder / "cells").glob("*/*/seed*.json"):
+        pair, method, seed = path.parts[-3], path.parts[-2], path.stem.removeprefix("seed")
+        if pair not in about["pairs"]:
+            pairs.add(pair)
+        elif method not in about["methods"]:
+            methods.add(method)
+        elif seed.isdigit() and int(seed) not in about["seeds"]:
+            seeds.add(int(seed))
+    for kind, found in (("pairs", sorted(pairs)), ("methods", sorted(methods)), ("seeds", sorted(seeds))):
+        if found:
+            names = ", ".join(map(str, found))
+            yield f"Cells of {kind} {names} lie in the folder and are not in this table: name them, and they are."
 
 
 def _read_cell(path: Path) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def tabulate_cost(rows: Sequence[Row], comparison: Comparison) -> Table:
     notes = [
         "Step: median seconds of forward, backward and update once training is warm, mean over seeds; loading data, "
         f"measuring gradient ratios and validation left out. x {comparison.reference}: mean of the ratios of the seeds "
-        f"that both have. Peak memory: {' or '.join(sorted(kinds)) or 'unknown'}, "
+        f"that both have measured on the same machine. Peak memory: {' or '.join(sorted(kinds)) or 'unknown'}, "
         "largest over seeds, the teacher included. Extra parameters: the method's, trained / held (fixed ones too, "
         "the teacher's not counted), thrown away after training; the student that comes out costs the same whatever "
         "the method."
@@ -78,7 +78,10 @@ def tabulate_cost(rows: Sequence[Row], comparison: Comparison) -> Table:
             f"({', '.join(loads)}): other work shared the machine, and ratios are rough."
         )
     if len(machines) > 1:
-        notes.append(f"Measured on {len(machines)} kinds of machine or thread counts: times are not comparable.")
+        notes.append(
+            f"Measured on {len(machines)} kinds of machine or thread counts: "
+            "steps are not comparable from one to another, and a ratio has seeds of one machine only."
+        )
     return Table(columns, tuple(lines), tuple(notes), words=2)
 
 
@@ -160,6 +163,7 @@ def _notes(rows: Sequence[Row], comparison: Comparison) -> Iterator[str]:
     if absent:
         more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
         yield f"Not measured: {', '.join(absent[:_NAMED])}{more}."
+    yield from comparison.aside
     if comparison.again:
         more = f" and {len(comparison.again) - _NAMED} more" if len(comparison.again) > _NAMED else ""
         yield (
