@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -265,20 +266,28 @@ def compare_parser(description: str, **settings: Any) -> ArgumentParser:
         help="Measure again what was measured with other settings; 'all': every selected cell.",
     )
     _flag(parser, "dry_run", "List the cells and whether they are measured; run nothing.")
+    _flag(parser, "report_only", "Write the report of what is measured; run nothing.")
     return parser
 
 
 def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
     """Measure what is missing, write the report and print its table; say what failed."""
     from drkd.cli_output import print_cells, print_failures, print_outcome
+    from drkd.contracts import DrkdError
     from drkd.recipes.comparison.definition import instantiate, source_of
-    from drkd.recipes.comparison.run import StoppedMeasuring, compare, list_cells
+    from drkd.recipes.comparison.run import StoppedMeasuring, compare, describe, list_cells
     from drkd.reports import write_comparison_report
 
     source = source_of(config)
     comparison = instantiate(parser, config)
     if config.dry_run:
         print_cells(list_cells(comparison, source=source, only=config.only), console)
+        return 0
+    if config.report_only:
+        describe(comparison, source=source)
+        page = write_comparison_report(comparison.output)
+        console.print((comparison.output / "table.md").read_text(encoding="utf-8"), markup=False)
+        console.print(f"Open {page}", markup=False)
         return 0
     try:
         compared = compare(comparison, source=source, only=config.only, rerun=config.rerun)
@@ -289,6 +298,10 @@ def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
             f"drkd: interrupted; what was running is stopped, what was finished is kept. The same command {how}.",
             file=sys.stderr,
         )
+        if isinstance(stop, StoppedMeasuring):
+            # Without a finished cell there is nothing to report, and nothing to say about that.
+            with suppress(DrkdError):
+                print(f"What is finished is in {write_comparison_report(comparison.output)}", file=sys.stderr)
         return INTERRUPTED
     page = None
     try:

@@ -365,8 +365,13 @@ def test_what_rerun_all_measured_outlives_an_interrupt_and_the_old_report_does_n
         patch.setattr(run, "_program", lambda cell: stop() if cell.seed else fake_cell.fake_program(cell))
         assert main([*command, "--rerun=all"]) == 130
         assert "The same command without --rerun goes on" in capsys.readouterr().err
-        assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == kept | {"figures"}
-        assert [path.name for path in (out / "figures").iterdir()] == ["mine.png"]
+        # The report is a new one, of what is finished.
+        assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == kept | {
+            name.split("/")[0] for name in cells.REPORT_FILES
+        }
+        assert (out / "figures" / "mine.png").exists()
+        (row,) = json.loads((out / "table.json").read_text())["rows"]
+        assert (row["method"], row["seeds"]) == ("hint", [0])
         assert list(_files(tmp_path)) == ["tiny/hint/seed0.json"]
         patch.setattr(run, "_program", lambda _: [sys.executable, "-c", ""])
         assert main([*command[:-1], "tiny/hint/1", "--rerun=all"]) == 1
@@ -428,6 +433,37 @@ def test_a_change_that_is_taken_back_needs_no_second_run(
         _compare(comparison_file, overrides=change, only=["tiny/hint"], rerun="changed")
     assert _compare(comparison_file, only=["tiny/hint"]).measured == 2
     assert _files(tmp_path) == before
+
+
+def test_a_report_without_measuring(
+    fake: None,
+    comparison_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["compare", "--config", str(comparison_file), "--report-only"]
+    assert main(command) == 2
+    assert "comparison.json is missing" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    _compare(comparison_file, only=["tiny/hint/0", "tiny/student/0", "tiny/teacher"])
+    monkeypatch.setattr(run, "_program", lambda _: pytest.fail("it was measured"))
+    # As while another command is at work.
+    with locked_folder(tmp_path / "out"):
+        assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "tiny: no method is better than student" in shown and "Open " in shown
+    assert (tmp_path / "out" / "report.html").exists()
+    # Nor does it mix settings.
+    assert main([*command, "--overrides.training.steps=3"]) == 2
+    assert "training.steps was 2, is 3" in capsys.readouterr().err
+
+
+def test_another_split_wants_another_folder(fake: None, comparison_file: Path) -> None:
+    _compare(comparison_file, only=["tiny/hint/0"])
+    with pytest.raises(
+        DrkdError, match=r"evaluation\.split was 'val', is 'train'.*\)\. Choose another folder with --out"
+    ):
+        _compare(comparison_file, overrides=("--split=train",))
 
 
 def test_what_cannot_be_removed_stops_before_anything_is_lost(

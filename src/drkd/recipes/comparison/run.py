@@ -149,6 +149,23 @@ def list_cells(comparison: Comparison, *, source: str, only: Sequence[str] = ())
     return [(cell, *found[cell.name]) for cell in select_cells(cells, only, source=source)]
 
 
+def describe(comparison: Comparison, *, source: str) -> None:
+    """Have the folder's report be about this comparison, without measuring; not while another command is at work there.
+
+    Raises:
+        DrkdError: If a recipe or a method cannot be used, or settings of a measured cell changed.
+    """
+    cells = make_cells(comparison, source=source)
+    _find_outdated(cells, (), "no")
+    if not (comparison.output / "cells").is_dir():
+        return
+    try:
+        with locked_folder(comparison.output, patience=0):
+            _describe(comparison)
+    except DrkdError:
+        return
+
+
 def select_cells(cells: Sequence[Cell], only: Sequence[str], *, source: str) -> list[Cell]:
     """Return the cells that fit a pattern.
 
@@ -188,10 +205,12 @@ def _find_outdated(cells: Sequence[Cell], selected: Sequence[Cell], rerun: Rerun
         more = f" and {len(left) - 1} other cells" if len(left) > 1 else ""
         changes = changed[first.name]
         words = "; ".join(changes[:3]) + (f"; {len(changes) - 3} more" if len(changes) > 3 else "")
-        raise DrkdError(
-            f"{first.file}{more} were measured with other settings ({words}). Measure such cells again with --rerun, "
-            "take the change back, or choose another folder with --output."
-        )
+        remedies = ["measure such cells again with --rerun", "take the change back"]
+        # The scores on both splits are wanted then, and --rerun would remove those on the first.
+        place = 0 if any(change.startswith("evaluation.split ") for change in changes) else 2
+        remedies.insert(place, "choose another folder with --output")
+        advice = f"{', '.join(remedies[:2])}, or {remedies[2]}".capitalize()
+        raise DrkdError(f"{first.file}{more} were measured with other settings ({words}). {advice}.")
     return Again(folder, noted)
 
 
