@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from drkd.recipes.comparison.run import Compared, Failure
     from drkd.recipes.training import RunResult
 
+_FEW = 3
+"""Cells of which it is said at the end how long each took: who tries one wants to know."""
+
 
 def print_run(result: RunResult, console: Console) -> None:
     """Print where a run's results are, and its metrics."""
@@ -84,10 +87,16 @@ def print_outcome(compared: Compared, page: Path | None, console: Console) -> No
         page: Its report, whose notes give the reasons; None where there is none, and they are printed here.
         console: Where to print.
     """
+    from drkd.recipes.comparison.progress import duration
+
     for name, reason in compared.inapplicable.items() if page is None else ():
         console.print(f"{name} is not applicable: {reason}", markup=False)
     without = f", {len(compared.inapplicable)} not applicable" if compared.inapplicable else ""
     where = "" if page is None else f" Open {page}"
+    for name, seconds in compared.took.items() if len(compared.took) <= _FEW else ():
+        console.print(f"{name} took {duration(seconds)}.", markup=False)
+    if compared.rest:
+        console.print(f"The cells without a result will take about {duration(compared.rest)}.", markup=False)
     console.print(f"{compared.measured} of {compared.cells} cells are measured{without}.{where}", markup=False)
 
 

@@ -52,6 +52,22 @@ def test_every_state_is_shown(terminal: bool, tmp_path: Path) -> None:
         assert "a/drkd/1: started" in shown and "a/drkd/0: failed" in shown
 
 
+def test_a_board_higher_than_the_terminal_shows_what_runs(tmp_path: Path) -> None:
+    tasks = [_task(f"method{number}", 0, tmp_path) for number in range(30)]
+    tasks[3] = _done("method3", 0, tmp_path, 200.0)
+    tasks[27].state, tasks[29].state = "failed", "running"
+    output = StringIO()
+    console = Console(file=output, force_terminal=True, width=100, height=12, color_system=None, highlight=False)
+    console.print(Board(tasks, console, jobs=1).render())
+    lines = output.getvalue().rstrip().splitlines()
+    assert len(lines) < 12
+    # The title says how long the last one took.
+    assert lines[0].startswith("30 cells: 1 done, 1 running, 1 failed") and "a/method3/0 took 3 min" in lines[0]
+    assert any("method29" in line and "starting" in line for line in lines)
+    assert any("method27" in line and "failed" in line for line in lines)
+    assert lines[-1].strip() == "and 22 rows more: 22 queued"
+
+
 def test_running_cells_say_where_they_are(tmp_path: Path) -> None:
     task = _task("drkd", 0, tmp_path, state="running")
     task.look()

@@ -458,6 +458,15 @@ def test_a_report_without_measuring(
     assert "training.steps was 2, is 3" in capsys.readouterr().err
 
 
+def test_the_first_cell_says_how_long_the_others_will_take(
+    fake: None, comparison_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", "--config", str(comparison_file), "--only", "tiny/hint/0", "--jobs=1"]) == 0
+    shown = capsys.readouterr().out
+    # Five more, and a teacher of which nothing is known.
+    assert "tiny/hint/0 took 3 s." in shown and "The cells without a result will take about 15 s." in shown
+
+
 def test_another_split_wants_another_folder(fake: None, comparison_file: Path) -> None:
     _compare(comparison_file, only=["tiny/hint/0"])
     with pytest.raises(

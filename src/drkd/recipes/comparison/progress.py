@@ -75,6 +75,10 @@ class Task:
         return "evaluating" if self.step >= self.steps else f"step {self.step}/{self.steps}, epoch {self.epoch + 1}"
 
 
+_Row = tuple[tuple[str, str], dict[int | None, Task]]
+"""Pair and method, and their tasks by seed."""
+
+
 class Board:
     """Shows the tasks: a table that is redrawn on a terminal, a line an event elsewhere.
 
@@ -104,7 +108,7 @@ class Board:
             return
         ended = [other for other in self.tasks if other.state in ("done", "failed")]
         words = task.words() if task.state != "running" else "started"
-        took = f", {_duration(task.seconds)}" if task.state == "done" and task.seconds is not None else ""
+        took = f", {duration(task.seconds)}" if task.state == "done" and task.seconds is not None else ""
         left = f"; {self.left_words()}" if task.state in ("done", "failed") else ""
         self.console.print(f"[{len(ended)}/{len(self.tasks)}] {task.cell.name}: {words}{took}{left}")
 
@@ -122,7 +126,7 @@ class Board:
         left = self.seconds_left()
         if left is None:
             return "time left not known yet"
-        return f"about {_duration(left)} left" if left else "nothing left"
+        return f"about {duration(left)} left" if left else "nothing left"
 
     def render(self) -> Group:
         """The board: how far all is, and a table with a row a pair and method, a column a seed."""
@@ -130,6 +134,12 @@ class Board:
         counts = {state: sum(task.state == state for task in self.tasks) for state in ("done", "running", "failed")}
         summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
         title = f"{len(self.tasks)} cells: {summary or 'none started'}; {self.left_words()}"
+        measured = [
+            task for task in self.tasks if task.state == "done" and not task.earlier and task.seconds is not None
+        ]
+        if measured:
+            last = measured[-1]
+            title += f"; {last.cell.name} took {duration(last.seconds or 0.0)}"
         table = Table("pair", "method", box=None, pad_edge=False)
         for seed in seeds:
             table.add_column(f"seed {seed}")
@@ -137,12 +147,18 @@ class Board:
         for task in self.tasks:
             rows.setdefault((task.cell.pair, task.cell.method), {})[task.cell.seed] = task
         order = list(dict.fromkeys(pair for pair, _ in rows))
-        for (pair, method), by_seed in sorted(rows.items(), key=lambda item: order.index(item[0][0])):
+        kept, rest = _fit(sorted(rows.items(), key=lambda item: order.index(item[0][0])), self._room())
+        for (pair, method), by_seed in kept:
             teacher = by_seed.get(None)
             shown = [teacher, *[None] * (len(seeds) - 1)] if teacher else [by_seed.get(seed) for seed in seeds]
             table.add_row(pair, method, *(_cell_text(task) for task in shown[: len(seeds)]))
         # Not as the table's title, which would be wrapped at the width of the table.
-        return Group(Text(title), table)
+        hidden = [Text(f"and {len(rest)} rows more: {_count(rest)}", style="dim")] if rest else []
+        return Group(Text(title, overflow="ellipsis", no_wrap=True), table, *hidden)
+
+    def _room(self) -> int | None:
+        """Rows that fit below the title and the heading, one line left for the cursor; None where nothing is cut."""
+        return max(1, self.console.height - 3) if self.console.is_terminal else None
 
     def _rest(self, task: Task) -> float | None:
         now = time.monotonic()
@@ -180,6 +196,26 @@ class Board:
         return None
 
 
+def _fit(rows: list[_Row], room: int | None) -> tuple[list[_Row], list[_Row]]:
+    """Rows that are shown, in order, and those that are not: where not all fit, running and failed ones come first."""
+    if room is None or len(rows) <= room:
+        return rows, []
+    urgency = {"running": 0, "failed": 1}
+    ranks = [min(urgency.get(task.state, 2) for task in by_seed.values()) for _, by_seed in rows]
+    # A line less, for what is not shown.
+    chosen = set(sorted(range(len(rows)), key=lambda place: ranks[place])[: max(1, room - 1)])
+    return (
+        [row for place, row in enumerate(rows) if place in chosen],
+        [row for place, row in enumerate(rows) if place not in chosen],
+    )
+
+
+def _count(rows: list[_Row]) -> str:
+    states = [task.state for _, by_seed in rows for task in by_seed.values()]
+    counts = [f"{states.count(state)} {state}" for state in ("running", "failed", "done", "queued") if state in states]
+    return ", ".join(counts)
+
+
 def _cell_text(task: Task | None) -> Text:
     if task is None:
         return Text("")
@@ -194,7 +230,8 @@ def _score(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours in words."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +70,8 @@ class Compared:
         cells: All cells of the comparison.
         failures: Those that failed in this session.
         inapplicable: By name, why a cell's method cannot work with its pair; such a cell has no scores.
+        took: By name, seconds of the cells that were measured in this session.
+        rest: Estimate of the seconds that the cells without a result will take; None where nothing is known.
     """
 
     output: Path
@@ -77,6 +79,8 @@ class Compared:
     cells: int
     failures: tuple[Failure, ...]
     inapplicable: Mapping[str, str]
+    took: Mapping[str, float] = field(default_factory=dict)
+    rest: float | None = None
 
 
 class StoppedMeasuring(KeyboardInterrupt):
@@ -132,7 +136,10 @@ def compare(
             raise StoppedMeasuring from stop
     found = {cell.name: read_object(cell.file) for cell in cells if cell.file.exists() and cell not in again}
     inapplicable = {name: str(content[NOT_APPLICABLE]) for name, content in found.items() if NOT_APPLICABLE in content}
-    return Compared(comparison.output, len(found) - len(inapplicable), len(cells), tuple(failures), inapplicable)
+    took = {task.cell.name: task.seconds for task in tasks if not task.earlier and task.seconds is not None}
+    rest = Board([_task(cell, again) for cell in cells], board.console, jobs=comparison.jobs).seconds_left()
+    measured = len(found) - len(inapplicable)
+    return Compared(comparison.output, measured, len(cells), tuple(failures), inapplicable, took, rest)
 
 
 def list_cells(comparison: Comparison, *, source: str, only: Sequence[str] = ()) -> list[tuple[Cell, State, list[str]]]:
