@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import fake_cell
 import pytest
@@ -24,6 +25,7 @@ from drkd.recipes.comparison import cell as cells
 from drkd.recipes.comparison import run
 from drkd.recipes.comparison.again import AGAIN_FILE
 from drkd.recipes.comparison.definition import Comparison, load_comparison
+from drkd.recipes.comparison.gpus import Gpus, list_gpus
 from drkd.recipes.lock import locked_folder
 from drkd.reports.comparison_rows import read_comparison, summarise_comparison
 from drkd.reports.comparison_tables import tabulate_quality
@@ -514,6 +516,41 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path: Path) -> None:
 def test_threads_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     assert [run._threads(jobs) for jobs in (1, 3, 16)] == [8, 2, 1]
+
+
+def test_each_cell_has_a_gpu_of_its_own(fake: None, comparison_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[str, str | None]] = []
+    started = run.start_leashed
+
+    def note(command: list[str], *, environment: dict[str, str], **options: Any) -> subprocess.Popen[bytes]:
+        given.append((Path(command[3]).name, environment.get("CUDA_VISIBLE_DEVICES")))
+        return started(command, environment=environment, **options)
+
+    monkeypatch.setattr(run, "start_leashed", note)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,-1,9")
+    gpu = ("--overrides.training.accelerator=auto", "--jobs=2")
+    assert not _compare(comparison_file, overrides=gpu, only=["tiny/*/0"]).failures
+    assert dict(given[:2]) == {"student-seed0": "5", "hint-seed0": "7"}
+    assert given[2][1] in ("5", "7")
+    given.clear()
+    _compare(comparison_file, overrides=("--jobs=2", f"--output={comparison_file.parent / 'cpu'}"), only=["tiny/*/0"])
+    assert {value for _, value in given} == {"5,7,-1,9"}
+
+
+def test_gpus_are_those_that_are_seen_and_the_freest_is_next(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert list_gpus({}) == ["0", "1", "2"] and list_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
+    settings = {"training": {"devices": 1, "accelerator": "auto"}}
+    one, two, three, four = (
+        cells.Cell("a", "m", seed, "train", (), settings, frozenset(), tmp_path) for seed in range(4)
+    )
+    gpus = Gpus(list_gpus({}))
+    assert [gpus.take(cell)["CUDA_VISIBLE_DEVICES"] for cell in (one, two, three)] == ["0", "1", "2"]
+    gpus.give_back(two)
+    assert gpus.take(four) == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert gpus.take(two) == {"CUDA_VISIBLE_DEVICES": "0"}
+    wide = cells.Cell("a", "m", 9, "train", (), {"training": {"devices": 2}}, frozenset(), tmp_path)
+    assert gpus.take(wide) == {} and Gpus(["0"]).take(one) == {}
 
 
 def test_dry_run_lists_and_runs_nothing(

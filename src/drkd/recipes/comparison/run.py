@@ -33,6 +33,7 @@ from drkd.recipes.comparison.cell import (
     remove_run,
 )
 from drkd.recipes.comparison.definition import Comparison
+from drkd.recipes.comparison.gpus import Gpus, list_gpus
 from drkd.recipes.comparison.leash import let_go, start_leashed
 from drkd.recipes.comparison.progress import Board, Task
 from drkd.recipes.lock import locked_folder
@@ -246,6 +247,7 @@ def _work(tasks: Sequence[Task], board: Board, again: Again, *, jobs: int, lock:
     running: dict[int, tuple[Task, subprocess.Popen[bytes]]] = {}
     failures: list[Failure] = []
     environment = {**os.environ, "OMP_NUM_THREADS": str(_threads(jobs))}
+    gpus = Gpus(list_gpus(environment))
     try:
         with board.shown() as redraw:
             while queue or running:
@@ -263,8 +265,9 @@ def _work(tasks: Sequence[Task], board: Board, again: Again, *, jobs: int, lock:
                         # Outside of what makes a failed cell: where nothing can be removed the command ends.
                         again.begin(task.cell)
                     try:
-                        process = _start(task, environment, lock=lock)
+                        process = _start(task, {**environment, **gpus.take(task.cell)}, lock=lock)
                     except DrkdError as error:
+                        gpus.give_back(task.cell)
                         _fail(task, board, failures, Failure(task.cell.name, None, (str(error),)))
                         continue
                     running[process.pid] = task, process
@@ -275,6 +278,7 @@ def _work(tasks: Sequence[Task], board: Board, again: Again, *, jobs: int, lock:
                     if process.poll() is not None:
                         del running[pid]
                         let_go([process])
+                        gpus.give_back(task.cell)
                         _end(task, process.returncode, board, failures)
                 redraw()
     finally:
