@@ -285,9 +285,9 @@ def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
         return 0
     if config.report_only:
         describe(comparison, source=source)
-        page = write_comparison_report(comparison.output)
+        written = write_comparison_report(comparison.output)
         console.print((comparison.output / "table.md").read_text(encoding="utf-8"), markup=False)
-        console.print(f"Open {page}", markup=False)
+        console.print(f"Open {written}", markup=False)
         return 0
     try:
         compared = compare(comparison, source=source, only=config.only, rerun=config.rerun)
