@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from drkd.contracts import DrkdError, ImageRecord, MachineError
 from drkd.data.dataset import DatasetSplit, DetectionDataset
-from drkd.data.image import FORMATS, IMAGE_SUFFIXES, choose_suffix, decode_image, read_image_size
+from drkd.data.image import FORMATS, IMAGE_SUFFIXES, choose_suffix, decode_image, read_image_size, read_orientation
 from drkd.data.sampler import aspect_group
 from drkd.data.transforms import train_transforms
 from drkd.data.unlabelled import read_unlabelled
@@ -85,12 +85,31 @@ def test_exif_is_obeyed_only_where_the_annotation_says_so(
         assert read_image_size(path, annotated) == annotated
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_turned_as_any_other_image_is(tmp_path: Path, orientation: int) -> None:
+    """Pillow turns a TIFF by itself while it decodes it, and swaps its sides before."""
+    paths = [tmp_path / "a.png", tmp_path / "a.tif"]
+    for path in paths:
+        Image.fromarray(_GREY).save(path, exif=_exif(orientation))
+    assert len({read_orientation(path) for path in paths}) == 1
+    for size, turned in (((2, 3), False), ((3, 2), False), (None, False), (None, True)):
+        if size == (3, 2) and orientation < 5:
+            continue
+        png, tiff = (decode_image(path, size, turned=turned) for path in paths)
+        assert torch.equal(png, tiff)
+        assert len({read_image_size(path, size, turned=turned) for path in paths}) == 1
+    assert torch.equal(decode_image(paths[1], (2, 3))[0], torch.from_numpy(_GREY))
+
+
 def test_a_size_that_fits_neither_way_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "turned.png"
     Image.fromarray(_GREY).save(path, exif=_exif(6))
 
     with pytest.raises(DrkdError, match=r"turned\.png: the image is 3 x 2 px.*'width'.*say 5 x 4"):
         decode_image(path, (4, 5))
+    # Formats without annotations of the size have none that could be wrong.
+    with pytest.raises(DrkdError, match=r"turned\.png: the image is 2 x 3 px, but was 5 x 4 px when the data set was"):
+        decode_image(path, (4, 5), turned=True)
     assert read_image_size(path, (2, 3)) == (2, 3)
 
 

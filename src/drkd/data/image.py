@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from drkd.contracts import DrkdError, MachineError, Size
@@ -30,6 +30,16 @@ _T = TypeVar("_T")
 
 _EXIF_ORIENTATION = 0x0112
 _MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# By EXIF orientation, what makes the stored image of the one that a viewer shows.
+_UNTURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 # By Pillow's name of the format, where that is not what its files end in.
 _SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}
 
@@ -60,8 +70,7 @@ def decode_image(path: Path, size: Size | None = None, *, turned: bool = False) 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                image.load()
-                pixels = np.array(_to_rgb(ImageOps.exif_transpose(image) if turned else _turn(image, size), path))
+                pixels = np.array(_to_rgb(_load(image, size, turned=turned), path))
     except DrkdError:
         raise
     except FileNotFoundError:
@@ -78,10 +87,7 @@ def decode_image(path: Path, size: Size | None = None, *, turned: bool = False) 
         # Pillow's plugins raise errors of many kinds on damaged files.
         raise DrkdError(f"{path}: the image cannot be decoded ({error}). The file may be damaged.") from None
     if size is not None and pixels.shape[:2] != tuple(size):
-        raise DrkdError(
-            f"{path}: the image is {pixels.shape[1]} x {pixels.shape[0]} px, but its annotations (fields 'width' and "
-            f"'height') say {size[1]} x {size[0]}; the boxes would not fit."
-        )
+        raise DrkdError(f"{path}: {describe_other_size(pixels.shape[:2], size, turned=turned)}")
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -101,6 +107,23 @@ def read_image_size(path: Path, expected: Size | None = None, *, turned: bool = 
     return (width, height) if turn else (height, width)
 
 
+def describe_other_size(found: tuple[int, ...], expected: Size, *, turned: bool) -> str:
+    """What is wrong with an image of another height and width than expected, px.
+
+    Args:
+        found: Of the image.
+        expected: Of its record.
+        turned: The record has its size from the image itself, as YOLO's have, and not from annotations.
+    """
+    sizes = f"{expected[1]} x {expected[0]}"
+    source = (
+        f"was {sizes} px when the data set was read; did the file change?"
+        if turned
+        else f"its annotations (fields 'width' and 'height') say {sizes}; the boxes would not fit."
+    )
+    return f"the image is {found[1]} x {found[0]} px, but {source}"
+
+
 def read_orientation(path: Path) -> tuple[Size, int]:
     """Height and width of the stored image, px, and its EXIF orientation, 1 to 8.
 
@@ -108,11 +131,7 @@ def read_orientation(path: Path) -> tuple[Size, int]:
         DrkdError: If the header cannot be read.
     """
 
-    def read(image: Image.Image) -> tuple[Size, int]:
-        orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
-        return (image.height, image.width), orientation if 1 <= orientation <= 8 else 1
-
-    return _open_header(path, read)
+    return _open_header(path, lambda image: (_stored_size(image), _orientation(image)))
 
 
 def choose_suffix(path: Path) -> str:
@@ -156,13 +175,34 @@ def _refuse_special(path: Path) -> None:
         raise DrkdError(f"{path}: this is no regular file, so no image.")
 
 
-def _turn(image: Image.Image, size: Size | None) -> Image.Image:
-    if size is not None and (image.height, image.width) == tuple(size):
-        return image
-    turned = ImageOps.exif_transpose(image)
-    if size is None or (turned.height, turned.width) == tuple(size):
-        return turned
-    return image
+def _stored_size(image: Image.Image) -> Size:
+    """Height and width of an image that is not decoded yet; of a TIFF Pillow gives those of the turned one."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return int(image.tag_v2[TiffImagePlugin.IMAGELENGTH]), int(image.tag_v2[TiffImagePlugin.IMAGEWIDTH])
+    return image.height, image.width
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8, of an image that is not decoded yet: decoding, a TIFF loses it."""
+    orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    return orientation if 1 <= orientation <= 8 else 1
+
+
+def _load(image: Image.Image, size: Size | None, *, turned: bool) -> Image.Image:
+    """Decode an image as a viewer shows it where that is asked for or only then it has the size, else as stored."""
+    stored = image
+    if tiff := isinstance(image, TiffImagePlugin.TiffImageFile):
+        # Pillow turns a TIFF while it decodes it, and any other image when it is asked to. Where it maps the file into
+        # memory it takes the sides of the turned image for the stored one's rows; a file without a name is not mapped.
+        image.filename = ""
+        undo = _UNTURN.get(_orientation(image))
+        image.load()
+        stored = image if undo is None else image.transpose(undo)
+    stored.load()
+    if not turned and size is not None and (stored.height, stored.width) == tuple(size):
+        return stored
+    shown = image if tiff else ImageOps.exif_transpose(image)
+    return shown if turned or size is None or (shown.height, shown.width) == tuple(size) else stored
 
 
 def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
