@@ -197,16 +197,17 @@ def test_an_image_outside_of_its_folder_is_written_within_the_target(tmp_path: P
         assert list(target.rglob("*two*.png"))
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_follow_the_turn_of_an_image(tmp_path: Path, orientation: int) -> None:
+def test_boxes_follow_the_turn_of_an_image(tmp_path: Path, orientation: int, suffix: str) -> None:
     pixels = np.zeros((40, 60), dtype=np.uint8)
     pixels[4:12, 6:18] = 255
     exif = Image.Exif()
     exif[0x0112] = orientation
     (tmp_path / "coco/train").mkdir(parents=True)
-    Image.fromarray(pixels).save(tmp_path / "coco/train/a.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / f"coco/train/a{suffix}", exif=exif)
     document = {
-        "images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 60}],
+        "images": [{"id": 1, "file_name": f"a{suffix}", "height": 40, "width": 60}],
         "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [6, 4, 12, 8]}],
         "categories": [{"id": 1, "name": "patch"}],
     }
@@ -222,6 +223,8 @@ def test_boxes_follow_the_turn_of_an_image(tmp_path: Path, orientation: int) -> 
     again = as_stored(shown)
     assert torch.allclose(again.boxes, stored.boxes) and again.size == stored.size and not again.turned
     assert torch.equal(as_shown(stored).boxes, turn_boxes(stored.boxes, (40, 60), orientation))
+    with pytest.raises(DrkdError, match=rf"a\{suffix}: the image is 60 x 40 px, but .* say 61 x 40"):
+        as_shown(replace(stored, size=(40, 61)))
 
 
 def test_the_target_is_written_at_once_or_not_at_all(
@@ -257,6 +260,25 @@ def test_a_source_with_errors_is_not_converted(coco: CocoFolder, tmp_path: Path)
     with pytest.raises(DrkdError, match="leads out of the image folder"):
         convert(coco.root, tmp_path / "new", to="yolo")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_source_whose_images_do_not_fit_their_annotations_is_not_converted(coco: CocoFolder, tmp_path: Path) -> None:
+    for entry in coco.document["images"]:
+        entry["width"], entry["height"] = 40, 60
+    coco.document["annotations"] = coco.document["annotations"][2:]
+    coco.write()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert len(check_data(coco.root).errors) == 2
+    for to in FORMATS:
+        with pytest.raises(DrkdError, match=r"has 2 errors: image 7: a\.png: .*60 x 40.*; image 3: b\.png: .*60 x 40"):
+            convert(coco.root, tmp_path / "new", to=to)
+    for entry in coco.document["images"]:
+        entry["width"], entry["height"] = 60, 40
+    coco.write()
+    (coco.images / "b.png").write_bytes((coco.images / "b.png").read_bytes()[:3000])
+    with pytest.raises(DrkdError, match=r"has 1 error: image 3: b\.png: the image cannot be decoded"):
+        convert(coco.root, tmp_path / "new", to="yolo")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_a_class_name_that_voc_cannot_hold(coco: CocoFolder, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from drkd.contracts import DrkdError, ImageRecord
 from drkd.data.formats.reading import FormatChoice, find_sources, scan_source
 from drkd.data.formats.source import FormatName, SplitScan
-from drkd.data.image import decode_image, read_image_size
+from drkd.data.image_check import check_images
 from drkd.data.picture import draw_samples, save_picture
 from drkd.data.problem import DataProblem
 from drkd.data.split import DatasetSplit
@@ -131,7 +131,7 @@ def check_data(
             problems.append(DataProblem("error", annotations, "", "", text))
             continue
         problems.extend(scan.problems)
-        problems.extend(_check_images(scan.split, annotations, decode))
+        problems.extend(check_images(scan.split, annotations, decode=decode))
         problems.extend(_check_classes(scan.split, annotations))
         scans[name] = scan
         reports.append(_count(scan, annotations, found[name].format))
@@ -150,28 +150,6 @@ def _all_splits(found: Collection[str]) -> list[str]:
         else ("trainval", "tune", "test")
     )
     return [name for name in names if name in found]
-
-
-def _check_images(split: DatasetSplit, annotations: Path, decode: int) -> list[DataProblem]:
-    problems = []
-    for number, record in enumerate(split.records):
-        # Missing files and sizes were reported with the annotations.
-        if min(record.size) <= 0 or not record.path.is_file():
-            continue
-        try:
-            if number < decode:
-                decode_image(record.path, record.size, turned=record.turned)
-            elif (size := read_image_size(record.path, record.size)) != record.size:
-                raise DrkdError(
-                    f"the image is {size[1]} x {size[0]} px, but its annotations (fields 'width' and 'height') say "
-                    f"{record.size[1]} x {record.size[0]}; the boxes would not fit."
-                )
-        except DrkdError as error:
-            message = str(error).removeprefix(f"{record.path}: ")
-            problems.append(
-                DataProblem("error", annotations, f"image {record.image_id}", "", f"{record.path.name}: {message}")
-            )
-    return problems
 
 
 def _check_classes(split: DatasetSplit, annotations: Path) -> list[DataProblem]:

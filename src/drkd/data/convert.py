@@ -17,8 +17,9 @@ from drkd.data.formats.reading import FormatChoice, find_sources, read_source, s
 from drkd.data.formats.source import FormatName, SplitSource
 from drkd.data.formats.writing import Writer, WrittenSplit
 from drkd.data.image import IMAGE_SUFFIXES, choose_suffix
+from drkd.data.image_check import check_images
 from drkd.data.orientation import as_shown, as_stored
-from drkd.data.problem import raise_errors
+from drkd.data.problem import DataProblem, raise_errors
 from drkd.data.split import DatasetSplit
 
 _WRITERS: Mapping[FormatName, Writer] = {
@@ -31,6 +32,9 @@ _BESIDE_BOXES: Mapping[FormatName, str] = {
     "yolo": "polygons, oriented boxes and key points: only their bounding boxes are kept",
     "voc": "pose, truncation, parts and fields of your own: boxes, classes and the flag difficult are kept",
 }
+
+# Images that are damaged or of another size than annotated: named at once, so that they can be mended at once.
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def convert(
 ) -> Converted:
     """Write a data set in another format, or in its own with fewer classes.
 
+    Before anything is written every image is looked at as `check_data` does: a data set that it rejects is not written.
     Everything is written beside the target, read back, and renamed when all is there. Images keep their names, unless
     two would have one name in the new format, or readers of the format would not take one for an image.
 
@@ -73,8 +78,9 @@ def convert(
         classes: Keep the boxes of these classes only, in this order.
 
     Raises:
-        DrkdError: If the source cannot be read or has errors, the target cannot be written, or what was written
-            does not read back with as many images and boxes.
+        DrkdError: If the source cannot be read or has errors, among them images that are damaged or of another size
+            than annotated, the target cannot be written, or what was written does not read back with as many images
+            and boxes.
     """
     source, target = Path(source), Path(target)
     _check_target(source, target)
@@ -112,15 +118,19 @@ def _check_target(source: Path, target: Path) -> None:
 def _read(sources: Mapping[str, SplitSource], classes: Sequence[str] | None) -> tuple[list[DatasetSplit], list[str]]:
     splits: list[DatasetSplit] = []
     lost: list[str] = []
+    damaged: list[DataProblem] = []
     for name, entry in sources.items():
         scan = scan_source(entry)
         raise_errors(scan.problems, file=entry.file)
+        damaged += check_images(scan.split, entry.file)
         if scan.dropped or scan.clipped:
             lost.append(
                 f"{name}: {scan.dropped} boxes without area; what {scan.clipped} boxes overhang their images by"
             )
         split = scan.split if classes is None else keep_classes(scan.split, classes, source=entry.file)
         splits.append(split if not splits else map_classes(split, splits[0].class_names, source=entry.file))
+    if damaged:
+        raise_errors(damaged, file=damaged[0].file, shown=_SHOWN)
     if classes is not None:
         lost.append(f"boxes of other classes than {', '.join(classes)}")
     return splits, lost

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from drkd.contracts import ImageRecord, Size
-from drkd.data.image import read_orientation
+from drkd.contracts import DrkdError, ImageRecord, Size
+from drkd.data.image import describe_other_size, read_orientation
 
 # Turning there and back: only the quarter turns are not their own inverses.
 _BACK = {6: 8, 8: 6}
@@ -18,10 +18,14 @@ def as_shown(record: ImageRecord) -> ImageRecord:
     """The record in px of the image as a viewer shows it.
 
     Raises:
-        DrkdError: If the image's header cannot be read.
+        DrkdError: If the image's header cannot be read, or it has another size than the record, stored and turned.
     """
+    if record.turned:
+        return record
     stored, orientation = read_orientation(record.path)
-    if record.turned or orientation == 1 or record.size != stored:
+    if record.size not in (stored, _turn_size(stored, orientation)):
+        raise DrkdError(f"{record.path}: {describe_other_size(stored, record.size, turned=False)}")
+    if orientation == 1 or record.size != stored:
         return replace(record, turned=True)
     boxes = turn_boxes(record.boxes, stored, orientation)
     return replace(record, boxes=boxes, size=_turn_size(stored, orientation), turned=True)
