@@ -270,6 +270,17 @@ def test_what_pillow_gives_such_images_is_what_folders_are_searched_for(tmp_path
     assert set(find_images(tmp_path, output=tmp_path / "found")) == expected
 
 
+def test_hidden_files_and_folders_are_no_images_of_a_folder(tmp_path: Path) -> None:
+    # Where the folder itself lies does not matter.
+    folder = tmp_path / ".cache" / "images"
+    for name in ("a.png", "deep/b.png", ".hidden.png", ".ipynb_checkpoints/a-checkpoint.png", "deep/.trash/c.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (60, 40)).save(folder / name)
+    assert [record.path.name for record in read_unlabelled(folder, first_id=1)] == ["a.png", "b.png"]
+    assert list(find_images(folder, output=tmp_path / "found")) == ["a.png", "deep/b.png"]
+    assert list(find_images(folder / ".hidden.png", output=tmp_path / "found")) == [".hidden.png"]
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_an_image_of_any_kind_has_a_suffix_of_its_own(tmp_path: Path, kind: str) -> None:
     Image.new("RGB", (60, 40)).save(tmp_path / "image", format=kind)

@@ -10,6 +10,7 @@ import torch
 
 from drkd.contracts import DrkdError, ImageRecord, Size
 from drkd.data.image import IMAGE_SUFFIXES, read_image_size
+from drkd.data.image_files import find_image_files
 
 
 def read_unlabelled(folder: Path, *, first_id: int) -> tuple[ImageRecord, ...]:
@@ -24,13 +25,7 @@ def read_unlabelled(folder: Path, *, first_id: int) -> tuple[ImageRecord, ...]:
     """
     if not folder.is_dir():
         raise DrkdError(f"data.unlabelled: {folder}: there is no such folder of images.")
-    paths = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    paths = find_image_files(folder)
     if not paths:
         raise DrkdError(
             f"data.unlabelled: {folder}: no image in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})."
