@@ -72,6 +72,23 @@ def test_sizes_are_checked_beyond_the_decoded_images_too(coco: CocoFolder) -> No
     assert (problem.record, "say 60 x 40" in problem.message) == ("image 3", True)
 
 
+def test_the_decoded_images_are_spread_and_counted(coco: CocoFolder) -> None:
+    for number, name in enumerate(("c.png", "d.png"), start=8):
+        coco.document["images"].append({"id": number, "file_name": name, "height": 40, "width": 60})
+        coco.write_image(name)
+    coco.write()
+    (coco.images / "c.png").write_bytes((coco.images / "c.png").read_bytes()[:3000])
+
+    for decode, found in ((0, 0), (1, 0), (2, 1), (3, 1), (4, 1), ("all", 1)):
+        report = check_data(coco.root, decode=decode)  # type: ignore[arg-type]
+        assert len(report.errors) == found
+        count = 4 if decode == "all" else decode
+        assert report.splits[0].decoded == count
+        assert (f"decoded {count} of 4 images, of the others the headers" in str(report)) is (count != 4)
+    with pytest.raises(DrkdError, match="decode: expected a number of images of at least 0, or all, got -1"):
+        check_data(coco.root, decode=-1)
+
+
 def test_a_broken_file_does_not_hide_the_other_splits(coco: CocoFolder) -> None:
     coco.write_text("{", split="val")
 
@@ -140,6 +157,19 @@ def test_draws_a_picture_of_samples(coco: CocoFolder, tmp_path: Path) -> None:
     with Image.open(report.picture) as picture:
         assert picture.size == (4 * 260, 260)
     assert [path.name for path in report.picture.parent.iterdir()] == ["samples.png"]
+
+
+def test_a_picture_replaces_an_earlier_one_and_nothing_else(coco: CocoFolder, tmp_path: Path) -> None:
+    own = tmp_path / "samples.png"
+    for _ in range(2):
+        assert check_data(coco.root, picture=own).picture == own
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "link.png").symlink_to(own)
+    for path in (coco.images / "a.png", coco.annotations, tmp_path / "notes.txt", tmp_path / "link.png", tmp_path):
+        before = path.read_bytes() if path.is_file() else b""
+        with pytest.raises(DrkdError, match=f"{path.name}: exists already and is no picture that `drkd data check`"):
+            check_data(coco.root, picture=path)
+        assert (path.read_bytes() if path.is_file() else b"") == before
 
 
 def test_boxes_are_drawn_where_they_are(coco: CocoFolder) -> None:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from drkd.contracts import DrkdError
+from drkd.data.check import check_data
 from drkd.data.dataset import DetectionDataset, find_splits, load_split
 from drkd.data.formats.reading import find_sources, read_source, scan_source
 from drkd.data.formats.source import SplitScan
@@ -109,6 +110,23 @@ def test_images_of_rarer_endings_are_found(yolo: Path, suffix: str) -> None:
     before = len(scan(yolo).split)
     write_image(yolo / "images" / "train" / f"rare{suffix}")
     assert len(scan(yolo).split) == before + 1
+
+
+def test_hidden_folders_hold_no_background(yolo: Path) -> None:
+    write_image(yolo / "images/train/.ipynb_checkpoints/a-checkpoint.png")
+    (yolo / "labels/train/._a.txt").write_bytes(b"\0\5\x16\7")  # what macOS leaves on other systems' disks
+    found = scan(yolo)
+    assert [record.path.name for record in found.split.records] == ["a.png", "b.png"] and not found.problems
+
+
+def test_images_without_a_label_file_are_counted(yolo: Path) -> None:
+    report = check_data(yolo)
+    (warning,) = report.problems
+    assert (warning.severity, warning.file, warning.field) == ("warning", yolo / "data.yaml", "train")
+    assert f"1 of 2 images have no label file (first: {yolo / 'images/train/b.png'})" in warning.message
+    assert "2 images (1 without boxes, 1 of them without a label file)" in str(report)
+    (yolo / "labels/train/b.txt").touch()
+    assert not check_data(yolo).problems and "2 images (1 without boxes)" in str(check_data(yolo))
 
 
 def test_polygons_become_their_boxes_and_key_points_are_ignored(yolo: Path) -> None:

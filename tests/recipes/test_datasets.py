@@ -30,6 +30,21 @@ def test_convert_and_check(
     assert "exists already" in capsys.readouterr().err
 
 
+def test_check_decodes_as_many_as_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = write_coco(tmp_path / "coco")
+    file = root / "train" / "6.png"
+    file.write_bytes(file.read_bytes()[:-40])
+    assert main(["data", "check", str(root), "--decode", "0"]) == 0
+    assert "decoded 0 of 6 images" in capsys.readouterr().out
+    assert main(["data", "check", str(root), "--decode", "all"]) == 1
+    assert "6.png: the image cannot be decoded" in " ".join(capsys.readouterr().out.split())
+    assert main(["data", "check", str(root), "--picture", str(root / "train" / "1.png")]) == 2
+    assert "is not replaced" in " ".join(capsys.readouterr().err.split())
+
+
 def test_both_embedded_sets_can_be_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("skimage")
     pytest.importorskip("sklearn")

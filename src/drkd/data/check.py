@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from drkd.contracts import DrkdError, ImageRecord
 from drkd.data.formats.reading import FormatChoice, find_sources, scan_source
 from drkd.data.formats.source import FormatName, SplitScan
-from drkd.data.image_check import check_images
-from drkd.data.picture import draw_samples, save_picture
+from drkd.data.image_check import DECODED, check_images, count_decoded
+from drkd.data.picture import check_picture, draw_samples, save_picture
 from drkd.data.problem import DataProblem
 from drkd.data.split import DatasetSplit
 
@@ -42,6 +43,8 @@ class SplitReport:
         boxes_per_image: By number of boxes, how many images have that many; ascending.
         backgrounds: By background, how many images show it, where the data set says so (as ``digits`` does).
         format: The format that it was read from.
+        decoded: Images that were decoded in full; of the others the header was read.
+        without_labels: Images without a label file, in formats that have one for each image (YOLO).
     """
 
     name: str
@@ -57,6 +60,8 @@ class SplitReport:
     boxes_per_image: Mapping[int, int]
     backgrounds: Mapping[str, int]
     format: FormatName
+    decoded: int
+    without_labels: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def check_data(
     *,
     splits: Sequence[str] | None = None,
     picture: Path | None = None,
-    decode: int = 2000,
+    decode: int | Literal["all"] = DECODED,
     format: FormatChoice = "auto",
 ) -> DataReport:
     """Look a data set over.
@@ -107,14 +112,18 @@ def check_data(
     Args:
         root: The data set's folder.
         splits: Which splits; all that are found by default.
-        picture: Where to write a picture (PNG) of samples with their boxes.
-        decode: So many images of each split are decoded in full; of the others only the header is read.
+        picture: Where to write a picture (PNG) of samples with their boxes; replaces an earlier one, nothing else.
+        decode: So many images of each split, evenly spaced, or all, are decoded in full; of the others only the header
+            is read.
         format: The data's format; by default the one that is found.
 
     Raises:
-        DrkdError: If there is no data set in the folder, or a split that was asked for is not there.
+        DrkdError: If there is no data set in the folder, a split that was asked for is not there, or something else is
+            where the picture is to be written.
     """
     root = Path(root)
+    if picture is not None:
+        check_picture(Path(picture))
     found = find_sources(root, format=format)
     chosen = list(splits) if splits is not None else _all_splits(found)
     if missing := [name for name in chosen if name not in found]:
@@ -133,8 +142,9 @@ def check_data(
         problems.extend(scan.problems)
         problems.extend(check_images(scan.split, annotations, decode=decode))
         problems.extend(_check_classes(scan.split, annotations))
+        problems.extend(_check_label_files(scan, annotations))
         scans[name] = scan
-        reports.append(_count(scan, annotations, found[name].format))
+        reports.append(_count(scan, annotations, found[name].format, decode))
     problems.extend(_compare(scans, {name: found[name].file for name in scans}))
     drawn = None
     if picture is not None and any(scan.split.records for scan in scans.values()):
@@ -171,6 +181,17 @@ def _check_classes(split: DatasetSplit, annotations: Path) -> list[DataProblem]:
     return [DataProblem("warning", annotations, "", "categories", text) for text in texts]
 
 
+def _check_label_files(scan: SplitScan, annotations: Path) -> list[DataProblem]:
+    """Images without a label file are background; so are those whose file went missing, which only a count shows."""
+    missing, total = scan.without_labels, len(scan.split)
+    if not missing or len(missing) == total:  # of none at all the reader makes an error
+        return []
+    text = (
+        f"{len(missing)} of {total} images have no label file (first: {missing[0]}); they count as images without boxes"
+    )
+    return [DataProblem("warning", annotations, "", scan.split.name, text)]
+
+
 def _compare(scans: Mapping[str, SplitScan], files: Mapping[str, Path]) -> list[DataProblem]:
     """What only shows when splits are seen together: other classes, and images that train and test alike."""
     if len(scans) < 2:
@@ -197,7 +218,7 @@ def _compare(scans: Mapping[str, SplitScan], files: Mapping[str, Path]) -> list[
     return problems
 
 
-def _count(scan: SplitScan, annotations: Path, format: FormatName) -> SplitReport:
+def _count(scan: SplitScan, annotations: Path, format: FormatName, decode: int | Literal["all"]) -> SplitReport:
     records, names = scan.split.records, scan.split.class_names
     labels = _join([record.labels for record in records], torch.int64)
     areas = _join([record.areas for record in records], torch.float32)
@@ -218,6 +239,8 @@ def _count(scan: SplitScan, annotations: Path, format: FormatName) -> SplitRepor
         boxes_per_image=dict(sorted(per_image.items())),
         backgrounds=_count_backgrounds(annotations, records) if format == "coco" else {},
         format=format,
+        decoded=count_decoded(len(records), decode),
+        without_labels=len(scan.without_labels),
     )
 
 
@@ -234,15 +257,22 @@ def _count_backgrounds(annotations: Path, records: Sequence[ImageRecord]) -> dic
     return dict(sorted(found.items()))
 
 
+def _describe_empty(split: SplitReport) -> str:
+    beside = f", {split.without_labels} of them without a label file" if split.without_labels else ""
+    return f"{split.empty_images} without boxes{beside}"
+
+
 def _describe(split: SplitReport) -> str:
     lines = [
-        f"{split.name} ({split.format.upper()}): {split.images} images ({split.empty_images} without boxes), "
+        f"{split.name} ({split.format.upper()}): {split.images} images ({_describe_empty(split)}), "
         f"{split.boxes} boxes ({split.crowds} crowds), {split.boxes / max(split.images, 1):.1f} an image, "
         f"at most {max(split.boxes_per_image, default=0)}",
         "  sizes (COCO's, px of the stored images): "
         + ", ".join(f"{name} {count}" for name, count in split.boxes_per_size.items()),
         "  classes: " + ", ".join(f"{name} {count}" for name, count in split.boxes_per_class.items()),
     ]
+    if split.decoded < split.images:
+        lines.append(f"  decoded {split.decoded} of {split.images} images, of the others the headers")
     if split.dropped or split.clipped:
         lines.append(f"  handled: {split.dropped} boxes without area left out, {split.clipped} clipped to their image")
     if split.backgrounds:

@@ -130,7 +130,6 @@ def read_orientation(path: Path) -> tuple[Size, int]:
     Raises:
         DrkdError: If the header cannot be read.
     """
-
     return _open_header(path, lambda image: (_stored_size(image), _orientation(image)))
 
 

@@ -10,11 +10,15 @@ from pathlib import Path
 from random import Random
 
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms.v2 import functional
 
 from drkd.contracts import DrkdError, ImageRecord
 from drkd.data.image import decode_image
 from drkd.data.split import DatasetSplit
+
+# Text in the PNG, by which a later check knows its own picture and may replace it.
+_MARK = ("Software", "drkd data check")
 
 
 def draw_samples(
@@ -49,24 +53,54 @@ def draw_samples(
     return picture
 
 
-def save_picture(picture: Image.Image, path: Path) -> Path:
-    """Write a picture as PNG, aside first and then renamed.
+def check_picture(path: Path) -> None:
+    """Refuse to write a picture onto anything but an earlier one.
+
+    Args:
+        path: Where it is to be written.
 
     Raises:
-        DrkdError: If it cannot be written.
+        DrkdError: If something is there that `save_picture` did not write: an image of the data set, say.
     """
+    if os.path.lexists(path) and not _is_ours(path):
+        raise DrkdError(
+            f"{path}: exists already and is no picture that `drkd data check` wrote, so it is not replaced. Choose "
+            "another file with --picture, or remove it."
+        )
+
+
+def save_picture(picture: Image.Image, path: Path) -> Path:
+    """Write a picture as PNG, aside first and then renamed; it says who wrote it.
+
+    Raises:
+        DrkdError: If it cannot be written, or something else is there (`check_picture`).
+    """
+    check_picture(path)
+    mark = PngInfo()
+    mark.add_text(*_MARK)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                picture.save(file, format="PNG")
+                picture.save(file, format="PNG", pnginfo=mark)
             Path(aside).replace(path)
         finally:
             Path(aside).unlink(missing_ok=True)
     except OSError as error:
         raise DrkdError(f"{path}: the picture cannot be written ({error}).") from None
     return path
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        # A pipe would be waited for, for ever.
+        if not path.is_file() or path.is_symlink():
+            return False
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get(_MARK[0]) == _MARK[1]
+    except Exception:  # Pillow's plugins raise errors of many kinds on damaged files
+        return False
 
 
 def _draw(record: ImageRecord, split: DatasetSplit, cell: int) -> Image.Image:

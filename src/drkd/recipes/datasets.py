@@ -10,22 +10,31 @@ from drkd.data.convert import Converted, convert
 from drkd.data.digits import EMBEDDED, build_digits
 from drkd.data.formats.reading import FormatChoice
 from drkd.data.formats.source import FormatName
+from drkd.data.image_check import DECODED
 
 __all__ = ["Converted", "DataReport", "build_embedded", "check_dataset", "convert_dataset"]
 
 
-def check_dataset(path: Path, *, picture: Path = Path("drkd-samples.png"), format: FormatChoice = "auto") -> DataReport:
+def check_dataset(
+    path: Path,
+    *,
+    picture: Path = Path("drkd-samples.png"),
+    format: FormatChoice = "auto",
+    decode: int | Literal["all"] = DECODED,
+) -> DataReport:
     """Find every problem of a data set at once, with counts and a picture of samples.
 
     Args:
         path: The data set's folder in COCO, YOLO or VOC format.
-        picture: Write samples with their boxes to this PNG file.
+        picture: Write samples with their boxes to this PNG file; an earlier picture is replaced, nothing else is.
         format: The data's format; by default the one that its content shows.
+        decode: So many images of each split, evenly spaced, or all, are decoded in full; of the others only the header
+            is read.
 
     Raises:
-        DrkdError: If there is no data set in the folder.
+        DrkdError: If there is no data set in the folder, or something else is where the picture is to be written.
     """
-    return check_data(path, picture=picture, format=format)
+    return check_data(path, picture=picture, format=format, decode=decode)
 
 
 def convert_dataset(

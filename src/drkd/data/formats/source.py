@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
 
-from drkd.contracts import ImageRecord, Size
+from drkd.contracts import DrkdError, ImageRecord, Size
 from drkd.data.boxes import BoxColumns, group_boxes
 from drkd.data.problem import DataProblem, Severity
 from drkd.data.split import DatasetSplit
@@ -51,12 +51,16 @@ class SplitScan:
         problems: Every finding, errors and warnings.
         dropped: Boxes left out because they have no area.
         clipped: Boxes cut at the image's border because they overhang it by more than a pixel.
+        without_labels: Images that have no label file, in formats that have one for each image (YOLO).
+        unreadable: By image whose header cannot be read and whose size nothing else says, the error among the problems.
     """
 
     split: DatasetSplit
     problems: tuple[DataProblem, ...]
     dropped: int
     clipped: int
+    without_labels: tuple[Path, ...] = ()
+    unreadable: Mapping[Path, DataProblem] = field(default_factory=dict)
 
 
 @dataclass
@@ -96,16 +100,25 @@ class Findings:
         problems: Every finding so far.
         dropped: Boxes left out because they have no area.
         clipped: Boxes cut at their image's border.
+        without_labels: Images that have no label file.
+        unreadable: By image whose header cannot be read, the error.
     """
 
     def __init__(self) -> None:
         self.problems: list[DataProblem] = []
         self.dropped = 0
         self.clipped = 0
+        self.without_labels: list[Path] = []
+        self.unreadable: dict[Path, DataProblem] = {}
 
     def report(self, file: Path, record: str, field: str, message: str, *, severity: Severity = "error") -> None:
         """Add a finding."""
         self.problems.append(DataProblem(severity, file, record, field, message))
+
+    def report_unreadable(self, image: Path, file: Path, record: str, error: DrkdError) -> None:
+        """Add the error of an image whose header cannot be read."""
+        self.report(file, record, "", str(error).removeprefix(f"{image}: "))
+        self.unreadable[image] = self.problems[-1]
 
     def make_records(
         self, paths: Sequence[Path], sizes: Sequence[Size], rows: BoxRows, *, box_field: str, turned: bool
@@ -141,7 +154,14 @@ class Findings:
 
     def finish(self, split: DatasetSplit) -> SplitScan:
         """What was found, with the split."""
-        return SplitScan(split, tuple(self.problems), self.dropped, self.clipped)
+        return SplitScan(
+            split,
+            tuple(self.problems),
+            self.dropped,
+            self.clipped,
+            without_labels=tuple(self.without_labels),
+            unreadable=self.unreadable,
+        )
 
 
 def split_name(stem: str) -> str | None:

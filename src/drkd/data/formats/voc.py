@@ -210,7 +210,7 @@ class _Scanner:
         try:
             return read_image_size(image, turned=False)
         except DrkdError as error:
-            self._found.report(annotation.file, image.name, "", str(error).removeprefix(f"{image}: "))
+            self._found.report_unreadable(image, annotation.file, image.name, error)
             return None
 
     def _read_object(self, entry: Element, number: int, file: Path, image: int, labels: dict[str, int]) -> None:

@@ -22,7 +22,8 @@ from drkd.data.formats.source import (
     shorten,
     split_name,
 )
-from drkd.data.image import IMAGE_SUFFIXES, read_image_size
+from drkd.data.image import read_image_size
+from drkd.data.image_files import find_image_files
 from drkd.data.split import DatasetSplit
 
 EXPECTED = "YOLO: data.yaml with 'names', 'train' and 'val', and labels/*.txt beside images/"
@@ -255,7 +256,6 @@ class _Scanner:
         paths: list[Path] = []
         sizes: list[Size] = []
         label_files: dict[Path, Path] = {}
-        present = 0
         for path in images:
             size = self._size(path)
             paths.append(path)
@@ -265,10 +265,11 @@ class _Scanner:
                 text = f"has the label file of {other.name} too"
                 self._found.report(data.file, f"image {self._show(path)}", "", text, severity="warning")
             if is_file(label_file):
-                present += 1
                 self._read_labels(label_file, len(paths) - 1, size)
+            else:
+                self._found.without_labels.append(path)
         self._report_orphans(label_files)
-        if images and not present:
+        if images and len(self._found.without_labels) == len(images):
             self._found.report(
                 data.file,
                 "",
@@ -292,11 +293,7 @@ class _Scanner:
         for entry in data.splits.get(self._name, []):
             path = _resolve(data, entry)
             if is_folder(path):
-                listed = [
-                    file
-                    for file in sorted(path.rglob("*"))
-                    if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-                ]
+                listed = find_image_files(path)
             elif path.suffix.lower() == ".txt" and is_file(path):
                 listed = self._read_list(path)
             else:
@@ -341,8 +338,7 @@ class _Scanner:
         try:
             return read_image_size(path)
         except DrkdError as error:
-            text = str(error).removeprefix(f"{path}: ")
-            self._found.report(self._data.file, f"image {self._show(path)}", "", text)
+            self._found.report_unreadable(path, self._data.file, f"image {self._show(path)}", error)
             return None
 
     def _report_orphans(self, label_files: dict[Path, Path]) -> None:
@@ -350,7 +346,7 @@ class _Scanner:
             return  # a list chooses some of the images
         for folder in sorted({file.parent for file in label_files if "labels" in file.parts}):
             for file in sorted(folder.glob("*.txt")):
-                if file not in label_files and file.name != "classes.txt":
+                if file not in label_files and file.name != "classes.txt" and not file.name.startswith("."):
                     self._found.report(
                         file, "", "", "there is no image for this label file; it is left out", severity="warning"
                     )
