@@ -20,6 +20,7 @@ from torchvision.utils import draw_bounding_boxes
 from drkd.contracts import BoxTargets, DetectionBatch, Detections, DrkdError, MachineError
 from drkd.data.dataset import Sample
 from drkd.data.image import IMAGE_SUFFIXES, decode_image
+from drkd.data.image_files import find_image_files
 from drkd.data.transforms import collate, eval_transforms
 from drkd.evaluation import detections_to_coco
 from drkd.recipes.loading import LoadedDetector, choose_device, open_detector
@@ -95,6 +96,8 @@ def predict(
     chosen = choose_device(device)
     loaded.detector.to(chosen)
     names = loaded.detector.spec.class_names
+    # No detections beside a list of other images, should this prediction be cut short: ids would mean other images.
+    (output / "detections.json").unlink(missing_ok=True)
     # Said before the first is written: whoever repeats a prediction that was cut short may replace its pictures.
     planned = [{"file_name": name, "picture": _relative(target, output)} for name, target in targets.items()]
     write_json(output / "images.json", {"images": planned, "categories": [], "earlier_pictures": left})
@@ -140,7 +143,7 @@ def _read_pixels(path: Path) -> Tensor:
 
 
 def find_images(path: Path, *, output: Path) -> dict[str, Path]:
-    """The images to predict on, by their name relative to the folder; those below ``output`` are left out.
+    """The images to predict on, by their name relative to the folder; hidden ones and those below ``output`` are not.
 
     Raises:
         DrkdError: If there is no such path or no image in it.
@@ -152,11 +155,9 @@ def find_images(path: Path, *, output: Path) -> dict[str, Path]:
     own = output.resolve()
     found = {
         file.relative_to(path).as_posix(): file
-        for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
-        and file.is_file()
+        for file in find_image_files(path)
         # An output around or beside the images holds none of its own among them.
-        and not (path.resolve() in own.parents and own in file.resolve().parents)
+        if not (path.resolve() in own.parents and own in file.resolve().parents)
     }
     if not found:
         raise DrkdError(f"{path}: no images found in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))}).")
