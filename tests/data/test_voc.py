@@ -133,6 +133,44 @@ def test_a_renamed_image_is_found_by_the_name_of_its_file(voc: Path) -> None:
     assert load_split(voc, "train").records[0].path.name == "a.jpg"
 
 
+@pytest.mark.parametrize("name", ["/somewhere/me/a.jpg", "C:\\me\\a.jpg", "C:/me/a.jpg", "\\\\server\\me\\a.jpg"])
+def test_of_a_path_on_another_machine_the_last_part_counts(voc: Path, name: str) -> None:
+    change(voc, "a.jpg", name)
+    file = voc / "Annotations/a.xml"
+    file.rename(file.with_name("z.xml"))
+    (voc / "ImageSets/Main/train.txt").write_text("z\n")
+    assert load_split(voc, "train").records[0].path == voc / "JPEGImages/a.jpg"
+    change(voc, "a.jpg", "b_.jpg", name="z")
+    (found,) = scan(voc).problems
+    assert (found.severity, found.field) == ("error", "filename")
+
+
+@pytest.mark.parametrize("ending", [".JPG", ".Png", ".TIF"])
+def test_an_image_is_found_by_the_name_of_its_file_whatever_its_ending(voc: Path, ending: str) -> None:
+    change(voc, "a.jpg", "a")
+    (voc / "JPEGImages/a.jpg").rename(voc / f"JPEGImages/a{ending}")
+    assert load_split(voc, "train").records[0].path.name == f"a{ending}"
+
+
+def test_what_macos_leaves_beside_files_is_none_of_them(voc: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat" / "train"
+    flat.mkdir(parents=True)
+    write_image(flat / "a.jpg")
+    (flat / "a.xml").write_text(document("a.jpg"))
+    for name in ("._a.jpg", "._a.xml", "._b.png"):
+        (flat / name).write_bytes(b"\0\5\x16\7")
+    found = scan(flat.parent)
+    assert len(found.split) == 1 and not found.problems
+    assert load_split(flat.parent, "train").class_names == ("dog",)
+
+
+def test_marks_of_the_byte_order_are_no_content(voc: Path) -> None:
+    (voc / "ImageSets/Main/train.txt").write_text("a\nb\n", encoding="utf-8-sig")
+    (voc / "classes.txt").write_text("dog\ncat\n", encoding="utf-8-sig")
+    split = load_split(voc, "train")
+    assert len(split) == 2 and split.class_names == ("dog", "cat")
+
+
 _XML = [
     ("<name>dog</name>", "<name></name>", "object 1 (line 4)", "name", "expected a class name, got nothing"),
     ("<name>dog</name>", "", "object 1 (line 4)", "name", "is missing"),

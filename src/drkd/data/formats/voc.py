@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from drkd.contracts import DrkdError, Size
 from drkd.data.formats.source import BoxRows, Findings, SplitScan, SplitSource, is_file, leads_out, shorten, split_name
@@ -49,7 +50,7 @@ def find(root: Path) -> dict[str, SplitSource]:
         return found
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         name = split_name(folder.name)
-        if name is not None and name not in found and any(folder.glob("*.xml")):
+        if name is not None and name not in found and _list_xml(folder):
             found[name] = SplitSource("voc", name, root, folder, folder)
     return found
 
@@ -118,9 +119,11 @@ class _Scanner:
         """The XML files of the split; a finding for each that is not there."""
         source, found = self._source, self._found
         if source.file.is_dir():
-            files = sorted(source.file.glob("*.xml"))
+            files = _list_xml(source.file)
             known = {file.stem for file in files}
             for image in sorted(source.file.iterdir()):
+                if image.name.startswith("."):
+                    continue
                 if image.suffix.lower() in IMAGE_SUFFIXES and image.stem not in known:
                     text = "there is no XML file beside this image; it is left out"
                     found.report(source.file, image.name, "", text, severity="warning")
@@ -160,7 +163,7 @@ class _Scanner:
         own = {annotation.file for annotation in annotations}
         names = {name for annotation in annotations for name in _names(annotation.tree)}
         for other in find(self._source.root).values():
-            files = sorted(other.file.glob("*.xml")) if other.file.is_dir() else self._listed_elsewhere(other.file)
+            files = _list_xml(other.file) if other.file.is_dir() else self._listed_elsewhere(other.file)
             for file in files:
                 if file in own or not is_file(file):
                     continue
@@ -180,16 +183,30 @@ class _Scanner:
         folder = self._source.images
         name = entry.text if entry is not None else ""
         where = f"line {entry.line}" if entry is not None else ""
-        if name and leads_out(name):
+        # Labelling tools write where the image was on their machine: only its last part can mean anything here.
+        own = PurePosixPath(name.replace("\\", "/"))
+        short = own.name if own.is_absolute() or PureWindowsPath(name).drive else name
+        if name and (leads_out(short) or (own.is_absolute() and not is_file(folder / short))):
             self._found.report(annotation.file, where, "filename", f"'{name}' leads out of the image folder {folder}")
             return None
-        options = [folder / name] if name else []
+        if short and is_file(folder / short):
+            return folder / short
         # Renamed images keep the name of their XML file.
-        options += [folder / f"{annotation.file.stem}{suffix}" for suffix in (".jpg", *sorted(IMAGE_SUFFIXES))]
-        path = next((path for path in options if is_file(path)), None)
+        path = self._images_by_stem.get(annotation.file.stem)
         if path is None:
-            self._found.report(annotation.file, where, "filename", f"there is no image file {options[0]}")
+            expected = short or f"{annotation.file.stem}.jpg"
+            self._found.report(annotation.file, where, "filename", f"there is no image file {folder / expected}")
         return path
+
+    @cached_property
+    def _images_by_stem(self) -> dict[str, Path]:
+        """The image files of the folder by their names without the ending, which may be in capitals; first JPEGs."""
+        found: dict[str, Path] = {}
+        files = (path for path in self._source.images.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        for path in sorted(files, key=lambda path: (path.suffix != ".jpg", path.suffix.lower(), path.name)):
+            if not path.name.startswith(".") and is_file(path):
+                found.setdefault(path.stem, path)
+        return found
 
     def _size(self, annotation: _Annotation, image: Path | None) -> Size | None:
         """What the XML says; from the image's header where it says nothing."""
@@ -260,6 +277,11 @@ class _Scanner:
         return tuple(values)
 
 
+def _list_xml(folder: Path) -> list[Path]:
+    """The XML files of a folder, hidden ones left out: macOS writes a ``._a.xml`` beside each on foreign disks."""
+    return [file for file in sorted(folder.glob("*.xml")) if not file.name.startswith(".")]
+
+
 def _names(tree: Element) -> list[str]:
     return [name.text for entry in tree.all("object") if (name := entry.first("name")) is not None and name.text]
 
@@ -274,7 +296,7 @@ def _number(text: str) -> float | None:
 
 def _read_lines(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DrkdError(f"{file}: the file cannot be read ({error}).") from None
 
