@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from drkd.contracts import DrkdError
+from drkd.data.dataset import load_split
 from drkd.data.formats import source
 from drkd.data.formats.coco import read_coco, scan_coco
 
@@ -238,6 +239,59 @@ _FATAL = [
     ("no annotations", '{"images": [], "categories": []}', "'annotations' is missing"),
     ("categories an object", '{"images": [], "annotations": [], "categories": {}}', "must be a list, got dict {}"),
 ]
+
+
+def test_an_area_of_zero_is_that_of_the_clipped_box(coco: CocoFolder) -> None:
+    coco.document["annotations"] = [
+        {"id": 1, "image_id": 7, "category_id": 18, "bbox": [10, 5, 20, 10], "area": 0},
+        {"id": 2, "image_id": 7, "category_id": 18, "bbox": [50, 30, 20, 20], "area": 0.0},
+        {"id": 3, "image_id": 3, "category_id": 90, "bbox": [50, 30, 20, 20]},
+        {"id": 4, "image_id": 3, "category_id": 90, "bbox": [50, 30, 20, 20], "area": 7},
+    ]
+    coco.write()
+    found = scan_coco(coco.annotations, coco.images)
+    assert [record.areas.tolist() for record in found.split.records] == [[200, 100], [100, 7]]
+    (warning,) = (problem for problem in found.problems if problem.field == "area")
+    assert (warning.severity, warning.record) == ("warning", "annotation 1")
+    assert "is 0 in 2 annotations whose boxes have an extent" in warning.message
+
+
+@pytest.mark.parametrize(
+    ("folder", "prefix"), [("train", "train/"), ("images", "images/"), ("images/train", "train/"), (".", "")]
+)
+def test_names_may_be_relative_to_any_of_the_folders(coco: CocoFolder, folder: str, prefix: str) -> None:
+    names = [entry["file_name"] for entry in coco.document["images"]]
+    for entry in coco.document["images"]:
+        target = coco.root / folder / entry["file_name"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (coco.images / entry["file_name"]).rename(target)
+        entry["file_name"] = f"{prefix}{entry['file_name']}"
+    coco.images.mkdir(exist_ok=True)
+    coco.write()
+    records = load_split(coco.root, "train").records
+    assert [record.path for record in records] == [coco.root / folder / name for name in names]
+    # Written on Windows.
+    for entry in coco.document["images"]:
+        entry["file_name"] = entry["file_name"].replace("/", "\\")
+    coco.write()
+    assert [record.path for record in load_split(coco.root, "train").records] == [record.path for record in records]
+
+
+def test_a_second_category_of_one_name_is_left_out_if_nothing_has_it(coco: CocoFolder) -> None:
+    coco.document["categories"] = [{"id": number, "name": "dog"} for number in (0, 1)]
+    for used in (0, 1):
+        for entry in coco.document["annotations"]:
+            entry["category_id"] = used
+        coco.write()
+        found = scan_coco(coco.annotations, coco.images)
+        assert (found.split.class_names, found.split.category_ids) == (("dog",), (used,))
+        (warning,) = found.problems
+        assert (warning.severity, warning.record, warning.field) == ("warning", "category 1", "name")
+        assert f"category {1 - used}, which no annotation has, is left out" in warning.message
+    coco.document["annotations"][0]["category_id"] = 0
+    coco.write()
+    (error,) = scan_coco(coco.annotations, coco.images).problems
+    assert error.severity == "error" and "is the name of another category too" in error.message
 
 
 @pytest.mark.parametrize(("text", "message"), [case[1:] for case in _FATAL], ids=[case[0] for case in _FATAL])

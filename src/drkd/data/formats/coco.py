@@ -14,7 +14,7 @@ import numpy as np
 
 from drkd.contracts import DrkdError, ImageRecord, PackedMask
 from drkd.data.boxes import BoxColumns, Finding, GroupedBoxes, group_boxes
-from drkd.data.formats.source import SplitScan, leads_out, shorten
+from drkd.data.formats.source import SplitScan, is_file, leads_out, shorten
 from drkd.data.masks import pack_segmentation
 from drkd.data.problem import DataProblem, Severity, raise_errors
 from drkd.data.split import DatasetSplit
@@ -22,6 +22,8 @@ from drkd.data.split import DatasetSplit
 _NUMBERS = frozenset({int, float})
 # No image has as many px in a row; NaN and the infinities are not below it either.
 _HUGE = 10**9
+# One image that is missing is none of the folder's fault.
+_LOOKED_FOR = 20
 # Images without labels are numbered from the largest on, within 64 bits.
 _LARGEST_ID = 2**62
 
@@ -47,7 +49,9 @@ def read_coco(annotations: Path, images: Path, *, name: str = "", masks: bool = 
     return scan.split
 
 
-def scan_coco(annotations: Path, images: Path, *, name: str = "", masks: bool = False) -> SplitScan:
+def scan_coco(
+    annotations: Path, images: Path, *, name: str = "", masks: bool = False, others: Sequence[Path] = ()
+) -> SplitScan:
     """Read a COCO instances file and return all that is wrong with it beside all that could be read.
 
     Args:
@@ -55,12 +59,15 @@ def scan_coco(annotations: Path, images: Path, *, name: str = "", masks: bool = 
         images: The folder that ``file_name`` is relative to.
         name: The split's name; the file's stem without ``instances_`` by default.
         masks: See `read_coco`.
+        others: Folders that ``file_name`` may be relative to instead: the first that has the first image is taken.
 
     Raises:
         DrkdError: If the file cannot be read at all: it is missing, no JSON, or lacks a section.
     """
     annotations, images = Path(annotations), Path(images)
-    return _Scanner(annotations, images, masks=masks).scan(name or annotations.stem.removeprefix("instances_"))
+    return _Scanner(annotations, (images, *others), masks=masks).scan(
+        name or annotations.stem.removeprefix("instances_")
+    )
 
 
 def _load_json(path: Path, *, masks: bool) -> dict[str, Any]:
@@ -131,17 +138,19 @@ class _Rows:
 class _Scanner:
     """Holds the findings of one file while it is read."""
 
-    def __init__(self, file: Path, folder: Path, *, masks: bool = False) -> None:
+    def __init__(self, file: Path, folders: Sequence[Path], *, masks: bool = False) -> None:
         self._file = file
         self._masks = masks
-        self._folder = folder
+        self._folders = folders
+        self._folder = folders[0]
         self._problems: list[DataProblem] = []
+        self._without_area: list[int] = []
         self._dropped = 0
         self._clipped = 0
 
     def scan(self, name: str) -> SplitScan:
         document = _load_json(self._file, masks=self._masks)
-        categories = self._scan_categories(document["categories"])
+        categories = self._scan_categories(document["categories"], document["annotations"])
         images = self._scan_images(document["images"])
         rows = self._scan_annotations(document["annotations"], images, categories)
         boxes = group_boxes(rows.columns(), images.sizes)
@@ -177,9 +186,15 @@ class _Scanner:
         seen.add(identity)
         return identity
 
-    def _scan_categories(self, rows: list[Any]) -> dict[int, str]:
-        """Category id -> name, by ascending id: the position is the label."""
+    def _scan_categories(self, rows: list[Any], entries: list[Any]) -> dict[int, str]:
+        """Category id -> name, by ascending id: the position is the label.
+
+        Of two categories of one name one is left out if no annotation has it: exports of Roboflow have a category 0
+        above all others, which of a single class has the name of that class.
+        """
         found: dict[int, str] = {}
+        values = (entry.get("category_id") for entry in entries if isinstance(entry, dict))
+        used = {value for value in values if type(value) is int}
         seen: set[int] = set()
         for index, row in enumerate(rows):
             identity = self._identify(row, "category", index, seen)
@@ -189,8 +204,17 @@ class _Scanner:
             if not isinstance(name, str) or not name.strip():
                 self._report(f"category {identity}", "name", f"expected a name, got {shorten(name)}")
                 name = f"category {identity}"
-            elif name in found.values():
-                self._report(f"category {identity}", "name", f"'{name}' is the name of another category too")
+            elif (other := next((key for key, known in found.items() if known == name), None)) is not None:
+                record, text = f"category {identity}", f"'{name}' is the name of another category too"
+                unused = next((key for key in (other, identity) if key not in used), None)
+                if unused is None:
+                    self._report(record, "name", text)
+                else:
+                    text += f"; category {unused}, which no annotation has, is left out"
+                    self._report(record, "name", text, severity="warning")
+                    found.pop(unused, None)
+                    if unused == identity:
+                        continue
             found[identity] = name
         if not rows:
             self._report("", "categories", "expected at least one category, got an empty list")
@@ -199,7 +223,8 @@ class _Scanner:
     def _scan_images(self, rows: list[Any]) -> _Images:
         found = _Images([], [], [])
         seen: set[int] = set()
-        names: dict[str, int] = {}
+        names: dict[Path, int] = {}
+        self._folder = _choose_folder(self._folders, rows)
         files = _list_files(self._folder)
         for index, row in enumerate(rows):
             identity = self._identify(row, "image", index, seen)
@@ -211,13 +236,9 @@ class _Scanner:
             found.ids.append(identity)
             found.paths.append(path or self._folder)
             found.sizes.append(size or (0, 0))
-            if path is not None and names.setdefault(row["file_name"], identity) != identity:
-                self._report(
-                    record,
-                    "file_name",
-                    f"'{row['file_name']}' is the file of image {names[row['file_name']]} too",
-                    severity="warning",
-                )
+            if path is not None and names.setdefault(path, identity) != identity:
+                text = f"'{row['file_name']}' is the file of image {names[path]} too"
+                self._report(record, "file_name", text, severity="warning")
         if not rows:
             self._report("", "images", "the split is empty: expected at least one image, got an empty list")
         return found
@@ -246,6 +267,8 @@ class _Scanner:
         if leads_out(name):
             self._report(record, "file_name", f"'{name}' leads out of the image folder {self._folder}")
             return None
+        if "\\" in name and name not in files and not is_file(self._folder / name):
+            name = name.replace("\\", "/")  # written on Windows
         path = self._folder / name
         if len(name) > 4096 or max(map(len, Path(name).parts), default=0) > 255:
             self._report(record, "file_name", f"the name is too long for a file: '{name[:40]}...'")
@@ -263,7 +286,8 @@ class _Scanner:
             identity = self._identify(entry, "annotation", index, seen)
             if identity is None:
                 continue
-            box, area, crowd = self._box(entry, identity), self._area(entry, identity), entry.get("iscrowd", 0)
+            box, crowd = self._box(entry, identity), entry.get("iscrowd", 0)
+            area = self._area(entry, identity, box)
             position = self._look_up(entry, identity, "image_id", positions, "image")
             label = self._look_up(entry, identity, "category_id", labels, "category")
             if crowd not in (0, 1):
@@ -277,6 +301,10 @@ class _Scanner:
                 rows.crowd.append(bool(crowd))
                 rows.boxes.append(box)
                 rows.areas.append(area)
+        if self._without_area:
+            count, first = len(self._without_area), self._without_area[0]
+            text = f"is 0 in {count} annotations whose boxes have an extent; the area of the box stands in"
+            self._report(f"annotation {first}", "area", text, severity="warning")
         if not entries and images.ids:
             self._report("", "annotations", "no image of the split has a box", severity="warning")
         return rows
@@ -311,7 +339,7 @@ class _Scanner:
             )
         return None
 
-    def _area(self, row: dict[str, Any], identity: int) -> float | None:
+    def _area(self, row: dict[str, Any], identity: int, box: list[float] | None) -> float | None:
         """The annotation's area in px^2; NaN where the box is to stand in for it; None if it is wrong."""
         area = row.get("area")
         if area is None:
@@ -319,6 +347,9 @@ class _Scanner:
         if type(area) not in _NUMBERS or not 0 <= area < _HUGE**2:
             self._report(f"annotation {identity}", "area", f"expected a finite number >= 0, got {shorten(area)}")
             return None
+        if area == 0 and box is not None and box[2] > 0 and box[3] > 0:
+            self._without_area.append(identity)
+            return math.nan
         return float(area)
 
     def _mask(self, row: dict[str, Any], identity: int, size: tuple[int, int], rows: _Rows) -> bool:
@@ -348,6 +379,18 @@ class _Scanner:
             else:
                 self._clipped += 1
                 self._report(record, "bbox", f"{box} overhangs {image}; it is clipped", severity="warning")
+
+
+def _choose_folder(folders: Sequence[Path], rows: Sequence[Any]) -> Path:
+    """The first folder that has an image, of the first few that the file names; the first where none has."""
+    names = [row["file_name"] for row in rows[:_LOOKED_FOR] if isinstance(row, dict) and row.get("file_name")]
+    for name in names:
+        if not isinstance(name, str) or leads_out(name):
+            continue
+        for folder in folders:
+            if is_file(folder / name) or is_file(folder / name.replace("\\", "/")):
+                return folder
+    return folders[0]
 
 
 def _list_files(folder: Path) -> frozenset[str]:

@@ -51,8 +51,9 @@ def label_files(source: SplitSource) -> list[Path]:
 
 
 def scan(source: SplitSource, *, masks: bool = False) -> SplitScan:
-    """Read a split; see ``scan_coco``."""
-    return scan_coco(source.file, source.images, name=source.name, masks=masks)
+    """Read a split; see ``scan_coco``. File names are relative to its images' folder, to ``images/`` or to the root."""
+    others = tuple(folder for folder in (source.root / "images", source.root) if folder != source.images)
+    return scan_coco(source.file, source.images, name=source.name, masks=masks, others=others)
 
 
 def _image_folder(root: Path, file: Path, stem: str) -> Path:
