@@ -43,6 +43,23 @@ def test_a_module_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert not any(name.startswith("head") for name in rows), "what is called once a level cannot be hooked"
 
 
+def test_what_fails_within_a_function_is_no_wrong_signature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_models.py").write_text(
+        "def alone():\n    return 1 + 'a'\n\n\n"
+        "def named(class_names):\n    return class_names + 1\n\n\n"
+        "def pair(one, two):\n    return one\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DrkdError, match=r"alone: the function failed, called without arguments .*unsupported operand"):
+        inspect_model("broken_models:alone")
+    with pytest.raises(
+        DrkdError, match=r"named: the function failed, called with a list of class names .*can only conc"
+    ):
+        inspect_model("broken_models:named")
+    with pytest.raises(DrkdError, match="pair: cannot be called without arguments, nor with a list of class names"):
+        inspect_model("broken_models:pair")
+
+
 def test_a_recipe_shows_student_and_teacher(tmp_path: Path, tiny_coco: Path, tiny_detector: Path) -> None:
     content = {
         "student": {

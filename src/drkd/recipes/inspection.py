@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -216,15 +218,31 @@ def _make(path: str) -> Any:
     function = import_function(path, field="MODEL")
     if isinstance(function, nn.Module):
         return function
-    try:
-        return function()
-    except TypeError:
+    names = [str(label) for label in range(80)]
+    attempts: list[tuple[Any, ...]] = [(), (names,)]
+    with suppress(TypeError, ValueError):  # what is written in C may have no signature
+        # Told by what it takes: an error within it is no sign that it wants something else.
+        attempts = [arguments for arguments in attempts if _takes(inspect.signature(function), arguments)][:1]
+    failures = []
+    for arguments in attempts:
         try:
-            return function([str(label) for label in range(80)])
+            return function(*arguments)
+        except DrkdError:
+            raise
         except Exception as error:
-            raise DrkdError(
-                f"{path}: cannot be called without arguments, nor with a list of class names: {error}."
-            ) from error
+            failures.append(f"{type(error).__name__}: {error}")
+            if not isinstance(error, TypeError) or arguments == attempts[-1]:
+                how = "with a list of class names" if arguments else "without arguments"
+                raise DrkdError(f"{path}: the function failed, called {how} ({'; '.join(failures)}).") from error
+    raise DrkdError(f"{path}: cannot be called without arguments, nor with a list of class names.")
+
+
+def _takes(signature: inspect.Signature, arguments: tuple[Any, ...]) -> bool:
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def _trace(model: nn.Module, run: Callable[[], Any]) -> tuple[list[TracedLayer], Exception | None]:
