@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from torchvision.models import resnet18
 from drkd.adapters import ZooBuilder
 from drkd.cli import main
 from drkd.contracts import Detector, DrkdError
-from drkd.recipes.initialization import initialize, look_at_data
+from drkd.data.convert import convert
+from drkd.recipes.initialization import DataFacts, _image_size, initialize, look_at_data
 from drkd.recipes.recipe import load_recipe
 from drkd.recipes.training import assemble_teacher
 
@@ -167,6 +169,64 @@ def test_data_without_a_split_to_train_or_validate_on_is_refused(tmp_path: Path)
         look_at_data(root)
     with pytest.raises(DrkdError, match="no such folder"):
         look_at_data(tmp_path / "nowhere")
+
+
+def _facts(long: int, short: int, box: float) -> DataFacts:
+    return DataFacts("train", 100, "val", 10, ("cat",), 500, short, long, (box / 2, box, 2 * box))
+
+
+@pytest.mark.parametrize(
+    ("facts", "size", "parts"),
+    [
+        (_facts(4000, 3000, 40.0), (800, 1333), ("reduced from 3000 px", "half of your boxes are then below 11 px")),
+        (_facts(2000, 1200, 300.0), (800, 1333), ("reduced from 1200 px", "below 200 px")),
+        (_facts(16000, 200, 60.0), (192, 2000), ("capped at 2000 px", "reduced from 16000 px", "below 8 px")),
+    ],
+)
+def test_a_size_that_makes_boxes_small_is_said(facts: DataFacts, size: tuple[int, int], parts: tuple[str, ...]) -> None:
+    found = _image_size(facts, None)
+    assert (found.short, found.long) == size
+    assert "about what your images have" not in found.reason or "capped" in found.reason
+    for part in parts:
+        assert part in found.reason and part in found.finding
+    assert ("consider tiles" in found.finding) is (facts.box_sides[1] < 100)
+
+
+def test_a_size_that_leaves_boxes_as_they_are_is_no_finding() -> None:
+    for facts in (_facts(640, 480, 60.0), _facts(640, 480, 10.0), _facts(1333, 800, 20.0)):
+        assert not _image_size(facts, None).finding
+
+
+def test_large_images_are_said_on_the_terminal_and_in_the_recipe(tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "coco")
+    for split in ("train", "val"):
+        file = root / "annotations" / f"instances_{split}.json"
+        document = json.loads(file.read_text())
+        for entry in document["images"]:
+            entry["width"], entry["height"] = 4000, 3000
+        file.write_text(json.dumps(document))
+    written = initialize(root, output=tmp_path / "recipe.yaml")
+    (said,) = (line for line in written.findings if line.startswith("image size: "))
+    assert "reduced from 3000 px" in said and "consider tiles" in said
+    assert "reduced from 3000 px; half of your boxes" in written.recipe.read_text()
+    assert load_recipe([written.recipe]).data.image_settings["min_size"] == 800
+
+
+def test_trainval_is_trained_on_where_there_is_no_train(tiny_coco: Path, tmp_path: Path) -> None:
+    root = tmp_path / "voc"
+    convert(tiny_coco, root, to="voc")
+    lists = root / "ImageSets" / "Main"
+    (lists / "train.txt").rename(lists / "trainval.txt")
+    # Its images are in trainval too.
+    with pytest.raises(DrkdError, match="no split to validate on; expected tune or test beside trainval"):
+        look_at_data(root)
+    (lists / "val.txt").rename(lists / "test.txt")
+    written = initialize(root, output=tmp_path / "recipe.yaml")
+    content = yaml.safe_load(written.recipe.read_text())["data"]
+    assert (content["train_split"], content["val_split"]) == ("trainval", "test")
+    recipe = load_recipe([written.recipe])
+    recipe.data.setup("fit")
+    assert len(recipe.data.train_split) == 6
 
 
 def test_a_folder_of_two_formats_is_read_and_named_as_the_user_says(tiny_detector: Path, tmp_path: Path) -> None:

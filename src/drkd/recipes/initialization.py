@@ -34,6 +34,10 @@ _NO_TEACHER = (
     "teacher: none given, so the recipe trains a detector alone; to distil give --teacher, and for a detector that can "
     "teach a larger --backbone (resnet101)"
 )
+# Longer images cost memory that few machines have, and are the better for tiles.
+_LONGEST = 2000
+# Of boxes below so many px a side a detector's finest level sees next to nothing.
+_TINY = 24
 _LEAST_STEPS = 4000
 _MOST_EPOCHS = 300
 
@@ -43,6 +47,7 @@ class DataFacts:
     """What a look at the annotations showed.
 
     Args:
+        train_split: Name of the split to train on.
         train_images: Images to train on.
         val_split: Name of the split to validate on.
         val_images: Images in it.
@@ -53,6 +58,7 @@ class DataFacts:
         box_sides: Square roots of the box areas, px: 10th, 50th and 90th percentile.
     """
 
+    train_split: str
     train_images: int
     val_split: str
     val_images: int
@@ -126,7 +132,12 @@ def initialize(
         root, facts, known, student=student, backbone=backbone, class_map=class_map, run=run, format=format
     )
     write_text(output, text)
-    findings = (*_describe_data(root, facts), *((_NO_TEACHER,) if known is None else known.findings))
+    reduced = _image_size(facts, known).finding
+    findings = (
+        *_describe_data(root, facts),
+        *((reduced,) if reduced else ()),
+        *((_NO_TEACHER,) if known is None else known.findings),
+    )
     return Initialized(output, findings, f"drkd {'train' if known is None else 'distill'} --config {output}")
 
 
@@ -141,22 +152,26 @@ def look_at_data(root: Path, *, format: FormatChoice = "auto") -> DataFacts:
         DrkdError: If it cannot be read, has no training or no validation split, or no box to train on.
     """
     splits = find_splits(root, format=format)
-    if "train" not in splits:
+    learnt = next((name for name in ("train", "trainval") if name in splits), None)
+    if learnt is None:
         raise DrkdError(
             f"{root}: there is no split 'train' to learn from; this folder has {', '.join(sorted(splits))}."
         )
-    held_out = next((name for name in ("val", "tune", "test") if name in splits), None)
+    # VOC's trainval has val in it.
+    options = ("val", "tune", "test") if learnt == "train" else ("tune", "test")
+    held_out = next((name for name in options if name in splits), None)
     if held_out is None:
-        raise DrkdError(f"{root}: there is no split to validate on; expected val, tune or test beside train.")
-    train = load_split(root, "train", format=format)
+        expected = f"{', '.join(options[:-1])} or {options[-1]}"
+        raise DrkdError(f"{root}: there is no split to validate on; expected {expected} beside {learnt}.")
+    train = load_split(root, learnt, format=format)
     val = load_split(root, held_out, class_names=train.class_names, format=format)
     sides = _box_sides(train)
     if not len(sides):
-        raise DrkdError(f"{root}: no image of the split 'train' has a box to learn from.")
+        raise DrkdError(f"{root}: no image of the split '{learnt}' has a box to learn from.")
     low, middle, high = torch.quantile(sides, torch.tensor([0.1, 0.5, 0.9])).tolist()
     sizes = torch.tensor([sorted(record.size) for record in train.records]).median(dim=0).values.tolist()
     return DataFacts(
-        len(train), held_out, len(val), train.class_names, len(sides), sizes[0], sizes[1], (low, middle, high)
+        learnt, len(train), held_out, len(val), train.class_names, len(sides), sizes[0], sizes[1], (low, middle, high)
     )
 
 
@@ -185,16 +200,48 @@ def _mirror_matters(names: Sequence[str]) -> bool:
     )
 
 
-def _image_size(facts: DataFacts, teacher: Teacher | None) -> tuple[int, int, str]:
-    """Short side, limit of the long side, px, and the reason."""
+@dataclass(frozen=True)
+class _ImageSize:
+    """The size that images are given.
+
+    Args:
+        short: Short side, px.
+        long: Limit of the long side, px.
+        reason: Why the short side.
+        finding: What the size does to the boxes; empty where they stay as large as they are, or grow.
+    """
+
+    short: int
+    long: int
+    reason: str
+    finding: str
+
+
+def _image_size(facts: DataFacts, teacher: Teacher | None) -> _ImageSize:
     if teacher is not None and teacher.image_size is not None:
-        return (*teacher.image_size, "what the teacher was trained at")
-    short = min(800, max(64, round(facts.short_side / 32) * 32))
-    reason = "about what your images have"
-    if facts.box_sides[1] * short / facts.short_side < 24 and short < 800:
-        short = min(800, 2 * short)
-        reason = "enlarged, for half of your boxes are below 24 px a side"
-    return short, max(round(short * 5 / 3), math.ceil(short * facts.long_side / facts.short_side)), reason
+        short, long = teacher.image_size
+        reason, wanted = "what the teacher was trained at", long
+    else:
+        short = min(800, max(64, round(facts.short_side / 32) * 32))
+        reason = "about what your images have"
+        if facts.box_sides[1] * short / facts.short_side < _TINY and short < 800:
+            short = min(800, 2 * short)
+            reason = f"enlarged, for half of your boxes are below {_TINY} px a side"
+        wanted = max(round(short * 5 / 3), math.ceil(short * facts.long_side / facts.short_side))
+        long = min(wanted, max(_LONGEST, round(short * 5 / 3)))
+    scale = min(short / facts.short_side, long / facts.long_side)
+    middle = round(facts.box_sides[1] * scale)
+    if scale >= 0.95:
+        return _ImageSize(short, long, reason, "")
+    effect = f"half of your boxes are then below {middle} px a side"
+    if middle < _TINY:
+        effect += ": consider tiles (the images cut up), or a larger min_size and max_size"
+    if long < wanted:
+        changed = f"the long side is capped at {long} px, so that most images are reduced from {facts.long_side} px"
+    else:
+        changed = f"reduced from {facts.short_side} px"
+    reason = f"{reason}; {changed}" if teacher is not None or long < wanted else changed
+    return _ImageSize(short, long, f"{reason}; {effect}", f"image size: short side {short} px: {changed}; {effect}")
 
 
 def _backbone_weights(backbone: str) -> str:
@@ -213,7 +260,8 @@ def _write_recipe(
     run: str,
     format: FormatChoice,
 ) -> str:
-    short, long, size_reason = _image_size(facts, teacher)
+    size = _image_size(facts, teacher)
+    short = size.short
     batch = min(16 if short <= 400 else 8, facts.train_images)
     per_epoch = math.ceil(facts.train_images / batch)
     epochs = min(_MOST_EPOCHS, max(_SCHEDULE_EPOCHS, math.ceil(_LEAST_STEPS / per_epoch)))
@@ -249,11 +297,11 @@ student: # this is what you get: {run}/student.pt
 
 {teaching}data:
   root: {_quoted(str(root))}{named}
-  train_split: train
+  train_split: {facts.train_split}
   val_split: {facts.val_split}
   batch_size: {batch} # fewer if memory runs out; then lower the learning rate in proportion
-  min_size: {short} # short side of the images, px: {size_reason}
-  max_size: {long}
+  min_size: {short} # short side of the images, px: {size.reason}
+  max_size: {size.long} # limit of the long side, px
   horizontal_flip: {flip} # {flip_reason}
   workers: {max(0, min(4, (os.cpu_count() or 1) - 1))} # processes that decode images
 
