@@ -294,6 +294,16 @@ def test_a_class_name_that_voc_cannot_hold(coco: CocoFolder, tmp_path: Path) -> 
 
 def test_files_of_several_formats_need_a_choice(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "yolo", to="yolo")
+    # Of another tool.
+    for text in ("owner: me\nversion: 3\n", "- one\n"):
+        (source / "dataset.yaml").write_text(text)
+        assert len(load_split(source, "train")) == 3
+        with pytest.raises(DrkdError, match=r"dataset\.yaml"):
+            load_split(source, "train", format="yolo")
+    (source / "dataset.yaml").write_text("names: [x]\n")
+    with pytest.raises(DrkdError, match=r"dataset\.yaml: names no split"):
+        load_split(source, "train")
+    (source / "dataset.yaml").unlink()
     (source / "data.yaml").write_text("train: train\nnames: [x]\n")
     with pytest.raises(DrkdError, match=r"files of several formats \(coco, yolo\).*data\.format"):
         load_split(source, "train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -45,6 +46,19 @@ def test_a_folder_of_images_is_shuffled_among_the_labelled(digits: Path) -> None
         for labelled, target in zip(known, batch.targets, strict=True):
             assert labelled or target.boxes.shape == (0, 4)
     assert {record.path.parent.name for record in data.unlabelled_records} == {"val"}
+
+
+def test_all_unreadable_images_of_a_folder_are_named_or_left_out(digits: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "more"
+    shutil.copytree(digits / "val", folder)
+    for name in ("a.png", "b.jpg"):
+        (folder / name).write_bytes(b"no picture")
+    with pytest.raises(DrkdError, match=r"more: 2 of 5 images cannot be read: a\.png: .*; b\.jpg: .*unreadable: skip"):
+        _ = make(digits, unlabelled=[str(folder)]).unlabelled_records
+    data = make(digits, unlabelled=[str(folder), str(digits / "tune")], unreadable="skip")
+    records = data.unlabelled_records
+    assert [record.image_id for record in records] == list(range(13, 18))
+    assert data.unreadable_files() == [str(folder / name) for name in ("a.png", "b.jpg")]
 
 
 def test_the_rest_is_what_the_limit_cuts_off_without_its_labels(digits: Path) -> None:

@@ -10,9 +10,11 @@ from PIL import Image
 
 from drkd.contracts import DrkdError
 from drkd.data.check import check_data
+from drkd.data.convert import convert
 from drkd.data.dataset import DetectionDataset, find_splits, load_split
 from drkd.data.formats.reading import find_sources, read_source, scan_source
 from drkd.data.formats.source import SplitScan
+from drkd.data.module import DetectionDataModule
 from drkd.data.transforms import eval_transforms
 
 _YAML = "train: images/train\nval: images/val\nnames: [cat, dog]\n"
@@ -127,6 +129,92 @@ def test_images_without_a_label_file_are_counted(yolo: Path) -> None:
     assert "2 images (1 without boxes, 1 of them without a label file)" in str(report)
     (yolo / "labels/train/b.txt").touch()
     assert not check_data(yolo).problems and "2 images (1 without boxes)" in str(check_data(yolo))
+
+
+def test_unreadable_images_are_left_out_where_that_is_asked_for(yolo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = yolo / "images/train/0.png"
+    broken.write_bytes(b"no picture")
+    (yolo / "labels/train/0.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    with pytest.raises(DrkdError, match=r"image images/train/0\.png: the image cannot be read"):
+        _ = DetectionDataModule(str(yolo)).train_split
+    data = DetectionDataModule(str(yolo), unreadable="skip")
+    records = data.train_split.records
+    # The others are what they are without it being left out: their ids too.
+    assert [(record.image_id, record.path.name) for record in records] == [(2, "a.png"), (3, "b.png")]
+    assert records[0].boxes.tolist() == [[15, 0, 45, 20], [12, 16, 18, 24]]
+    assert data.unreadable_files() == [str(broken)] == data.state_dict()["unreadable"]
+    assert f"drkd: left out (1): {broken}: the image cannot be read" in capsys.readouterr().err
+    # Nothing but what cannot be read is skipped, and not all of it.
+    (yolo / "labels/train/b.txt").write_text("9 0.5 0.5 0.2 0.2\n")
+    with pytest.raises(DrkdError, match=r"has 1 error: .*no class 9"):
+        _ = DetectionDataModule(str(yolo), unreadable="skip").train_split
+    for name in ("a", "b"):
+        (yolo / f"images/train/{name}.png").write_bytes(b"no picture")
+    with pytest.raises(DrkdError, match="has 4 errors"):
+        _ = DetectionDataModule(str(yolo), unreadable="skip").train_split
+    # Evaluation fails whatever is done in training.
+    (yolo / "images/val/c.png").write_bytes(b"no picture")
+    with pytest.raises(DrkdError, match=r"c\.png"):
+        _ = DetectionDataModule(str(yolo), unreadable="skip", class_names=("cat", "dog")).val_split
+
+
+def test_a_test_split_that_is_not_there_is_left_out_with_a_word(yolo: Path, tmp_path: Path) -> None:
+    (yolo / "data.yaml").write_text(f"{_YAML}test: ../test/images\n")
+    (yolo / "labels/train/b.txt").touch()
+    assert sorted(find_splits(yolo)) == ["train", "val"]
+    (warning,) = check_data(yolo).problems
+    assert (warning.severity, warning.field) == ("warning", "test") and "no folder or text file" in warning.message
+    converted = convert(yolo, tmp_path / "coco", to="coco")
+    assert set(converted.images) == {"train", "val"}
+    assert any(line.startswith("test: the split: there is no folder or text file") for line in converted.lost)
+    # Where it is asked for it is an error, and so is a training split that is not there.
+    assert check_data(yolo, splits=["test"]).errors
+    with pytest.raises(DrkdError, match=r"'test': there is no folder or text file"):
+        load_split(yolo, "test")
+    (yolo / "data.yaml").write_text("train: nowhere\nval: images/val\nnames: [cat, dog]\n")
+    assert check_data(yolo).errors
+    (yolo / "data.yaml").write_text("test: nowhere\nnames: [cat, dog]\n")
+    with pytest.raises(DrkdError, match="no split that its files name is there"):
+        convert(yolo, tmp_path / "none", to="coco")
+
+
+def test_marks_of_the_byte_order_are_no_content(yolo: Path) -> None:
+    for file, text in (
+        (yolo / "data.yaml", "train: train.txt\nnames: [cat, dog]\n"),
+        (yolo / "train.txt", "images/train/a.png\n"),
+        (yolo / "labels/train/a.txt", "1 0.5 0.25 0.5 0.5\n"),
+    ):
+        file.write_text(text, encoding="utf-8-sig")
+    (record,) = load_split(yolo, "train").records
+    assert record.boxes.tolist() == [[15, 0, 45, 20]]
+
+
+def test_labels_are_found_where_path_itself_is_the_folder_of_images(yolo: Path) -> None:
+    (yolo / "data.yaml").write_text("path: images\ntrain: train\nval: val\nnames: [cat, dog]\n")
+    assert [len(record.boxes) for record in load_split(yolo, "train").records] == [2, 0]
+    assert not scan(yolo).problems
+
+
+def test_a_folder_called_images_above_the_data_set_means_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "images" / "data"
+    write_image(root / "train" / "a.png")
+    (root / "train" / "a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (root / "data.yaml").write_text("train: train\nnames: [cat]\n")
+    assert load_split(root, "train").records[0].boxes.tolist() == [[15, 10, 45, 30]]
+
+
+def test_a_list_may_name_images_elsewhere_in_full_as_entries_may_folders(yolo: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "images" / "z.png"
+    write_image(other)
+    (tmp_path / "other" / "labels").mkdir()
+    (tmp_path / "other" / "labels" / "z.txt").write_text("1 0.5 0.5 0.5 0.5\n")
+    (yolo / "data.yaml").write_text("train: train.txt\nnames: [cat, dog]\n")
+    (yolo / "train.txt").write_text(f"{other}\nimages/train/a.png\n{tmp_path / 'gone.png'}\n")
+    found = scan(yolo)
+    assert [record.path for record in found.split.records] == [other, yolo / "images/train/a.png"]
+    assert found.split.records[0].boxes.tolist() == [[15, 10, 45, 30]]
+    (error,) = found.problems
+    assert error.record == "line 3" and f"there is no image file {tmp_path / 'gone.png'}" in error.message
 
 
 def test_polygons_become_their_boxes_and_key_points_are_ignored(yolo: Path) -> None:

@@ -155,6 +155,12 @@ def test_a_prediction_that_was_cut_short_may_be_repeated(
     with pytest.raises(DrkdError, match="already holds predictions"):
         predict(tiny_detector, photos, output=tmp_path / "found", device="cpu")
     assert predict(tiny_detector, photos, output=tmp_path / "found", device="cpu", overwrite=True).images == 3
+    # Cut short again, it leaves no detections whose ids the new list of images gives another meaning.
+    drawn.clear()
+    with pytest.raises(KeyboardInterrupt):
+        predict(tiny_detector, photos / "deep", output=tmp_path / "found", device="cpu", overwrite=True)
+        predict(tiny_detector, photos, output=tmp_path / "found", device="cpu", overwrite=True)
+    assert (tmp_path / "found" / "images.json").is_file() and not (tmp_path / "found" / "detections.json").exists()
 
 
 @pytest.mark.parametrize(

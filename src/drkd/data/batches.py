@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from drkd.data.dataset import DetectionDataset, find_splits, load_split
 from drkd.data.digits import EMBEDDED, build_digits
 from drkd.data.formats.reading import FormatChoice
 from drkd.data.mixed_sampler import MixedBatchSampler
+from drkd.data.problem import LeaveOut
 from drkd.data.records import PackedRecords
 from drkd.data.sampler import EvaluationBatchSampler, TrainBatchSampler, aspect_group
 from drkd.data.split import DatasetSplit
@@ -99,7 +101,8 @@ class DetectionData:
         class_names: Classes whose order the labels follow; the training file's by default.
         masks: Serve the training images' instance masks too, for a student that trains them (Mask R-CNN).
         unreadable: What to do with a training image that cannot be read or has another size than its annotations say:
-            "fail" with the file's name, or "skip" it (the next image of the split stands in), name it and count it.
+            "fail" with the file's name, or "skip" it, name it and count it: the next image of the split stands in; one
+            whose size only its file says (YOLO's and unlabelled ones) is left out if its header cannot be read.
             Evaluation always fails: a score over other images is another score.
         format: The data's format; by default the one that its content shows.
         classes: Train and evaluate on these classes of the data only. Images that show none of them stay as background;
@@ -154,6 +157,7 @@ class DetectionData:
             }
             | {f"pad_to[{place}]": (side, 1, LARGEST_SIDE) for place, side in enumerate(pad_to or ())}
         )
+        self._left_out: dict[Path, None] = {}
         self._substitutes = _MOST_SUBSTITUTES if unreadable == "skip" else 0
         self._train_dataset: DetectionDataset | None = None
         self._root = root
@@ -206,7 +210,7 @@ class DetectionData:
     def train_split(self) -> DatasetSplit:
         """The split that is trained on, as far as it is used."""
         if self._train is None:
-            whole = self._load(self._names[0], self._class_names, masks=self._masks)
+            whole = self._load(self._names[0], self._class_names, masks=self._masks, leave_out=self._leave_out)
             self._class_names = whole.class_names
             split = whole
             if not self._keep_empty:
@@ -242,7 +246,7 @@ class DetectionData:
                     )
                 found += put_labels_aside(self._rest, first_id=first + len(found))
             else:
-                found += read_unlabelled(Path(entry), first_id=first + len(found))
+                found += read_unlabelled(Path(entry), first_id=first + len(found), leave_out=self._leave_out)
         return found
 
     @property
@@ -316,9 +320,32 @@ class DetectionData:
         found = find_splits(self.root, format=self._format)
         return self.train_split if self._names[0] in found else self._load(self._names[1], None)
 
-    def _load(self, name: str, class_names: Sequence[str] | None, *, masks: bool = False) -> DatasetSplit:
+    @property
+    def _leave_out(self) -> LeaveOut | None:
+        """What to do with a training image whose size cannot be read; None where that ends the run."""
+        return self._note_left_out if self._substitutes else None
+
+    def _note_left_out(self, path: Path, reason: str) -> None:
+        if path not in self._left_out:
+            self._left_out[path] = None
+            print(f"drkd: left out ({len(self._left_out)}): {path}: {reason}", file=sys.stderr, flush=True)
+
+    def _load(
+        self,
+        name: str,
+        class_names: Sequence[str] | None,
+        *,
+        masks: bool = False,
+        leave_out: LeaveOut | None = None,
+    ) -> DatasetSplit:
         return load_split(
-            self.root, name, class_names=class_names, classes=self._classes, format=self._format, masks=masks
+            self.root,
+            name,
+            class_names=class_names,
+            classes=self._classes,
+            format=self._format,
+            masks=masks,
+            leave_out=leave_out,
         )
 
     def _groups(self, records: Sequence[ImageRecord]) -> list[int]:

@@ -133,6 +133,10 @@ def check_data(
     scans: dict[str, SplitScan] = {}
     for name in chosen:
         annotations = found[name].file
+        if splits is None and found[name].absent:
+            text = f"{found[name].absent}; the split is left out"
+            problems.append(DataProblem("warning", annotations, "", name, text))
+            continue
         try:
             scan = scan_source(found[name])
         except DrkdError as error:

@@ -86,8 +86,15 @@ def convert(
     _check_target(source, target)
     found = find_sources(source, format=format)
     # Splits that are made of others would bring their images in twice.
-    chosen = {name: entry for name, entry in found.items() if name != "trainval" or "train" not in found}
+    chosen = {
+        name: entry
+        for name, entry in found.items()
+        if not entry.absent and (name != "trainval" or "train" not in found)
+    }
+    if not chosen:
+        raise DrkdError(f"{source}: no split that its files name is there: {next(iter(found.values())).absent}.")
     splits, lost = _read(chosen, classes)
+    lost += [f"{name}: the split: {entry.absent}" for name, entry in found.items() if entry.absent]
     writer = _WRITERS[to]
     place = as_shown if writer.shown else as_stored
     splits = [replace(split, records=tuple(place(record) for record in split.records)) for split in splits]

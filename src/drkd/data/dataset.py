@@ -18,6 +18,7 @@ from drkd.contracts import BoxTargets, DrkdError, ImageRecord, Size
 from drkd.data.formats.reading import FormatChoice, find_sources, read_source
 from drkd.data.image import decode_image
 from drkd.data.masks import unpack_masks
+from drkd.data.problem import LeaveOut
 from drkd.data.records import PackedRecords
 from drkd.data.split import DatasetSplit
 
@@ -43,12 +44,13 @@ def find_splits(root: Path, *, format: FormatChoice = "auto") -> dict[str, tuple
         format: Its format; by default the one that its content shows.
 
     Returns:
-        By split, the file that describes it and the folder of its images.
+        By split, the file that describes it and the folder of its images; without those that are named but not there.
 
     Raises:
         DrkdError: If there is no such folder, no split in it, files of several formats, or two files for one split.
     """
-    return {name: (source.file, source.images) for name, source in find_sources(root, format=format).items()}
+    found = find_sources(root, format=format)
+    return {name: (source.file, source.images) for name, source in found.items() if not source.absent}
 
 
 def load_split(
@@ -59,6 +61,7 @@ def load_split(
     classes: Sequence[str] | None = None,
     format: FormatChoice = "auto",
     masks: bool = False,
+    leave_out: LeaveOut | None = None,
 ) -> DatasetSplit:
     """Load one split of a data set folder.
 
@@ -70,6 +73,8 @@ def load_split(
         classes: Use these classes only, leaving out the boxes of others; all by default.
         format: The data's format; by default the one that is found.
         masks: Keep the instances' masks, for detectors that train them; COCO has them.
+        leave_out: Called for each image whose header cannot be read and whose size the annotations do not give; it is
+            then left out. By default it is an error.
 
     Raises:
         DrkdError: If the split is not there, cannot be used, has a class that ``class_names`` lacks, or lacks all of
@@ -79,7 +84,7 @@ def load_split(
     if split not in sources:
         raise DrkdError(f"{root}: there is no split '{split}'; this folder has {', '.join(sorted(sources))}.")
     source = sources[split]
-    loaded = read_source(source, masks=masks)
+    loaded = read_source(source, masks=masks, leave_out=leave_out)
     if classes is not None:
         loaded = keep_classes(loaded, classes, source=source.file)
     return loaded if class_names is None else map_classes(loaded, class_names, source=source.file)

@@ -37,11 +37,11 @@ class DetectionDataModule(DetectionData, LightningDataModule):
         self._train_dataset.unreadable[found.bool().cpu()] = 1
 
     def unreadable_files(self) -> list[str]:
-        """Training images that could not be read and were replaced so far, in earlier sessions of the run too.
+        """Training images that could not be read, left out or replaced so far, in earlier sessions of the run too.
 
         What other processes replaced is among them as far as it has been shared (`share_unreadable`).
         """
-        found = list(self._unreadable_before)
+        found = [*self._unreadable_before, *map(str, self._left_out)]
         if self._train_dataset is not None:
             places = self._train_dataset.unreadable.nonzero().flatten().tolist()
             found += [str(self._train_dataset.split.records[place].path) for place in places]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,10 @@ from typing import Literal
 from drkd.contracts import DrkdError
 
 Severity = Literal["error", "warning"]
+
+
+LeaveOut = Callable[[Path, str], None]
+"""Takes an image that cannot be read, and why, where that is no error."""
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from drkd.contracts import DrkdError
 from drkd.data.formats import coco_layout, voc, yolo
 from drkd.data.formats.source import FormatName, SplitScan, SplitSource, is_file, is_folder
-from drkd.data.problem import raise_errors
+from drkd.data.problem import LeaveOut, raise_errors
+from drkd.data.records import PackedRecords
 from drkd.data.split import DatasetSplit
 
 FormatChoice = Literal["auto", "coco", "yolo", "voc"]
@@ -44,10 +46,17 @@ def find_sources(root: Path, *, format: FormatChoice = "auto") -> dict[str, Spli
     chosen = {name: entry for name, entry in _FORMATS.items() if format in ("auto", name)}
     if not chosen:
         raise DrkdError(f"data.format: expected auto, {', '.join(_FORMATS)}, got {format!r}.")
-    found = {name: sources for name, (find, _, _) in chosen.items() if (sources := find(root))}
+    found: dict[FormatName, dict[str, SplitSource]] = {}
+    # YOLO's last: many a folder has a data.yaml of another kind.
+    for name in sorted(chosen, key=lambda name: name == "yolo"):
+        if name == "yolo" and found and yolo.means_something_else(root):
+            continue
+        if sources := chosen[name][0](root):
+            found[name] = sources
     if len(found) > 1:
+        kinds = ", ".join(name for name in chosen if name in found)
         raise DrkdError(
-            f"{root}: holds files of several formats ({', '.join(found)}). Name one: data.format in a recipe, "
+            f"{root}: holds files of several formats ({kinds}). Name one: data.format in a recipe, "
             "--format on the command line."
         )
     if not found:
@@ -76,12 +85,14 @@ def list_label_files(source: SplitSource) -> list[Path]:
     return _FORMATS[source.format][2](source)
 
 
-def read_source(source: SplitSource, *, masks: bool = False) -> DatasetSplit:
+def read_source(source: SplitSource, *, masks: bool = False, leave_out: LeaveOut | None = None) -> DatasetSplit:
     """Read a split.
 
     Args:
         source: The split.
         masks: Keep the instances' masks.
+        leave_out: Called for each image whose header cannot be read and whose size nothing else says; it is then left
+            out, unless that is all of them. By default it is an error.
 
     Raises:
         DrkdError: If anything in it cannot be used; it names the first few records and counts the rest. If masks are
@@ -93,5 +104,12 @@ def read_source(source: SplitSource, *, masks: bool = False) -> DatasetSplit:
             f"only, got {source.format.upper()}. Add segmentations in COCO format, or choose a student without masks."
         )
     scan = coco_layout.scan(source, masks=True) if masks else scan_source(source)
-    raise_errors(scan.problems, file=source.file)
-    return scan.split
+    if leave_out is None or not 0 < len(scan.unreadable) < len(scan.split):
+        raise_errors(scan.problems, file=source.file)
+        return scan.split
+    unreadable = {id(problem) for problem in scan.unreadable.values()}
+    raise_errors([problem for problem in scan.problems if id(problem) not in unreadable], file=source.file)
+    for path, problem in scan.unreadable.items():
+        leave_out(path, problem.message)
+    kept = PackedRecords(record for record in scan.split.records if record.path not in scan.unreadable)
+    return replace(scan.split, records=kept)

@@ -33,6 +33,8 @@ class SplitSource:
         file: The file that describes it: COCO's JSON, YOLO's data.yaml, VOC's list of images, or, where VOC has none,
             the folder of its XML files.
         images: The folder of its images; of several, the first.
+        absent: What of a split that one need not have (tune or test) is not there, so that nothing is; empty where
+            something is. Such a split is an error only where it is asked for.
     """
 
     format: FormatName
@@ -40,6 +42,7 @@ class SplitSource:
     root: Path
     file: Path
     images: Path
+    absent: str = ""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from drkd.data.formats.source import (
     shorten,
     split_name,
 )
-from drkd.data.image import read_image_size
+from drkd.data.image import IMAGE_SUFFIXES, read_image_size
 from drkd.data.image_files import find_image_files
 from drkd.data.split import DatasetSplit
 
@@ -61,10 +61,7 @@ def find(root: Path) -> dict[str, SplitSource]:
     if root.is_file() and root.suffix.lower() in _SUFFIXES:
         file = root
     else:
-        candidates = [
-            path for suffix in _SUFFIXES for path in sorted(root.glob(f"*{suffix}")) if _looks_like_data(path)
-        ]
-        chosen = [path for path in candidates if path.stem in ("data", "dataset")] or candidates
+        chosen = _list_data_files(root)
         if not chosen:
             return {}
         if len(chosen) > 1:
@@ -72,9 +69,27 @@ def find(root: Path) -> dict[str, SplitSource]:
         file = chosen[0]
     data = read_data_yaml(file)
     return {
-        name: SplitSource("yolo", name, root, file, _image_folder(data, entries))
+        name: SplitSource("yolo", name, root, file, _image_folder(data, entries), _name_absent(data, name, entries))
         for name, entries in data.splits.items()
     }
+
+
+def means_something_else(root: Path) -> bool:
+    """Whether a folder's files that are called as YOLO's are (data.yaml) can be read and say nothing that YOLO's do."""
+    files = _list_data_files(root) if root.is_dir() else []
+    try:
+        contents = [_load(file) for file in files]
+    except DrkdError:
+        return False
+    return bool(files) and not any(
+        isinstance(content, dict) and ("names" in content or any(split_name(str(key)) for key in content))
+        for content in contents
+    )
+
+
+def _list_data_files(root: Path) -> list[Path]:
+    candidates = [path for suffix in _SUFFIXES for path in sorted(root.glob(f"*{suffix}")) if _looks_like_data(path)]
+    return [path for path in candidates if path.stem in ("data", "dataset")] or candidates
 
 
 def read_data_yaml(file: Path) -> DataYaml:
@@ -135,7 +150,7 @@ def label_files(source: SplitSource) -> list[Path]:
 
 def _load(file: Path) -> Any:
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        return yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise DrkdError(f"{file}: the file cannot be read ({error}).") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -219,16 +234,29 @@ def _is_there(path: Path) -> bool:
     return is_file(path) or is_folder(path)
 
 
+def _name_absent(data: DataYaml, name: str, entries: list[str]) -> str:
+    """Of a split beside train and val that leads nowhere, where: exports of Roboflow name a test that may not be."""
+    if name in ("train", "val") or any(_is_there(_resolve(data, entry)) for entry in entries):
+        return ""
+    return f"there is no folder or text file {_resolve(data, entries[0])}"
+
+
 def _image_folder(data: DataYaml, entries: list[str]) -> Path:
     first = _resolve(data, entries[0])
     return first.parent if first.suffix == ".txt" else first
 
 
 def _label_file(data: DataYaml, image: Path) -> Path:
-    """``labels`` in place of the last folder called ``images``; beside the image where there is none."""
+    """``labels`` in place of the last folder called ``images``; beside the image where there is none.
+
+    Folders above the data set count only where that leads to a file: the data set may lie in any folder.
+    """
     inside = image.is_relative_to(data.base)
     path = label_path(image.relative_to(data.base) if inside else image)
-    return data.base / path if inside else path
+    path = data.base / path if inside else path
+    if not is_file(path) and is_file(other := label_path(Path(os.path.abspath(image)))):  # noqa: PTH100
+        return other
+    return path
 
 
 def label_path(image: Path) -> Path:
@@ -310,7 +338,7 @@ class _Scanner:
 
     def _read_list(self, file: Path) -> list[Path]:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             self._found.report(file, "", "", f"the list of images cannot be read ({error})")
             return []
@@ -326,6 +354,8 @@ class _Scanner:
                 if "\0" not in name
                 and any(path.is_relative_to(os.path.normpath(folder)) for folder in (file.parent, self._data.base))
             ]
+            if Path(name).is_absolute() and Path(name).suffix.lower() in IMAGE_SUFFIXES and "\0" not in name:
+                inside = options[:1]  # as a folder may be anywhere, if it is named in full
             if not inside:
                 self._found.report(file, f"line {number}", "", f"'{name}' leads out of the data set {self._data.base}")
             elif (path := next((path for path in inside if is_file(path)), None)) is None:
@@ -353,7 +383,7 @@ class _Scanner:
 
     def _read_labels(self, file: Path, image: int, size: Size | None) -> None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             self._found.report(file, "", "", f"the label file cannot be read ({error})")
             return
