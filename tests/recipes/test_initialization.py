@@ -179,7 +179,7 @@ def _facts(long: int, short: int, box: float) -> DataFacts:
     ("facts", "size", "parts"),
     [
         (_facts(4000, 3000, 40.0), (800, 1333), ("reduced from 3000 px", "half of your boxes are then below 11 px")),
-        (_facts(2000, 1200, 300.0), (800, 1333), ("reduced from 1200 px", "below 200 px")),
+        (_facts(2000, 1200, 300.0), (800, 1334), ("reduced from 1200 px", "below 200 px")),
         (_facts(16000, 200, 60.0), (192, 2000), ("capped at 2000 px", "reduced from 16000 px", "below 8 px")),
     ],
 )
