@@ -117,6 +117,21 @@ def test_photometric_jitter_leaves_boxes_and_range_alone() -> None:
     assert 0 <= float(image.min()) <= float(image.max()) <= 1
 
 
+def test_colours_keep_their_order_where_they_are_to() -> None:
+    """Torchvision's distortion makes green or blue of red in half of the images."""
+    red = tv_tensors.Image(torch.stack([torch.full((40, 60), value, dtype=torch.uint8) for value in (255, 40, 20)]))
+    strongest = {}
+    for choice in (True, "keep_channels"):
+        torch.manual_seed(0)
+        jitter = train_transforms(min_size=40, max_size=60, horizontal_flip=0.0, photometric=choice).transforms[0]
+        seen = [jitter(red) for _ in range(60)]
+        assert len({tuple(image.float().mean(dim=(1, 2)).tolist()) for image in seen}) > 30
+        strongest[choice] = {int(image.float().mean(dim=(1, 2)).argmax()) for image in seen}
+    assert strongest == {True: {0, 1, 2}, "keep_channels": {0}}
+    with pytest.raises(ValueError, match="keep_channels"):
+        train_transforms(photometric="keep")  # type: ignore[arg-type]
+
+
 def test_images_without_boxes_pass() -> None:
     transforms = train_transforms(min_size=40, max_size=60, photometric=True, zoom_out=1.0, random_crop=1.0)
     target = {

@@ -23,7 +23,7 @@ from drkd.data.problem import LeaveOut
 from drkd.data.records import PackedRecords
 from drkd.data.sampler import EvaluationBatchSampler, TrainBatchSampler, aspect_group
 from drkd.data.split import DatasetSplit
-from drkd.data.transforms import collate, eval_transforms, train_transforms
+from drkd.data.transforms import Photometric, collate, eval_transforms, train_transforms
 from drkd.data.unlabelled import put_labels_aside, read_unlabelled
 
 REST = "rest"
@@ -87,7 +87,8 @@ class DetectionData:
         min_size: Short side of the images, px; of several, training draws one an image, evaluation takes the largest.
         max_size: Limit of the long side, px.
         horizontal_flip: Probability of mirroring a training image; 0 for digits and letters.
-        photometric: Jitter the colours of training images.
+        photometric: Jitter the colours of training images, which may also permute their channels; "keep_channels" does
+            not, for classes that differ in colour.
         zoom_out: Probability of shrinking a training image onto a larger canvas.
         random_crop: Probability of cutting a part out of a training image, so that objects grow.
         size_divisor: Batches are padded to multiples of it, px.
@@ -123,7 +124,7 @@ class DetectionData:
         min_size: int | list[int] = 800,
         max_size: int = 1333,
         horizontal_flip: float = 0.5,
-        photometric: bool = False,
+        photometric: Photometric = False,
         zoom_out: float = 0.0,
         random_crop: float = 0.0,
         size_divisor: int = 32,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import get_worker_info
@@ -13,6 +13,17 @@ from torchvision.transforms.v2 import functional
 
 from drkd.contracts import DetectionBatch, Size
 from drkd.data.dataset import Sample
+
+Photometric = bool | Literal["keep_channels"]
+"""Whether the colours of training images are jittered; with "keep_channels" red, green and blue stay in their order."""
+
+
+class _KeepChannels(v2.RandomPhotometricDistort):
+    """Torchvision's jitter without the permutation of the channels, which it draws for half of the images."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw all but a permutation (called by torchvision)."""
+        return {**super().make_params(flat_inputs), "channel_permutation": None}
 
 
 class ResizeKeepRatio(v2.Transform):
@@ -57,7 +68,7 @@ def train_transforms(
     min_size: int | Sequence[int] = 800,
     max_size: int = 1333,
     horizontal_flip: float = 0.5,
-    photometric: bool = False,
+    photometric: Photometric = False,
     zoom_out: float = 0.0,
     random_crop: float = 0.0,
 ) -> v2.Compose:
@@ -67,14 +78,17 @@ def train_transforms(
         min_size: Short side, px; one of several is drawn for each image.
         max_size: Limit of the long side, px.
         horizontal_flip: Probability of mirroring. Zero for digits and letters: mirrored, they are others or none.
-        photometric: Jitter brightness, contrast, saturation and hue.
+        photometric: Jitter brightness, contrast, saturation and hue, and permute the colour channels of half of the
+            images (SSD's distortion); "keep_channels" leaves them in order, for classes that differ in colour.
         zoom_out: Probability of putting the image on a grey canvas up to twice as wide, so that objects shrink.
         random_crop: Probability of cutting a part out of the image, at least half as wide and as high, so that objects
             grow; an object whose centre is cut off is no target any more (SSD's crop, Liu et al., arXiv:1512.02325).
     """
     steps: list[torch.nn.Module] = []
     if photometric:
-        steps.append(v2.RandomPhotometricDistort())
+        if photometric not in (True, "keep_channels"):
+            raise ValueError(f"expected photometric to be true, false or 'keep_channels', got {photometric!r}")
+        steps.append(_KeepChannels() if photometric == "keep_channels" else v2.RandomPhotometricDistort())
     if zoom_out > 0:
         fill: dict[Any, int] = {tv_tensors.Image: 114, "others": 0}
         steps.append(v2.RandomZoomOut(fill=fill, side_range=(1.0, 2.0), p=zoom_out))
