@@ -6,7 +6,8 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from torch import nn
 import drkd.methods
 from drkd.recipes.comparison.cell import make_cells
 from drkd.recipes.comparison.definition import load_comparison
+from drkd.reports.comparison import _plain as as_plain
+from drkd.reports.comparison_rows import read_comparison, summarise_comparison
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 COMPARISONS = [file for file in sorted(BENCHMARKS.glob("comparisons/**/*.yaml")) if "\nmethods:" in file.read_text()]
@@ -57,6 +60,30 @@ def test_tables_of_scores_are_what_their_results_say(monkeypatch: pytest.MonkeyP
         stale = tmp_path / "page.md"
         stale.write_text(text.replace(f"| {score[1]} ", "| 99.9 ", 1), encoding="utf-8")
         assert rewrite(stale, results) == text
+
+
+def _numbers(value: object, where: str = "") -> Iterator[tuple[str, object]]:
+    """Every entry within, by the way that leads to it."""
+    if isinstance(value, dict | list):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(entry, f"{where}/{key}")
+    else:
+        yield where, value
+
+
+def test_tables_are_those_of_their_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from rebuild_tables import COMPARISONS, RESULTS
+
+    for result in COMPARISONS:
+        rows = summarise_comparison(read_comparison(RESULTS / result))
+        written = dict(_numbers(json.loads((RESULTS / result / "table.json").read_text())["rows"]))
+        found = dict(_numbers([as_plain(asdict(row)) for row in rows]))
+        stale = f"{result}: run benchmarks/rebuild_tables.py {result}"
+        assert found.keys() == written.keys() and len(found) > 50, stale
+        for where, value in found.items():
+            expected = pytest.approx(value, rel=1e-6, abs=1e-9) if isinstance(value, float) else value
+            assert written[where] == expected, f"{stale} ({where})"
 
 
 def test_effort_counts_the_runs_on_tune_by_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

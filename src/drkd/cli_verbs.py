@@ -298,8 +298,8 @@ def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
             f"drkd: interrupted; what was running is stopped, what was finished is kept. The same command {how}.",
             file=sys.stderr,
         )
-        if isinstance(stop, StoppedMeasuring):
-            # Without a finished cell there is nothing to report, and nothing to say about that.
+        if isinstance(stop, StoppedMeasuring) and any((comparison.output / "cells").rglob("*.json")):
+            # Without a cell that has scores there is nothing to report, and nothing to say about that.
             with suppress(DrkdError):
                 print(f"What is finished is in {write_comparison_report(comparison.output)}", file=sys.stderr)
         return INTERRUPTED
