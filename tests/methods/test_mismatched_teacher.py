@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from drkd.adapters import RetinaNetBuilder
 from drkd.contracts import (
     BoxTargets,
     DetectionBatch,
@@ -17,7 +19,8 @@ from drkd.contracts import (
     KDMethod,
     NotApplicableError,
 )
-from drkd.methods import DRKD, Combination, CrossKD, MismatchedTeacher
+from drkd.engine import Distiller
+from drkd.methods import DRKD, PKD, Combination, CrossKD, MismatchedTeacher
 
 SPEC = DetectorSpec((FeatureLevel("p3", 16, 8.0), FeatureLevel("p4", 16, 16.0)), ("thing",))
 
@@ -76,6 +79,64 @@ def test_one_image_has_no_other():
     torch.stack(list(terms.values())).sum().backward()
     assert all(term.item() == 0 for term in terms.values())
     assert all(level.tensor.grad.eq(0).all() for level in student.features)
+
+
+def _looked_at(distiller: Distiller, batch: DetectionBatch) -> dict[str, float]:
+    """How often each term was silent in a row after the batch."""
+    distiller(batch)
+    return {name: count for name, count in distiller.monitor.silent.items() if name != "the teacher"}
+
+
+def test_a_batch_of_one_image_is_no_dead_term():
+    student, teacher = RetinaNetBuilder(width=0.25, fpn_channels=32), RetinaNetBuilder(width=0.25, fpn_channels=32)
+    torch.manual_seed(0)
+    distiller = Distiller(
+        student.build(("thing",)),
+        teacher.build(("thing",)),
+        partial(MismatchedTeacher, method=PKD),
+        monitor_interval=1,
+        dead_after=2,
+    )
+    for _ in range(3):
+        assert _looked_at(distiller, _noisy(1)) == {}
+    assert _looked_at(distiller, _noisy(2)) == {"pkd": 0}
+
+
+def _noisy(images: int) -> DetectionBatch:
+    return replace(_batch(images), images=torch.rand(images, 3, 64, 64))
+
+
+def test_counts_say_whether_there_was_another_image():
+    _, control = _methods()
+    assert control.compared_counts() == {}
+    terms = control(_output(3, seed=1), _output(3, seed=2), _batch(3))
+    assert {name: count.item() for name, count in control.compared_counts().items()} == dict.fromkeys(terms, 3)
+    control(_output(1, seed=1), _output(1, seed=2), _batch(1))
+    assert {name: count.item() for name, count in control.compared_counts().items()} == dict.fromkeys(terms, 0)
+
+
+def test_a_part_of_one_image_does_not_hide_a_part_of_two():
+    both = Combination(SPEC, SPEC, methods={"control": partial(MismatchedTeacher, method=DRKD)})
+    total: dict[str, float] = {}
+    for images in (1, 2):
+        both(_output(images, seed=1), _output(images, seed=2), _batch(images))
+        for name, count in both.compared_counts().items():
+            total[name] = total.get(name, 0) + count.item()
+    assert len(total) == 6 and set(total.values()) == {2}
+
+
+def test_what_the_method_compared_goes_before_the_images():
+    class Counted(PKD):
+        found = 5
+
+        def compared_counts(self):
+            return {"pkd/p3": torch.tensor(self.found)}
+
+    control = MismatchedTeacher(SPEC, SPEC, method=Counted)
+    for images, found, expected in ((2, 5, [5, 2]), (2, 0, [0, 2]), (1, 5, [0, 0])):
+        control.method.found = found
+        control(_output(images, seed=1), _output(images, seed=2), _batch(images))
+        assert [count.item() for count in control.compared_counts().values()] == expected
 
 
 def test_it_declares_what_the_method_declares():

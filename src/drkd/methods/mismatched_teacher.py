@@ -16,7 +16,8 @@ class MismatchedTeacher(KDMethod):
     """Give each image the teacher's maps of the next image of the batch, the last one those of the first.
 
     The targets keep their scale, their statistics and their smoothness and say nothing of the image, so what a method
-    still gains this way is regularisation. A batch of one image has no other: its terms are zero. In a recipe:
+    still gains this way is regularisation. A batch of one image, or a part of one image where a batch is seen in
+    parts, has no other: its terms are zero, and its `compared_counts` too. In a recipe:
 
         method:
           class_path: drkd.methods.MismatchedTeacher
@@ -52,6 +53,7 @@ class MismatchedTeacher(KDMethod):
         self.weights, self.minimum_boxes = self.method.weights, self.method.minimum_boxes
         self.balanced = self.method.balanced
         self.warmup_steps, self.decay = self.method.warmup_steps, self.method.decay
+        self._compared: dict[str, Tensor] = {}
 
     def inner_methods(self) -> dict[str, KDMethod]:
         """The method, whose names stay."""
@@ -61,7 +63,15 @@ class MismatchedTeacher(KDMethod):
         """The method's terms, under its names."""
         others = replace(teacher, features=tuple(_turn(level) for level in teacher.features))
         terms = cast(dict[str, Tensor], self.method(student, others, batch))
-        return {name: term * 0 for name, term in terms.items()} if len(batch) == 1 else terms
+        images = 0 if len(batch) == 1 else len(batch)
+        # Of every term at every pass: counts are added over the parts of a batch, and one that is absent adds nothing.
+        self._compared = {name: torch.full_like(term.detach(), images) for name, term in terms.items()}
+        return terms if images else {name: term * 0 for name, term in terms.items()}
+
+    def compared_counts(self) -> dict[str, Tensor]:
+        """The images that were shown another's maps, none of a batch of one; or what the method says it compared."""
+        own = super().compared_counts()
+        return {name: own.get(name, images) * (images > 0) for name, images in self._compared.items()}
 
 
 def _turn(level: FeatureMap) -> FeatureMap:
