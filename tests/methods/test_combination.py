@@ -34,6 +34,15 @@ def test_terms_keep_their_values_and_get_their_members_names():
     assert {name: term.item() for name, term in terms.items()} == {"a.term/p3": 3.0, "b.term/p3": 4.0}
 
 
+def test_a_method_is_used_as_it_is():
+    own = Constant(SPEC, SPEC, value=3.0)
+    kd = Combination(SPEC, SPEC, methods={"a": own, "b": partial(Constant, value=4.0)}, factors={"a": 0.5})
+    terms = kd(DetectorOutput(), DetectorOutput(), None)
+    assert {name: term.item() for name, term in terms.items()} == {"a.term/p3": 3.0, "b.term/p3": 4.0}
+    assert kd.members["a"] is own and kd.weights == {"a.term": 1.0, "b.term": 2.0}
+    assert any(parameter is own.value for parameter in kd.parameters())
+
+
 def test_declarations_are_the_members_together():
     methods = {"a": Constant, "b": partial(Constant, needs=("losses",))}
     kd = Combination(SPEC, SPEC, methods=methods, factors={"b": 0.25})

@@ -28,7 +28,8 @@ class Combination(KDMethod):
     Args:
         student: The student's levels.
         teacher: The teacher's levels.
-        methods: By a name of your choice, without dots and slashes: a method, or what builds one from the two specs.
+        methods: By a name of your choice, without dots and slashes: a method, or what builds one from the two specs. A
+            method is used as it is, so it must have been built for these two.
         factors: By the same names, a factor >= 0 on all weights of a member; 1 where absent.
         warmup_steps: See `KDMethod`. None is the members' own, which must agree.
         decay: The same.
@@ -51,7 +52,11 @@ class Combination(KDMethod):
         super().__init__()
         factors = factors or {}
         _check_names(methods, factors=factors)
-        built = {name: build(student, teacher) for name, build in methods.items()}
+        built = {
+            # A type checker takes a method for callable as well, as every module is.
+            name: method if isinstance(method, KDMethod) else method(student, teacher)
+            for name, method in methods.items()
+        }
         self.members = nn.ModuleDict(built)
         self.needs = frozenset().union(*(member.needs for member in built.values()))
         self.weights = {
