@@ -43,6 +43,16 @@ def test_a_method_is_used_as_it_is():
     assert any(parameter is own.value for parameter in kd.parameters())
 
 
+def test_a_member_of_factor_0_is_neither_built_nor_computed():
+    def never(student, teacher):
+        raise AssertionError("was built")
+
+    methods = {"a": never, "b": partial(Constant, value=4.0), "c": Constant(SPEC, SPEC, needs=("losses",))}
+    kd = Combination(SPEC, SPEC, methods=methods, factors={"a": 0.0, "c": 0})
+    assert list(kd.members) == ["b"] and kd.weights == {"b.term": 2.0} and kd.needs == {"features"}
+    assert list(kd(DetectorOutput(), DetectorOutput(), None)) == ["b.term/p3"]
+
+
 def test_declarations_are_the_members_together():
     methods = {"a": Constant, "b": partial(Constant, needs=("losses",))}
     kd = Combination(SPEC, SPEC, methods=methods, factors={"b": 0.25})
@@ -104,6 +114,8 @@ def test_decay_must_agree_or_be_given():
         ({"methods": {"a/b": PKD}}, "'a/b'"),
         ({"methods": {"a": PKD}, "factors": {"b": 1.0}}, "factors for b, but its methods are a"),
         ({"methods": {"a": PKD}, "factors": {"a": -1.0}}, "at least 0"),
+        ({"methods": {"a": PKD}, "factors": {"a": float("nan")}}, "at least 0"),
+        ({"methods": {"a": PKD, "b": CWD}, "factors": {"a": 0, "b": 0.0}}, "above 0, got {'a': 0, 'b': 0.0} for a, b"),
     ],
 )
 def test_what_cannot_be_used(options, message):

@@ -30,13 +30,14 @@ class Combination(KDMethod):
         teacher: The teacher's levels.
         methods: By a name of your choice, without dots and slashes: a method, or what builds one from the two specs. A
             method is used as it is, so it must have been built for these two.
-        factors: By the same names, a factor >= 0 on all weights of a member; 1 where absent.
+        factors: By the same names, a factor >= 0 on all weights of a member; 1 where absent. A member of factor 0 is
+            neither built nor computed.
         warmup_steps: See `KDMethod`. None is the members' own, which must agree.
         decay: The same.
 
     Raises:
-        DrkdError: If there is no member, a name or a factor cannot be used, or members disagree on ``balanced`` (a
-            weight is a gradient ratio or a multiplier, not both), on ``warmup_steps`` or on ``decay``.
+        DrkdError: If there is no member of a factor above 0, a name or a factor cannot be used, or members disagree on
+            ``balanced`` (a weight is a gradient ratio or a multiplier, not both), on ``warmup_steps`` or on ``decay``.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class Combination(KDMethod):
         factors = factors or {}
         _check_names(methods, factors=factors)
         built = {
-            # A type checker takes a method for callable as well, as every module is.
+            # A method is callable too, as every module is.
             name: method if isinstance(method, KDMethod) else method(student, teacher)
             for name, method in methods.items()
+            if factors.get(name, 1.0) > 0
         }
         self.members = nn.ModuleDict(built)
         self.needs = frozenset().union(*(member.needs for member in built.values()))
@@ -106,9 +108,14 @@ def _check_names(methods: Iterable[str], *, factors: Mapping[str, float]) -> Non
             f"The combination has factors for {', '.join(unknown)}, but its methods are {', '.join(names)}. "
             "Use the names of `methods` in `factors`."
         )
-    negative = {name: factor for name, factor in factors.items() if factor < 0}
+    negative = {name: factor for name, factor in factors.items() if not factor >= 0}
     if negative:
         raise DrkdError(f"The combination's factors must be at least 0, got {negative}.")
+    if not any(factors.get(name, 1.0) > 0 for name in names):
+        raise DrkdError(
+            f"The combination expects at least one method of a factor above 0, got {dict(factors)} for "
+            f"{', '.join(names)}."
+        )
 
 
 def _check_agreement(field: str, values: Mapping[str, object]) -> None:
