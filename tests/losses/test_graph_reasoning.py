@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from drkd.losses import GraphReasoningUnit
+from drkd.losses import GraphReasoningUnit, PixelRelationLoss
 
 
 def layer_by_layer(unit, feature):
@@ -53,3 +53,15 @@ def test_sums_over_a_large_map_stay_in_range_under_float16(norm):
         half = unit(feature.half())
     assert plain.abs().max() > 65504 or norm != "none", "the case is of no use with sums so small"
     torch.testing.assert_close(half, plain, rtol=0.05, atol=0.05 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("reasoning", ["graph", "non_local"])
+@pytest.mark.parametrize("norm", ["group", "batch", "none"])
+def test_a_gain_says_how_loud_the_relations_are_with_any_norm(norm, reasoning):
+    feature, added = torch.randn(2, 16, 5, 7), []
+    for gain in (1.0, 0.3):
+        torch.manual_seed(0)
+        loss = PixelRelationLoss(16, 16, reasoning=reasoning, nodes=4, states=8, norm=norm, gain=gain)
+        added.append(loss.student_unit(feature) - feature)
+    assert added[0].abs().max() > 0.01
+    torch.testing.assert_close(added[1], 0.3 * added[0], rtol=1e-4, atol=1e-6)

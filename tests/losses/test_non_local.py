@@ -47,6 +47,11 @@ def test_the_gaussian_block_is_a_softmax_over_pairs():
 def test_block_starts_as_the_identity():
     feature = torch.randn(2, 8, 4, 5)
     assert NonLocalBlock(8, inner_channels=2)(feature).equal(feature)
+    # Without a norm there is nothing that could learn to leave the identity.
+    plain, loud = (NonLocalBlock(8, inner_channels=2, norm="none", gain=gain) for gain in (None, 2.0))
+    loud.load_state_dict(plain.state_dict())
+    assert not plain(feature).equal(feature)
+    torch.testing.assert_close(loud(feature) - feature, 2 * (plain(feature) - feature))
 
 
 def test_value_by_hand():

@@ -36,6 +36,7 @@ class GraphReasoningUnit(nn.Module):
         norm: ``group`` (groups of at least 8 channels, at most 32 groups), ``batch`` (eps 1e-4, as released), ``none``.
         activation_before_update: ReLU before W_c, as released; False is the paper's plain linear update.
         gain: Initial weight of that norm: how loud the relations are beside a map of unit variance (released: 1).
+            Without a norm a constant factor on the relations, which then have no unit variance.
         residual: Add F; False returns the relations alone.
 
     Shape:
@@ -64,8 +65,7 @@ class GraphReasoningUnit(nn.Module):
         self.state_update = nn.Linear(states, states, bias=False)
         self.expansion = nn.Conv2d(states, channels, kernel_size=1, bias=False)
         self.norm = make_norm(norm, channels)
-        if isinstance(self.norm, nn.GroupNorm | nn.BatchNorm2d):
-            nn.init.constant_(self.norm.weight, gain)
+        self.factor = start_norm(self.norm, gain)
         self.normalise = normalise
         self.activation_before_update = activation_before_update
         self.residual = residual
@@ -90,7 +90,7 @@ class GraphReasoningUnit(nn.Module):
             if isinstance(self.norm, nn.GroupNorm):
                 return self._reproject(feature, nodes, assignment, self.norm)
             # So does their expansion, which no norm has tamed yet.
-            relations = self.norm(self.expansion((nodes @ assignment).unflatten(2, feature.shape[-2:])))
+            relations = self.norm(self.expansion((nodes @ assignment).unflatten(2, feature.shape[-2:]))) * self.factor
         return feature + relations if self.residual else relations
 
     def _reason(self, states: Tensor, assignment: Tensor) -> Tensor:
@@ -144,3 +144,11 @@ def make_norm(norm: GraphNorm, channels: int, *, eps: float = 1e-4) -> nn.Module
     if norm == "none":
         return nn.Identity()
     raise ValueError(f"Expected a norm out of group, batch, none, got {norm!r}")
+
+
+def start_norm(norm: nn.Module, gain: float) -> float:
+    """Give the norm of a residual branch its initial weight; without a norm the gain is the constant factor returned."""
+    if isinstance(norm, nn.GroupNorm | nn.BatchNorm2d):
+        nn.init.constant_(norm.weight, gain)
+        return 1.0
+    return gain

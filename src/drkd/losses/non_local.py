@@ -20,7 +20,7 @@ from drkd.losses.alignment import (
 )
 from drkd.losses.attention import spatial_attention
 from drkd.losses.distance import at_least_float32, full_precision
-from drkd.losses.graph_reasoning import GraphNorm, make_norm
+from drkd.losses.graph_reasoning import GraphNorm, make_norm, start_norm
 
 PairSimilarity = Literal["dot", "gaussian"]
 """How a `NonLocalBlock` says how much one position has to tell another."""
@@ -45,7 +45,8 @@ class NonLocalBlock(nn.Module):
         inner_channels: Width of theta, phi and g.
         pool: Side of the max pool, cells. mmrazor's blocks pool twice: its ``maxpool_stride`` n is a pool of 2 n here.
         norm: See `GraphNorm`; batch has an eps of 1e-5 here.
-        gain: Initial weight of the norm; 0 (released) starts as the identity.
+        gain: Initial weight of the norm; 0 (released) starts as the identity. Without a norm a constant factor on what
+            is added, which nothing could learn away from 0. None is 0 with a norm and 1 without.
         similarity: ``dot`` (released) or ``gaussian``.
 
     Shape:
@@ -60,7 +61,7 @@ class NonLocalBlock(nn.Module):
         inner_channels: int,
         pool: int = 1,
         norm: GraphNorm = "group",
-        gain: float = 0.0,
+        gain: float | None = None,
         similarity: PairSimilarity = "dot",
     ) -> None:
         super().__init__()
@@ -73,8 +74,7 @@ class NonLocalBlock(nn.Module):
         self.value = nn.Conv2d(channels, inner_channels, kernel_size=1)
         self.output = nn.Conv2d(inner_channels, channels, kernel_size=1, bias=False)
         self.norm = make_norm(norm, channels, eps=1e-5)
-        if isinstance(self.norm, nn.GroupNorm | nn.BatchNorm2d):
-            nn.init.constant_(self.norm.weight, gain)
+        self.factor = start_norm(self.norm, float(norm == "none") if gain is None else gain)
         self.pool = pool
         self.similarity: PairSimilarity = similarity
 
@@ -92,7 +92,7 @@ class NonLocalBlock(nn.Module):
             else:
                 mixed = values @ keys.transpose(1, 2) @ queries / keys.shape[2]
             related: Tensor = self.norm(self.output(mixed.unflatten(2, (feature.shape[2], feature.shape[3]))))
-            return feature + related
+            return feature + related * self.factor
 
     def _pooled(self, feature: Tensor) -> Tensor:
         window = min(self.pool, feature.shape[2]), min(self.pool, feature.shape[3])
@@ -118,7 +118,7 @@ class NonLocalLoss(nn.Module):
         pool: Of the non-local blocks.
         reduction: Channels of a map over the width of its non-local block.
         norm: Of the non-local blocks.
-        gain: Initial weight of that norm.
+        gain: Initial weight of that norm, see `NonLocalBlock`.
         feature_weight: w_f.
         channel_weight: w_c.
         spatial_weight: w_s.
@@ -146,7 +146,7 @@ class NonLocalLoss(nn.Module):
         pool: int = 2,
         reduction: int = 4,
         norm: GraphNorm = "group",
-        gain: float = 0.0,
+        gain: float | None = None,
         feature_weight: float = 7e-5,
         channel_weight: float = 4e-3,
         spatial_weight: float = 4e-3,

@@ -46,7 +46,7 @@ class PixelRelationLoss(nn.Module):
         states: Width of a node.
         normalise: Divide the node states by the number of positions.
         norm: Norm of the graph reasoning unit.
-        gain: Of that norm, see `GraphReasoningUnit`.
+        gain: Of that norm, or without one a constant factor, see `GraphReasoningUnit`.
         activation_before_update: ReLU in the unit as released.
         distance: See `tensor_distance`.
         teacher_side: See `TeacherSide`.

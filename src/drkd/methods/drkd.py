@@ -113,7 +113,8 @@ class DRKD(KDMethod):
         states: Width of a graph node (C1): same.
         normalise: Divide the graph's states by the number of positions (released: no).
         norm: After the graph's reprojection: group, batch (released) or none.
-        graph_gain: Initial weight of that norm: how loud the relations are beside the map itself (released: 1).
+        graph_gain: Initial weight of that norm: how loud the relations are beside the map itself (released: 1). With
+            the norm ``none`` a constant factor on the relations.
         activation_before_update: ReLU in the graph as released; False is the paper's linear update.
         pixel_distance: See `tensor_distance` (paper, released: frobenius).
         pixel_object_share: Part of ``pixel_relation`` that lies on an image's objects, each alike, see
