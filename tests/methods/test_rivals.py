@@ -180,7 +180,12 @@ def adapters(kd):
 
 @ADAPTING
 def test_adapters_start_as_they_are_told(method, options):
-    kinds = {init: adapters(method(SPEC, SPEC, adapter_init=init, **options)) for init in ("identity", "none")}
+    # Nobody can always have an adapter and none.
+    without = {name: value for name, value in options.items() if name != "always_adapt"}
+    kinds = {
+        "identity": adapters(method(SPEC, SPEC, adapter_init="identity", **options)),
+        "none": adapters(method(SPEC, SPEC, adapter_init="none", **without)),
+    }
     for adapter in kinds["identity"]:
         linear = isinstance(adapter, torch.nn.Linear)
         feature = torch.randn(3, adapter.weight.shape[1], *(() if linear else (4, 5)))
@@ -193,7 +198,19 @@ def test_adapters_start_as_they_are_told(method, options):
     for adapter in adapters(method(SPEC, wider, adapter_init="identity", **options)):
         assert adapter.bias.eq(0).all() and adapter.weight.ne(0).any()
     with pytest.raises(ValueError, match="equal channels without an adapter"):
-        method(SPEC, wider, adapter_init="none", **options)
+        method(SPEC, wider, adapter_init="none", **without)
+
+
+@pytest.mark.parametrize("method", [PKD, CWD, FGD])
+def test_an_adapter_asked_for_everywhere_and_nowhere_is_refused(method):
+    with pytest.raises(ValueError, match="always_adapt false with adapter_init 'none'"):
+        method(SPEC, SPEC, always_adapt=True, adapter_init="none")
+    assert all(isinstance(adapter, torch.nn.Identity) for adapter in adapters(method(SPEC, SPEC, adapter_init="none")))
+
+
+def test_fitnet_always_has_an_adapter_unless_it_is_told_none():
+    assert all(isinstance(adapter, torch.nn.Conv2d) for adapter in adapters(FitNet(SPEC, SPEC)))
+    assert all(isinstance(adapter, torch.nn.Identity) for adapter in adapters(FitNet(SPEC, SPEC, adapter_init="none")))
 
 
 @ADAPTING

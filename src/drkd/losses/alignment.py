@@ -39,6 +39,15 @@ def make_adapter(
     return adapter
 
 
+def check_adapter(init: AdapterInit, *, always: bool) -> None:
+    """Refuse an adapter that is asked for everywhere and for no place, for losses that have none by default."""
+    if always and init == "none":
+        raise ValueError(
+            "Expected always_adapt false with adapter_init 'none', which has no adapter at all, or the adapter_init "
+            "identity or default, got always_adapt true and adapter_init 'none'"
+        )
+
+
 def make_linear_adapter(student_channels: int, teacher_channels: int, *, init: AdapterInit = "identity") -> nn.Module:
     """The same for vectors (B, C): a linear layer, see `make_adapter`."""
     if init == "none":

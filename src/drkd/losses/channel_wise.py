@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from drkd.losses.alignment import AdapterInit, FeatureScale, MapAdapter, check_scale, rescale
+from drkd.losses.alignment import AdapterInit, FeatureScale, MapAdapter, check_adapter, check_scale, rescale
 from drkd.losses.distance import full_precision
 
 
@@ -24,7 +24,8 @@ class ChannelWiseLoss(nn.Module):
         temperature: tau, units of the feature, > 0.
         scale: ``none``, the authors', or ``teacher_rms``, see `rescale`: tau is then in units of the teacher's root
             mean square.
-        always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal.
+        always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal; not with
+            the ``adapter_init`` ``none``.
         adapter_init: Its start, see `make_adapter`; ``default`` draws a random basis.
 
     Shape:
@@ -48,6 +49,7 @@ class ChannelWiseLoss(nn.Module):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"Expected a temperature above 0, got {temperature}")
+        check_adapter(adapter_init, always=always_adapt)
         self.align = MapAdapter(student_channels, teacher_channels, always=always_adapt, init=adapter_init)
         self.temperature = temperature
         check_scale(scale)

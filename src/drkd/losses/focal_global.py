@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from drkd.losses.alignment import AdapterInit, FeatureScale, MapAdapter, check_scale, rescale
+from drkd.losses.alignment import AdapterInit, FeatureScale, MapAdapter, check_adapter, check_scale, rescale
 from drkd.losses.attention import channel_attention, spatial_attention
 from drkd.losses.box_masks import in_portions, padded_boxes
 from drkd.losses.distance import at_least_float32, full_precision
@@ -116,7 +116,8 @@ class FocalGlobalLoss(nn.Module):
         scale: ``none``, the authors', or ``teacher_rms``, a deviation: both maps are divided by the root mean square of
             the teacher's first, see `rescale`. The temperature is absolute; where the features are many times larger,
             the attentions are nearly one-hot, and next to no place has a gradient.
-        always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal.
+        always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal; not with
+            the ``adapter_init`` ``none``.
         adapter_init: Its start, see `make_adapter`; ``default`` draws a random basis.
 
     Shape:
@@ -148,6 +149,7 @@ class FocalGlobalLoss(nn.Module):
         if min(weights) < 0 or temperature <= 0:
             raise ValueError(f"Expected weights of at least 0 and a temperature above 0, got {weights}, {temperature}")
         check_scale(scale)
+        check_adapter(adapter_init, always=always_adapt)
         self.align = MapAdapter(student_channels, teacher_channels, always=always_adapt, init=adapter_init)
         self.student_context = GlobalContext(teacher_channels) if relation_weight > 0 else None
         self.teacher_context = GlobalContext(teacher_channels) if relation_weight > 0 else None

@@ -21,7 +21,7 @@ class HintLoss(nn.Module):
         student_channels: Channels of the student's map.
         teacher_channels: Channels of the teacher's map.
         always_adapt: r exists even where the widths are equal, as in the paper.
-        adapter_init: Start of r, see `make_adapter`.
+        adapter_init: Start of r, see `make_adapter`; ``none`` leaves it out whatever ``always_adapt`` says.
         standardised: Compare the maps after `standardise`: half the mean squared difference then.
 
     Shape:

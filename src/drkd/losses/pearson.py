@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from drkd.losses.alignment import AdapterInit, MapAdapter
+from drkd.losses.alignment import AdapterInit, MapAdapter, check_adapter
 from drkd.losses.distance import full_precision
 
 
@@ -25,7 +25,8 @@ class PearsonLoss(nn.Module):
         teacher_channels: Channels of the teacher's map.
         eps: Added to the standard deviation, units of the feature.
         smallest_deviation: See above, units of the feature.
-        always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal.
+        always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal; not with
+            the ``adapter_init`` ``none``.
         adapter_init: Its start, see `make_adapter`.
 
     Shape:
@@ -44,6 +45,7 @@ class PearsonLoss(nn.Module):
         adapter_init: AdapterInit = "identity",
     ) -> None:
         super().__init__()
+        check_adapter(adapter_init, always=always_adapt)
         self.align = MapAdapter(student_channels, teacher_channels, always=always_adapt, init=adapter_init)
         self.eps = eps
         self.smallest_deviation = smallest_deviation

@@ -33,7 +33,7 @@ class FGD(LevelwiseMethod):
         scale: ``none``, the authors', or ``teacher_rms``, which measures both maps in units of the teacher's root mean
             square, level by level, so that the attentions and the proportions do not depend on the features' size.
         always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal (authors: only where
-            they differ).
+            they differ); not with the ``adapter_init`` ``none``.
         adapter_init: Its start, see `make_adapter`; ``default`` draws a random basis.
         levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.

@@ -18,7 +18,8 @@ class FitNet(LevelwiseMethod):
         teacher: The teacher's levels; matched to the student's by stride.
         weight: Of the term ``hint``; None is 1.
         always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal, as FitNets do.
-        adapter_init: Its start, see `make_adapter`.
+        adapter_init: Its start, see `make_adapter`; ``none``, which needs equal channels, leaves it out whatever
+            ``always_adapt`` says.
         levels: Student levels to use, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
         balanced: Whether the weight is a gradient ratio, see `KDMethod`.

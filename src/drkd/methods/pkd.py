@@ -19,7 +19,7 @@ class PKD(LevelwiseMethod):
         weight: Of the term ``pkd``. None is 1 with ``balanced``, else the authors' 10, for two-stage students 6.
         finest_levels: How many levels, finest first, are distilled (authors: 4); None is all.
         always_adapt: Put a 1x1 convolution on the student's side even where the channels are equal (authors: only where
-            they differ).
+            they differ); not with the ``adapter_init`` ``none``.
         adapter_init: Its start, see `make_adapter`.
         levels: Student levels to choose from, or pairs with the teacher's, see `match_levels`; None is all.
         missing_levels: Of a level whose stride the teacher lacks: "skip" it, or take the "nearest"; see `match_levels`.
