@@ -13,6 +13,9 @@ def drawn_mask(boxes, size, image_size):
     mask = torch.zeros(len(boxes), *size, dtype=torch.bool)
     for image, own in enumerate(boxes):
         for x1, y1, x2, y2 in own.tolist():
+            ranges = (x1, x2, image_size[1]), (y1, y2, image_size[0])
+            if any(first < 0 >= last or first >= end < last for first, last, end in ranges):
+                continue
             left, right = (max(0, min(int(x * size[1] / image_size[1]), size[1])) for x in (x1, x2))
             upper, lower = (max(0, min(int(y * size[0] / image_size[0]), size[0])) for y in (y1, y2))
             if left >= right or upper >= lower:
@@ -65,6 +68,16 @@ def test_masks_equal_their_definition():
     counted = torch.tensor([False] * 7 + [True] + [False] * 4)
     got = foreground_mask(boxes, (8, 12), image_size=SIZE, counted=counted)
     assert torch.equal(got, drawn_mask([corners[:0], odd[:0], corners[:0], odd[:1]], (8, 12), SIZE))
+
+
+def test_boxes_outside_the_image_cover_no_cell():
+    outside = torch.tensor(
+        [[-50.0, -50, -10, -10], [-9, 3, 0, 9], [3, -9, 9, -1], [48, 3, 60, 9], [3, 40, 9, 50], [90, 90, 90, 90]]
+    )
+    assert foreground_mask([outside], (4, 6), image_size=SIZE).sum() == 0
+    # Those on the border are still moved in.
+    border = torch.tensor([[48.0, 32, 48, 32], [0, 0, 0, 0]])
+    assert foreground_mask([border], (4, 6), image_size=SIZE)[0].nonzero().tolist() == [[0, 0], [3, 5]]
 
 
 def test_no_boxes():

@@ -36,6 +36,8 @@ def test_masks_by_hand():
 def slow_foreground(boxes, size, image_size):
     mask = torch.zeros(size).double()
     for x1, y1, x2, y2 in boxes.tolist():
+        if (x1 < 0 >= x2) or (y1 < 0 >= y2):
+            continue
         left, right = math.floor(x1 * size[1] / image_size[1]), math.ceil(x2 * size[1] / image_size[1])
         top, bottom = math.floor(y1 * size[0] / image_size[0]), math.ceil(y2 * size[0] / image_size[0])
         weight = 1 / ((bottom + 1 - top) * (right + 1 - left))
@@ -58,9 +60,25 @@ def test_masks_equal_a_loop_over_boxes():
 
 
 def test_boxes_that_cover_nothing():
-    boxes = [torch.tensor([[-50.0, -50.0, -20.0, -20.0], [20.0, 20.0, 4.0, 4.0], [80.0, 0.0, 90.0, 10.0]])]
+    boxes = [
+        torch.tensor(
+            [
+                [-50.0, -50.0, -20.0, -20.0],
+                [20.0, 20.0, 4.0, 4.0],
+                [80.0, 0.0, 90.0, 10.0],
+                # Less than a cell before the map: rounded up, they end in its first cells.
+                [-50.0, -50.0, -5.0, -5.0],
+                [-50.0, 4.0, 0.0, 9.0],
+                [4.0, -50.0, 9.0, -1.0],
+            ]
+        )
+    ]
     foreground, background = foreground_weights(boxes, torch.zeros(1, 1, 4, 4), image_size=(32, 32))
     assert foreground.eq(0).all() and background.eq(1 / 16).all()
+    touching = foreground_weights(
+        [torch.tensor([[-50.0, -50.0, 1.0, 1.0]])], torch.zeros(1, 1, 4, 4), image_size=(32, 32)
+    )
+    assert touching[0][0, 0].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
 
 
 @pytest.mark.parametrize(

@@ -36,3 +36,19 @@ def padded_boxes(boxes: Sequence[Tensor], *, like: Tensor) -> tuple[Tensor, Tens
 def in_portions(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Go through tensors (B, Nmax, ...) a few boxes at a time."""
     yield from zip(*(tensor.split(BOXES_AT_ONCE, dim=1) for tensor in tensors), strict=True)
+
+
+def are_outside(corners: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Which boxes lie outside the image and have no part in it; a point or a line on its border has.
+
+    Args:
+        corners: (..., 4), xyxy px of the image tensor.
+        image_size: Height and width of the image tensor, px.
+
+    Returns:
+        (...) bool.
+    """
+    height, width = image_size
+    x1, y1, x2, y2 = corners.unbind(-1)
+    before = ((x1 < 0) & (x2 <= 0)) | ((y1 < 0) & (y2 <= 0))
+    return before | ((x1 >= width) & (x2 > width)) | ((y1 >= height) & (y2 > height))

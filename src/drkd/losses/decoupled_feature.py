@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from drkd.losses.box_masks import are_outside
 from drkd.losses.distance import at_least_float32, full_precision
 from drkd.losses.instances import InstanceLayout, count_boxes
 
@@ -78,7 +79,8 @@ def foreground_mask(
     """Cells of a level that lie in a box of their image; nothing waits for the device.
 
     As in the authors' code, the corners are divided by the stride and cut to whole cells, and a box that is then empty
-    counts as its first cell. Deviation: such a box on the image's right or bottom border is moved in (there an error).
+    counts as its first cell. Deviations: such a box on the image's right or bottom border is moved in (there an error),
+    and a box outside the image counts nowhere (there in a cell of the border).
 
     Args:
         boxes: Of each image, (N_b, 4), xyxy px of the image tensor.
@@ -102,7 +104,8 @@ def foreground_mask(
     right, lower = torch.where(point, left + 1, right), torch.where(point, upper + 1, lower)
     # Count the boxes over a cell by summing, along both axes, marks at the corners of each.
     image = InstanceLayout.build(counts, device).group.to(torch.int64) * ((height + 1) * (width + 1))
-    ones = torch.ones_like(left) if counted is None else counted.to(left.dtype)
+    inside = ~are_outside(corners, image_size)
+    ones = (inside if counted is None else inside & counted).to(left.dtype)
     marks = torch.zeros(len(counts) * (height + 1) * (width + 1), dtype=torch.int64, device=device)
     for row, column, sign in ((upper, left, 1), (upper, right, -1), (lower, left, -1), (lower, right, 1)):
         marks.index_add_(0, image + row * (width + 1) + column, sign * ones)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from drkd.losses.alignment import AdapterInit, FeatureScale, MapAdapter, check_adapter, check_scale, rescale
 from drkd.losses.attention import channel_attention, spatial_attention
-from drkd.losses.box_masks import in_portions, padded_boxes
+from drkd.losses.box_masks import are_outside, in_portions, padded_boxes
 from drkd.losses.distance import at_least_float32, full_precision
 
 
@@ -21,7 +21,8 @@ def foreground_weights(
 
     A box covers the rows ``floor(y1)`` to ``ceil(y2)`` and the columns ``floor(x1)`` to ``ceil(x2)`` of the map, both
     ends included, as in the released code; each of its positions weighs one over their number (those outside the map
-    are counted too), and where boxes overlap the smallest wins. All other positions of an image share the weight 1.
+    are counted too), and where boxes overlap the smallest wins. A box outside the image has none, although its last
+    row or column, rounded up, would be the map's first. All other positions of an image share the weight 1.
 
     Args:
         boxes: One (N, 4) tensor an image, xyxy px; may leave the image or have no area.
@@ -33,6 +34,7 @@ def foreground_weights(
     """
     height, width = feature.shape[-2:]
     corners, present = padded_boxes(boxes, like=feature)
+    present = present & ~are_outside(corners, image_size)
     scale_x, scale_y = width / image_size[1], height / image_size[0]
     left, right = (corners[..., 0] * scale_x).floor(), (corners[..., 2] * scale_x).ceil()
     top, bottom = (corners[..., 1] * scale_y).floor(), (corners[..., 3] * scale_y).ceil()

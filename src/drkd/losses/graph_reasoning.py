@@ -147,7 +147,7 @@ def make_norm(norm: GraphNorm, channels: int, *, eps: float = 1e-4) -> nn.Module
 
 
 def start_norm(norm: nn.Module, gain: float) -> float:
-    """Give the norm of a residual branch its initial weight; without a norm the gain itself is returned, as a factor."""
+    """Give the norm of a residual branch its initial weight; without a norm the gain is returned, as a factor."""
     if isinstance(norm, nn.GroupNorm | nn.BatchNorm2d):
         nn.init.constant_(norm.weight, gain)
         return 1.0
