@@ -80,7 +80,8 @@ class InstanceRelationLoss(nn.Module):
     r"""L_IR of one pyramid level (DRKD, Ni et al., IJCAI 2023, arXiv:2302.05637, section 3.2).
 
     ``matrix`` compares psi(s) with psi(t), the paper's equation; images with fewer than two instances give exactly zero
-    and no gradient. Distances: ``frobenius`` (un-squared norm a matrix, summed over the groups: the paper's),
+    and no gradient. Distances: ``frobenius`` (un-squared norm a matrix, summed over the groups: our reading
+    of the paper, which writes a norm a pair inside the sum),
     ``kl`` (KL(psi_T || psi_S) in nats, mean over rows), ``mse`` (mean over pairs).
     ``features`` compares f(z_S) with z_T, Z = X + W(psi g(X)), the released arithmetic; one instance is enough for a
     gradient. Distances: ``frobenius`` (a group's instances together, summed over the groups: the released code's),

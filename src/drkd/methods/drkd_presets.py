@@ -26,6 +26,9 @@ from drkd.methods.levels import Levels, MissingLevels
 class PaperDRKD(DRKD):
     """The paper's equations (arXiv:2302.05637): matrix target, learned filter, un-squared norms, unscaled logits.
 
+    Two norms are a reading: L_PR is one Frobenius norm of a level's batch tensor (as written, the mean of k norms,
+    over what is left open), and L_IR one Frobenius norm a relation matrix (as written, a sum of norms over its pairs).
+
     Graph sizes and batch norm, which the equations leave open, are the released code's. The weights remain ratios of
     gradient norms, because plain ones belong to one batch and image size; set ``balanced=False`` to give plain ones
     (the paper's 1/k is then part of the weight). Embeddings are half as wide as a flattened instance: 5.3 M parameters
