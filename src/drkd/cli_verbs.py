@@ -274,6 +274,7 @@ def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
     """Measure what is missing, write the report and print its table; say what failed."""
     from drkd.cli_output import print_cells, print_failures, print_outcome
     from drkd.contracts import DrkdError
+    from drkd.recipes.comparison.again import AGAIN_FILE
     from drkd.recipes.comparison.definition import instantiate, source_of
     from drkd.recipes.comparison.run import StoppedMeasuring, compare, describe, list_cells
     from drkd.reports import write_comparison_report
@@ -294,6 +295,8 @@ def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
     except KeyboardInterrupt as stop:
         forgotten = config.rerun == "all" and isinstance(stop, StoppedMeasuring)
         how = "goes on" if not forgotten else "without --rerun goes on; with it, all is measured once more"
+        if config.rerun != "no" and (comparison.output / AGAIN_FILE).exists():
+            how += f" (to keep the old scores of what had not begun, remove {comparison.output / AGAIN_FILE})"
         print(
             f"drkd: interrupted; what was running is stopped, what was finished is kept. The same command {how}.",
             file=sys.stderr,

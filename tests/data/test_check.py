@@ -10,7 +10,7 @@ from PIL import Image
 from drkd.contracts import DrkdError
 from drkd.data.check import check_data
 from drkd.data.dataset import load_split
-from drkd.data.picture import draw_samples
+from drkd.data.picture import DEFAULT_PICTURE, draw_samples
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -164,6 +164,9 @@ def test_a_picture_replaces_an_earlier_one_and_nothing_else(coco: CocoFolder, tm
     own = tmp_path / "samples.png"
     for _ in range(2):
         assert check_data(coco.root, picture=own).picture == own
+    # An earlier version's has no mark, but the name.
+    Image.new("RGB", (4, 4)).save(tmp_path / DEFAULT_PICTURE)
+    assert check_data(coco.root, picture=tmp_path / DEFAULT_PICTURE).picture is not None
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "link.png").symlink_to(own)
     for path in (coco.images / "a.png", coco.annotations, tmp_path / "notes.txt", tmp_path / "link.png", tmp_path):

@@ -277,6 +277,14 @@ def test_names_may_be_relative_to_any_of_the_folders(coco: CocoFolder, folder: s
     assert [record.path for record in load_split(coco.root, "train").records] == [record.path for record in records]
 
 
+def test_one_stray_image_does_not_choose_the_folder(coco: CocoFolder) -> None:
+    first, *others = [entry["file_name"] for entry in coco.document["images"]]
+    (coco.images / first).rename(coco.root / first)
+    with pytest.raises(DrkdError, match=f"{coco.images.name}/{first}"):
+        load_split(coco.root, "train")
+    assert others
+
+
 def test_a_second_category_of_one_name_is_left_out_if_nothing_has_it(coco: CocoFolder) -> None:
     coco.document["categories"] = [{"id": number, "name": "dog"} for number in (0, 1)]
     for used in (0, 1):

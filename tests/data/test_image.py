@@ -302,6 +302,7 @@ def test_an_image_of_several_pictures_is_a_jpeg(tmp_path: Path) -> None:
     [
         (MemoryError(), r"one\.png: there was not enough memory"),
         (OSError(errno.EMFILE, "Too many open files"), r"one\.png: the machine cannot open .*Too many open files"),
+        (OSError(errno.EIO, "Input/output error"), r"one\.png: the disk or the network's file system does not give"),
     ],
 )
 def test_what_the_machine_lacks_is_no_damage_of_the_file(

@@ -158,6 +158,18 @@ def test_unreadable_images_are_left_out_where_that_is_asked_for(yolo: Path, caps
         _ = DetectionDataModule(str(yolo), unreadable="skip", class_names=("cat", "dog")).val_split
 
 
+def test_many_unreadable_images_are_no_matter_of_single_files(yolo: Path) -> None:
+    """A disk that is gone, or half a copy: not what skipping is for."""
+    picture = (yolo / "images/train/a.png").read_bytes()
+    for number in range(17):
+        (yolo / f"images/train/bad{number:02}.png").write_bytes(b"no picture")
+    with pytest.raises(DrkdError, match=r"bad00\.png: .*So it is with 17 of 19 images: data\.unreadable: skip is for"):
+        _ = DetectionDataModule(str(yolo), unreadable="skip").train_split
+    for number in range(160):
+        (yolo / f"images/train/good{number:03}.png").write_bytes(picture)
+    assert len(DetectionDataModule(str(yolo), unreadable="skip").train_split) == 162
+
+
 def test_a_test_split_that_is_not_there_is_left_out_with_a_word(yolo: Path, tmp_path: Path) -> None:
     (yolo / "data.yaml").write_text(f"{_YAML}test: ../test/images\n")
     (yolo / "labels/train/b.txt").touch()

@@ -118,17 +118,20 @@ def test_a_student_that_comes_ready_for_use_is_trained_as_any_other(tmp_path: Pa
             model, teacher = own.distiller.student.model, own.distiller.teacher
             seen.append((model.training, model["norm"].training, teacher.training))
 
-    for asleep in ((), ("norm",), ("", "body", "norm", "head")):
+    for asleep in ((), ("norm",), ("", "body", "norm", "head"), ("all",)):
         learner = module()
+        student = learner.distiller.student
+        student.rests = torch.nn.BatchNorm2d(3).eval()  # beside a model that trains: of purpose
         for name in asleep:
-            part = learner.distiller.student.model.get_submodule(name)
-            part.training = False
+            part = student if name == "all" else student.model.get_submodule(name)
+            part.train(False) if name == "all" else setattr(part, "training", False)
         before = learner.distiller.student.model["norm"].running_mean.clone()
         seen.clear()
         trainer(tmp_path, Modes()).fit(learner, loader(1))
         # A part that rests by itself, as a frozen norm may, is left alone.
         rests = asleep == ("norm",)
         assert seen == [(True, not rests, False)] * 2
+        assert student.training and student.rests.training == (len(asleep) in (4, 1) and not rests)
         assert torch.equal(learner.distiller.student.model["norm"].running_mean, before) == rests
 
 

@@ -47,7 +47,8 @@ def test_what_fails_within_a_function_is_no_wrong_signature(tmp_path: Path, monk
     (tmp_path / "broken_models.py").write_text(
         "def alone():\n    return 1 + 'a'\n\n\n"
         "def named(class_names):\n    return class_names + 1\n\n\n"
-        "def pair(one, two):\n    return one\n"
+        "def pair(one, two):\n    return one\n\n\n"
+        "def decorated(*arguments):\n    return named(*arguments)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(DrkdError, match=r"alone: the function failed, called without arguments .*unsupported operand"):
@@ -56,6 +57,9 @@ def test_what_fails_within_a_function_is_no_wrong_signature(tmp_path: Path, monk
         DrkdError, match=r"named: the function failed, called with a list of class names .*can only conc"
     ):
         inspect_model("broken_models:named")
+    # One that takes anything says nothing of what it wants.
+    with pytest.raises(DrkdError, match=r"decorated: .*missing 1 required.*; TypeError: can only conc"):
+        inspect_model("broken_models:decorated")
     with pytest.raises(DrkdError, match="pair: cannot be called without arguments, nor with a list of class names"):
         inspect_model("broken_models:pair")
 

@@ -159,6 +159,7 @@ class DetectionData:
             | {f"pad_to[{place}]": (side, 1, LARGEST_SIDE) for place, side in enumerate(pad_to or ())}
         )
         self._left_out: dict[Path, None] = {}
+        self._others: dict[str, DatasetSplit] = {}
         self._substitutes = _MOST_SUBSTITUTES if unreadable == "skip" else 0
         self._train_dataset: DetectionDataset | None = None
         self._root = root
@@ -303,7 +304,9 @@ class DetectionData:
         """Load a split by name, with the classes of the training split and limited as validation is."""
         if name == self._names[1]:
             return self.val_split
-        return self._load(name, self.class_names).first(self._limits[1])
+        if name not in self._others:
+            self._others[name] = self._load(name, self.class_names).first(self._limits[1])
+        return self._others[name]
 
     def loader(self, name: str) -> DataLoader[Any]:
         """Every image of a split once, in order, crowds flagged."""

@@ -60,7 +60,7 @@ class SplitReport:
     boxes_per_image: Mapping[int, int]
     backgrounds: Mapping[str, int]
     format: FormatName
-    decoded: int
+    decoded: int = 0
     without_labels: int = 0
 
 

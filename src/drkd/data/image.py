@@ -30,6 +30,7 @@ _T = TypeVar("_T")
 
 _EXIF_ORIENTATION = 0x0112
 _MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_DISK = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)
 # By EXIF orientation, what makes the stored image of the one that a viewer shows.
 _UNTURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -165,6 +166,11 @@ def _blame_machine(path: Path, error: Exception) -> None:
         raise MachineError(
             f"{path}: the machine cannot open this image ({error.strerror}). Raise its limit (ulimit -n); training, "
             "use fewer processes that decode (data.workers)."
+        ) from None
+    if isinstance(error, OSError) and error.errno in _DISK:
+        raise MachineError(
+            f"{path}: the disk or the network's file system does not give this image ({error.strerror}). It need not "
+            "be damaged: see whether the disk is there and well, and start again."
         ) from None
 
 

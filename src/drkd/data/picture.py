@@ -17,6 +17,7 @@ from drkd.contracts import DrkdError, ImageRecord
 from drkd.data.image import decode_image
 from drkd.data.split import DatasetSplit
 
+DEFAULT_PICTURE = "drkd-samples.png"
 # Text in the PNG, by which a later check knows its own picture and may replace it.
 _MARK = ("Software", "drkd data check")
 
@@ -98,7 +99,8 @@ def _is_ours(path: Path) -> bool:
         if not path.is_file() or path.is_symlink():
             return False
         with Image.open(path, formats=["PNG"]) as image:
-            return image.info.get(_MARK[0]) == _MARK[1]
+            # Those of earlier versions have the name alone.
+            return image.info.get(_MARK[0]) == _MARK[1] or path.name == DEFAULT_PICTURE
     except Exception:  # Pillow's plugins raise errors of many kinds on damaged files
         return False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,31 @@ Severity = Literal["error", "warning"]
 
 LeaveOut = Callable[[Path, str], None]
 """Takes an image that cannot be read, and why, where that is no error."""
+
+
+_FEW = 16
+
+
+def leave_out_some(unreadable: Mapping[Path, str], total: int, leave_out: LeaveOut) -> None:
+    """Leave out images that cannot be read, unless they are so many that it is no matter of single files.
+
+    Args:
+        unreadable: By image, what is wrong with it.
+        total: Images in all.
+        leave_out: Told of each.
+
+    Raises:
+        DrkdError: If they are more than 16 and more than a tenth.
+    """
+    count = len(unreadable)
+    if count > _FEW and 10 * count > total:
+        path, reason = next(iter(unreadable.items()))
+        raise DrkdError(
+            f"{path}: {reason} So it is with {count} of {total} images: data.unreadable: skip is for single files. Is "
+            "the disk there, and the copy whole? `drkd data check PATH` lists all of them."
+        )
+    for path, reason in unreadable.items():
+        leave_out(path, reason)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from drkd.contracts import DrkdError, ImageRecord, Size
 from drkd.data.image import IMAGE_SUFFIXES, read_image_size
 from drkd.data.image_files import find_image_files
-from drkd.data.problem import LeaveOut
+from drkd.data.problem import LeaveOut, leave_out_some
 
 _SHOWN = 20
 
@@ -22,8 +22,8 @@ def read_unlabelled(folder: Path, *, first_id: int, leave_out: LeaveOut | None =
     Args:
         folder: Searched with its sub-folders; hidden ones are left out.
         first_id: Id of the first record; the others follow.
-        leave_out: Called for each image whose header cannot be read, which is then left out, unless that is all of
-            them. By default it is an error.
+        leave_out: Called for each image whose header cannot be read, which is then left out, unless those are
+            many (`leave_out_some`). By default it is an error.
 
     Raises:
         DrkdError: If there is no such folder, no image in it, or headers of images cannot be read: it names them.
@@ -50,8 +50,7 @@ def read_unlabelled(folder: Path, *, first_id: int, leave_out: LeaveOut | None =
             "Remove them, or leave them out with data.unreadable: skip."
         )
     if leave_out is not None:
-        for path, reason in unreadable.items():
-            leave_out(path, reason)
+        leave_out_some(unreadable, len(paths), leave_out)
     return tuple(
         _without_labels(image_id, path, size) for image_id, (path, size) in enumerate(sizes.items(), start=first_id)
     )

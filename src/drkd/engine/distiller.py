@@ -200,9 +200,11 @@ class Distiller(nn.Module):
         Otherwise its norms and its dropout would be at rest for the whole run. A model that is in training as a whole
         is left as it is, whatever parts of it rest.
         """
-        for module in self.student.children():
-            if not module.training:
-                module.train()
+        # A wrapper's own mode says nothing of the model within.
+        model = getattr(self.student, "model", None)
+        asleep = isinstance(model, nn.Module) and not model.training
+        if asleep or not self.student.training:
+            self.student.train()
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters to give to the optimizer: the student's and the method's that require gradient."""

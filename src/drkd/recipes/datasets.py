@@ -11,6 +11,7 @@ from drkd.data.digits import EMBEDDED, build_digits
 from drkd.data.formats.reading import FormatChoice
 from drkd.data.formats.source import FormatName
 from drkd.data.image_check import DECODED
+from drkd.data.picture import DEFAULT_PICTURE
 
 __all__ = ["Converted", "DataReport", "build_embedded", "check_dataset", "convert_dataset"]
 
@@ -18,7 +19,7 @@ __all__ = ["Converted", "DataReport", "build_embedded", "check_dataset", "conver
 def check_dataset(
     path: Path,
     *,
-    picture: Path = Path("drkd-samples.png"),
+    picture: Path = Path(DEFAULT_PICTURE),
     format: FormatChoice = "auto",
     decode: int | Literal["all"] = DECODED,
 ) -> DataReport:

@@ -222,7 +222,10 @@ def _make(path: str) -> Any:
     attempts: list[tuple[Any, ...]] = [(), (names,)]
     with suppress(TypeError, ValueError):  # what is written in C may have no signature
         # Told by what it takes: an error within it is no sign that it wants something else.
-        attempts = [arguments for arguments in attempts if _takes(inspect.signature(function), arguments)][:1]
+        signature = inspect.signature(function)
+        # Of one that takes whatever it is given, as a decorator's may, nothing is told.
+        if not any(taken.kind is taken.VAR_POSITIONAL for taken in signature.parameters.values()):
+            attempts = [arguments for arguments in attempts if _takes(signature, arguments)][:1]
     failures = []
     for arguments in attempts:
         try:

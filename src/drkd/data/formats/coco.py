@@ -382,15 +382,16 @@ class _Scanner:
 
 
 def _choose_folder(folders: Sequence[Path], rows: Sequence[Any]) -> Path:
-    """The first folder that has an image, of the first few that the file names; the first where none has."""
-    names = [row["file_name"] for row in rows[:_LOOKED_FOR] if isinstance(row, dict) and row.get("file_name")]
-    for name in names:
-        if not isinstance(name, str) or leads_out(name):
-            continue
-        for folder in folders:
-            if is_file(folder / name) or is_file(folder / name.replace("\\", "/")):
-                return folder
-    return folders[0]
+    """The folder that has most of the first few images that the file names; of equals the first."""
+    named = [row.get("file_name") for row in rows[:_LOOKED_FOR] if isinstance(row, dict)]
+    names = [name for name in named if isinstance(name, str) and name and not leads_out(name)]
+
+    def has(folder: Path, name: str) -> bool:
+        return is_file(folder / name) or is_file(folder / name.replace("\\", "/"))
+
+    if all(has(folders[0], name) for name in names):
+        return folders[0]
+    return max(folders, key=lambda folder: sum(has(folder, name) for name in names))
 
 
 def _list_files(folder: Path) -> frozenset[str]:

@@ -10,7 +10,7 @@ from typing import Literal
 from drkd.contracts import DrkdError
 from drkd.data.formats import coco_layout, voc, yolo
 from drkd.data.formats.source import FormatName, SplitScan, SplitSource, is_file, is_folder
-from drkd.data.problem import LeaveOut, raise_errors
+from drkd.data.problem import LeaveOut, leave_out_some, raise_errors
 from drkd.data.records import PackedRecords
 from drkd.data.split import DatasetSplit
 
@@ -92,7 +92,7 @@ def read_source(source: SplitSource, *, masks: bool = False, leave_out: LeaveOut
         source: The split.
         masks: Keep the instances' masks.
         leave_out: Called for each image whose header cannot be read and whose size nothing else says; it is then left
-            out, unless that is all of them. By default it is an error.
+            out, unless those are many (`leave_out_some`). By default it is an error.
 
     Raises:
         DrkdError: If anything in it cannot be used; it names the first few records and counts the rest. If masks are
@@ -109,7 +109,7 @@ def read_source(source: SplitSource, *, masks: bool = False, leave_out: LeaveOut
         return scan.split
     unreadable = {id(problem) for problem in scan.unreadable.values()}
     raise_errors([problem for problem in scan.problems if id(problem) not in unreadable], file=source.file)
-    for path, problem in scan.unreadable.items():
-        leave_out(path, problem.message)
+    reasons = {path: problem.message for path, problem in scan.unreadable.items()}
+    leave_out_some(reasons, len(scan.split), leave_out)
     kept = PackedRecords(record for record in scan.split.records if record.path not in scan.unreadable)
     return replace(scan.split, records=kept)

@@ -254,9 +254,8 @@ def _label_file(data: DataYaml, image: Path) -> Path:
     inside = image.is_relative_to(data.base)
     path = label_path(image.relative_to(data.base) if inside else image)
     path = data.base / path if inside else path
-    if not is_file(path) and is_file(other := label_path(Path(os.path.abspath(image)))):  # noqa: PTH100
-        return other
-    return path
+    other = label_path(Path(os.path.abspath(image)))  # noqa: PTH100
+    return other if other != path and not is_file(path) and is_file(other) else path
 
 
 def label_path(image: Path) -> Path:

@@ -138,7 +138,7 @@ class Board:
             task for task in self.tasks if task.state == "done" and not task.earlier and task.seconds is not None
         ]
         if measured:
-            last = measured[-1]
+            last = max(measured, key=lambda task: task.began + (task.seconds or 0.0))
             title += f"; {last.cell.name} took {duration(last.seconds or 0.0)}"
         table = Table("pair", "method", box=None, pad_edge=False)
         for seed in seeds:
