@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from drkd.losses import GraphReasoningUnit, PixelRelationLoss
+from drkd.losses import GraphReasoningUnit, PearsonLoss, PixelRelationLoss
 
 SIDES = pytest.mark.parametrize("side", ["joint", "shared", "frozen", "fixed"])
 
@@ -25,6 +25,21 @@ def test_unit_by_hand():
     assert unit(feature).flatten().tolist() == pytest.approx([1.0, 2.0])
     unit.activation_before_update = False
     assert unit(feature).flatten().tolist() == pytest.approx([1 - 25.0, 2 - 50.0])
+
+
+def test_without_graph_adapter_and_objects_it_is_pkd():
+    """What DRKD's pixel relations have beyond plain imitation is these three: the direction is else PKD's own."""
+    torch.manual_seed(0)
+    teacher = torch.randn(4, 8, 6, 5) * (1 + torch.rand(8, 1, 1)) + 2
+    student = (teacher + torch.randn(4, 8, 6, 5)).requires_grad_()
+    options = {"object_share": 0.0, "adapter_init": "none", "teacher_side": "fixed"}
+    plain, graph = (PixelRelationLoss(8, 8, reasoning=kind, gain=0.3, **options) for kind in ("none", "graph"))
+    found = [
+        torch.autograd.grad(loss(student, teacher), student)[0].flatten() for loss in (PearsonLoss(8, 8), plain, graph)
+    ]
+    alike = [float(torch.nn.functional.cosine_similarity(found[0], other, dim=0)) for other in found[1:]]
+    assert alike[0] == pytest.approx(1, abs=1e-4) and alike[1] < 0.99
+    assert float(found[1].norm() / found[0].norm()) == pytest.approx(2, rel=2e-2)
 
 
 @pytest.mark.parametrize("channels", [8, 16, 24, 96, 100, 256])

@@ -108,7 +108,8 @@ class Restoring(Callback):
         places = loops["state_dict"].get("combined_loader", [])
         self._refuse(find_misfit([{"epoch": 0, "position": 0}] * len(places), places, "loops: combined_loader"))
         # A run that lost its patience has ended; only a larger one has it go on.
-        if any(entry.wait_count >= entry.patience for entry in trainer.early_stopping_callbacks):
+        waits = (entry for entry in trainer.callbacks if isinstance(entry, EarlyStopping))  # type: ignore[attr-defined]
+        if any(entry.wait_count >= entry.patience for entry in waits):
             trainer.should_stop = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
