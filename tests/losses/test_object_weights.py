@@ -68,3 +68,14 @@ def test_the_pixel_term_with_weights():
     for wrong in ({"object_share": 1.5}, {"object_share": 0.5, "distance": "frobenius"}):
         with pytest.raises(ValueError, match="object share in"):
             PixelRelationLoss(4, 4, **wrong)
+
+
+@pytest.mark.parametrize("side", [16, 8, 4])
+def test_at_one_gradient_norm_a_share_on_objects_quiets_the_background_more_than_it_says(side: int) -> None:
+    """What docs/method.md says of balanced weights: of differences alike everywhere, in cells without a box."""
+    draw = torch.Generator().manual_seed(0)
+    corners = torch.rand(8, 3, 2, generator=draw) * 80
+    boxes = list(torch.cat([corners, corners + 8 + 40 * torch.rand(8, 3, 1, generator=draw)], dim=2))
+    weights = object_weights(boxes, map_size=(side, side), image_size=(128, 128), share=0.5)
+    loudness = float(weights.min() / weights.norm()) * weights.numel() ** 0.5  # 1 without a share
+    assert loudness < 0.5 and float(weights.min()) * weights.numel() == pytest.approx(0.5)

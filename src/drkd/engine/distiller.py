@@ -382,9 +382,10 @@ class Distiller(nn.Module):
     def _reaches_student(self, terms: Mapping[str, Tensor]) -> bool:
         """Whether a term depends on a weight of the student's that is trained."""
         weights = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        total = torch.stack([term.float() for term in terms.values()]).sum()
-        if not weights or not total.requires_grad:
+        heard = [term.float() for term in terms.values() if term.requires_grad]
+        if not weights or not heard:
             return False
+        total = torch.stack(heard).sum()
         found = torch.autograd.grad(total, weights, retain_graph=True, allow_unused=True)
         return any(gradient is not None for gradient in found)
 
