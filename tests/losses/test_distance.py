@@ -6,13 +6,13 @@ import torch
 from drkd.losses import InstanceLayout, instance_distance, standardise, tensor_distance
 from drkd.losses.distance import weighted_square
 
-KINDS = ["frobenius", "relative", "mse", "standardised"]
+KINDS = ["frobenius", "relative", "mse", "rms", "standardised"]
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
     # Differences 3 and 4 against a target of norm 5; standardised: (-1, 1) against (1, -1) is 4 each, halved.
-    [("frobenius", 5.0), ("relative", 1.0), ("mse", 12.5), ("standardised", 2.0)],
+    [("frobenius", 5.0), ("relative", 1.0), ("mse", 12.5), ("rms", 12.5**0.5), ("standardised", 2.0)],
 )
 def test_value_by_hand(kind, expected):
     teacher = torch.tensor([4.0, 3.0]).reshape(1, 1, 1, 2)
@@ -160,3 +160,19 @@ def test_standardise_takes_another_eps_and_compiles_for_any_shape():
 def feature_by_hand(feature, *, eps):
     variance, mean = torch.var_mean(feature, dim=(0, 2, 3), correction=0, keepdim=True)
     return (feature - mean) / (variance + eps).sqrt()
+
+
+@pytest.mark.parametrize("spend", [False, True])
+def test_the_root_of_a_weighted_square_and_its_gradient(spend):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
+    weights = torch.rand(2, 4, 5, dtype=torch.float64)
+    leaf = student.clone().requires_grad_()
+    found = weighted_square(leaf.clone(), teacher.clone(), weights, root=True, spend=spend)
+    torch.testing.assert_close(found, weighted_square(student, teacher, weights).sqrt())
+    assert torch.autograd.gradcheck(
+        lambda s: weighted_square(s.clone(), teacher.clone(), weights, root=True, spend=spend), leaf
+    )
+    equal = weighted_square(leaf.clone(), student.clone(), weights, root=True, spend=spend)
+    (gradient,) = torch.autograd.grad(equal, leaf)
+    assert equal.item() == 0 and gradient.eq(0).all()

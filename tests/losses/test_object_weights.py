@@ -59,6 +59,11 @@ def test_the_pixel_term_with_weights():
     assert plain.weigh(teacher, boxes, image_size=(8, 16)) is None
     got = weighed(student, teacher, weighed.weigh(teacher, boxes, image_size=(8, 16)))
     torch.testing.assert_close(got, (0.4 * error[0].mean() + 0.6 * error[0, 0, 0] + error[1].mean()) / 2)
+    rooted = PixelRelationLoss(4, 4, nodes=2, states=4, object_share=0.6, distance="rms")
+    rooted.load_state_dict(plain.state_dict())
+    weights = rooted.weigh(teacher, boxes, image_size=(8, 16))
+    torch.testing.assert_close(rooted(student, teacher, weights), got.sqrt())
+    torch.testing.assert_close(rooted(student, teacher), plain(student, teacher).sqrt())
     got.backward()
     assert student.grad is not None and student.grad.isfinite().all()
     nothing = weighed.weigh(teacher, [NONE, NONE], image_size=(8, 16))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-Distance = Literal["frobenius", "relative", "mse", "standardised"]
+Distance = Literal["frobenius", "relative", "mse", "rms", "standardised"]
 """How two tensors of one shape are compared; see `tensor_distance`."""
 
 TeacherSide = Literal["joint", "shared", "frozen", "fixed"]
@@ -99,6 +99,7 @@ def tensor_distance(student: Tensor, teacher: Tensor, *, kind: Distance, eps: fl
     - ``frobenius``: :math:`\|s - t\|_2` of the whole tensor, un-squared; gradient 0 where it is 0.
     - ``relative``: :math:`\|s - t\| / \|t\|`, the denominator a constant to the gradient.
     - ``mse``: mean squared difference.
+    - ``rms``: its root, so ``frobenius`` whatever the size; gradient 0 where it is 0.
     - ``standardised``: half the mean squared difference after `standardise` of both (PKD).
 
     Args:
@@ -124,13 +125,17 @@ def tensor_distance(student: Tensor, teacher: Tensor, *, kind: Distance, eps: fl
         difference = at_least_float32(student) - at_least_float32(teacher)
         if kind == "frobenius":
             return torch.linalg.vector_norm(difference)
+        if kind == "rms":
+            return torch.linalg.vector_norm(difference) / max(difference.numel(), 1) ** 0.5
         if kind == "relative":
             size = torch.linalg.vector_norm(at_least_float32(teacher.detach())).clamp_min(eps)
             return torch.linalg.vector_norm(difference) / size
-    raise ValueError(f"Expected a distance out of frobenius, relative, mse, standardised, got {kind!r}")
+    raise ValueError(f"Expected a distance out of frobenius, relative, mse, rms, standardised, got {kind!r}")
 
 
-def weighted_square(student: Tensor, teacher: Tensor, weights: Tensor, *, spend: bool = False) -> Tensor:
+def weighted_square(
+    student: Tensor, teacher: Tensor, weights: Tensor, *, root: bool = False, spend: bool = False
+) -> Tensor:
     r"""Sum over cells of a weight times the mean square over channels, :math:`\sum_p w_p \|s_p - t_p\|^2 / C`.
 
     One map is kept for the backward pass, and none but the gradient is made in it: maps of a fine level are what a
@@ -140,37 +145,44 @@ def weighted_square(student: Tensor, teacher: Tensor, weights: Tensor, *, spend:
         student: (B, C, H, W), at least float32.
         teacher: Same shape and dtype.
         weights: (B, H, W), constants.
+        root: Take the root of the sum, whose gradient is 0 where it is 0.
         spend: Overwrite both maps, which then must be nobody else's; the teacher's has no gradient.
 
     Returns:
         0-d, the dtype of the maps.
     """
     with full_precision(student):
-        return cast(Tensor, _WeightedSquare.apply(student, teacher, weights, spend))
+        return cast(Tensor, _WeightedSquare.apply(student, teacher, weights, root, spend))
 
 
 class _WeightedSquare(torch.autograd.Function):
     """See `weighted_square`."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, spend: bool) -> Tensor:
-        """The sum; keeps half its gradient."""
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, root: bool, spend: bool) -> Tensor:
+        """The sum or its root; keeps half the sum's gradient."""
         factors = (weights.detach().to(student.dtype) / max(student.shape[1], 1)).unsqueeze(1)
         difference = torch.sub(student, teacher, out=teacher) if spend else student - teacher
         # Both must lie in memory alike: they are multiplied as rows.
         alike = _is_channels_last(student) == _is_channels_last(difference)
         scaled = torch.mul(difference, factors, out=student.detach()) if spend and alike else difference * factors
-        ctx.save_for_backward(scaled)
         # Rows are summed one by one: one sum of millions of float32 is right to four digits only.
-        return torch.bmm(_rows(scaled).unsqueeze(1), _rows(difference).unsqueeze(2)).sum()
+        total = torch.bmm(_rows(scaled).unsqueeze(1), _rows(difference).unsqueeze(2)).sum()
+        if root:
+            total = total.sqrt()
+        ctx.root = root
+        ctx.save_for_backward(scaled, total)
+        return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         """Of both maps."""
-        (scaled,) = ctx.saved_tensors
-        ours = scaled * (2 * gradient)
-        return ours, -ours if ctx.needs_input_grad[1] else None, None, None
+        scaled, total = ctx.saved_tensors
+        # Of a root of 0 the maps are equal and `scaled` is 0: divided by anything it stays so.
+        factor = gradient / torch.where(total > 0, total, 1) if ctx.root else 2 * gradient
+        ours = scaled * factor
+        return ours, -ours if ctx.needs_input_grad[1] else None, None, None, None
 
 
 def _rows(feature: Tensor) -> Tensor:

@@ -27,6 +27,9 @@ from drkd.losses.object_weights import object_weights
 PixelReasoning = Literal["graph", "non_local", "none"]
 """What relates the pixels of a map before maps are compared: `GraphReasoningUnit`, a `NonLocalBlock`, nothing."""
 
+WEIGHABLE = frozenset[Distance]({"mse", "rms"})
+"""The distances of maps whose cells may count unlike."""
+
 
 class PixelRelationLoss(nn.Module):
     r"""L_PR of one pyramid level (DRKD, Ni et al., IJCAI 2023, arXiv:2302.05637, section 3.1).
@@ -52,7 +55,8 @@ class PixelRelationLoss(nn.Module):
         teacher_side: See `TeacherSide`.
         normalise_features: `standardise` both maps first.
         adapter_init: See `make_adapter`.
-        object_share: Part of the term that lies on an image's objects, each alike, see `object_weights`; ``mse`` only.
+        object_share: Part of the term that lies on an image's objects, each alike, see `object_weights`; ``mse``
+            and ``rms`` only.
 
     Shape:
         student: (B, Cs, h, w); resampled bilinearly to the teacher's size where it differs.
@@ -82,8 +86,10 @@ class PixelRelationLoss(nn.Module):
         object_share: float = 0.0,
     ) -> None:
         super().__init__()
-        if not 0 <= object_share <= 1 or (object_share > 0 and distance != "mse"):
-            raise ValueError(f"Expected an object share in [0, 1], 0 unless the distance is mse, got {object_share}")
+        if not 0 <= object_share <= 1 or (object_share > 0 and distance not in WEIGHABLE):
+            raise ValueError(
+                f"Expected an object share in [0, 1], 0 unless the distance is mse or rms, got {object_share}"
+            )
         if teacher_side not in ("joint", "shared", "frozen", "fixed"):
             raise ValueError(f"Expected a teacher side out of joint, shared, frozen, fixed, got {teacher_side!r}")
         if reasoning not in ("graph", "non_local", "none"):
@@ -140,7 +146,7 @@ class PixelRelationLoss(nn.Module):
         else:
             assert teacher is not None  # narrowed by the check above
             ours, theirs = self.maps(student, teacher)
-        if weights is None and self.distance == "mse" and self.reasoning != "none":
+        if weights is None and self.distance in WEIGHABLE and self.reasoning != "none":
             # The same sum, which keeps one map instead of two.
             batch, _, height, width = theirs.shape
             kind = at_least_float32(theirs).dtype
@@ -151,7 +157,7 @@ class PixelRelationLoss(nn.Module):
             ours, theirs = at_least_float32(ours), at_least_float32(theirs)
             # What the reasoning has made of the maps is nobody else's.
             spend = self.reasoning != "none" and not theirs.requires_grad
-            return weighted_square(ours, theirs, weights, spend=spend)
+            return weighted_square(ours, theirs, weights, root=self.distance == "rms", spend=spend)
 
     def weigh(
         self,

@@ -118,7 +118,7 @@ class DRKD(KDMethod):
         activation_before_update: ReLU in the graph as released; False is the paper's linear update.
         pixel_distance: See `tensor_distance` (paper, released: frobenius).
         pixel_object_share: Part of ``pixel_relation`` that lies on an image's objects, each alike, see
-            `object_weights`. None is 0.5 with the distance ``mse``, 0 with others, which cannot be weighed.
+            `object_weights`. None is 0.5 with the distance ``mse``, 0 with others; those but ``rms`` cannot be weighed.
         roi_size: Cells a side of a pooled instance (released: 3).
         roi_aligned: Exact RoIAlign; False is the released, unshifted one.
         roi_sampling_ratio: Samples a cell and axis; -1 adapts to the box (released).
