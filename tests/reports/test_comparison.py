@@ -330,6 +330,14 @@ def test_a_method_without_any_cell_is_missed(tmp_path):
     assert "net/misfit is not applicable: no bins" in notes
 
 
+def test_a_method_is_missed_on_its_own_pairs_only(tmp_path):
+    write_cells(tmp_path, methods=["student", "drkd", "hint", "lost"], limited={"hint": ["far"], "lost": ["far"]})
+    rows, comparison = rows_of(tmp_path)
+    notes = " ".join(tabulate_quality(list(rows.values()), comparison).notes)
+    assert {*rows} == {"teacher", "student", "drkd"} and "Not measured" not in notes
+    assert "Cells of methods net/hint, paper lie in the folder" in notes
+
+
 def test_many_methods_without_any_cell_are_counted(tmp_path):
     methods = ["student", "drkd", *(f"lost{number}" for number in range(20))]
     folder = write_cells(tmp_path, scores={"student": (1.0, 2.0, 3.0), "drkd": (2.0, 3.0, 4.0)}, methods=methods)

@@ -80,6 +80,7 @@ class Comparison:
         cells: Content of the cells' files, in order, with the pair as ``detector`` too.
         inapplicable: By pair and method, why the method cannot work with the pair.
         again: Names of cells that are to be measured again, perhaps with other settings, and are left out.
+        limited: By method, the pairs that it is for, where it is not for all.
         aside: Sentences about cells that lie in the folder and are not asked for, so that they are left out too.
     """
 
@@ -91,6 +92,7 @@ class Comparison:
     cells: tuple[Mapping[str, Any], ...]
     inapplicable: Mapping[tuple[str, str], str] = field(default_factory=dict)
     again: tuple[str, ...] = ()
+    limited: Mapping[str, Sequence[str]] = field(default_factory=dict)
     aside: tuple[str, ...] = ()
 
 
@@ -119,6 +121,7 @@ def read_comparison(folder: Path) -> Comparison:
         cells=tuple(cells),
         inapplicable={(cell["pair"], cell["method"]): cell[_REASON] for cell in found if _REASON in cell},
         again=tuple(name for name in files if name in noted),
+        limited=about.get("limited", {}),
         aside=tuple(_cells_aside(folder, about)),
     )
 
@@ -239,6 +242,8 @@ def _cell_files(folder: Path, about: Mapping[str, Any]) -> Iterator[tuple[str, P
     for pair in about["pairs"]:
         yield f"{pair}/{TEACHER}", folder / "cells" / pair / f"{TEACHER}.json"
         for method in about["methods"]:
+            if pair not in about.get("limited", {}).get(method, about["pairs"]):
+                continue
             for seed in about["seeds"]:
                 yield f"{pair}/{method}/{seed}", folder / "cells" / pair / method / f"seed{seed}.json"
 
@@ -252,6 +257,8 @@ def _cells_aside(folder: Path, about: Mapping[str, Any]) -> Iterator[str]:
             pairs.add(pair)
         elif method not in about["methods"]:
             methods.add(method)
+        elif pair not in about.get("limited", {}).get(method, about["pairs"]):
+            methods.add(f"{pair}/{method}")
         elif seed.isdigit() and int(seed) not in about["seeds"]:
             seeds.add(int(seed))
     for kind, found in (("pairs", sorted(pairs)), ("methods", sorted(methods)), ("seeds", sorted(seeds))):

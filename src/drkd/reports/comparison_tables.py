@@ -154,7 +154,7 @@ def _notes(rows: Sequence[Row], comparison: Comparison) -> Iterator[str]:
         (pair, method): found.get((pair, method), 0)
         for pair in comparison.pairs
         for method in comparison.methods
-        if (pair, method) not in comparison.inapplicable
+        if (pair, method) not in comparison.inapplicable and pair in comparison.limited.get(method, comparison.pairs)
     }
     short = [f"{pair}/{method} ({count})" for (pair, method), count in counts.items() if 0 < count < wanted]
     if short:

@@ -110,6 +110,15 @@ def test_an_entry_that_says_what_it_is_replaces_that_of_the_base(
     assert list(comparison.methods) == ["student", "hint", "drkd"]
 
 
+def test_a_method_may_be_for_some_pairs(comparison_file: Path) -> None:
+    pairs = {"tiny": "recipe.yaml", "other": "recipe.yaml"}
+    methods = {"student": None, "hint": {"class_path": "drkd.methods.FeatureHint", "pairs": ["other"]}}
+    comparison = load_comparison(_changed(comparison_file, pairs=pairs, methods=methods, seeds=[0]))
+    assert comparison.methods["hint"] == Arm("drkd.methods.FeatureHint", pairs=["other"])
+    names = [cell.name for cell in make_cells(comparison, source="file")]
+    assert names == ["tiny/teacher", "other/teacher", "tiny/student/0", "other/student/0", "other/hint/0"]
+
+
 def test_a_pair_of_a_derived_comparison_takes_nothing_from_that_of_the_base(
     comparison_file: Path, tmp_path: Path
 ) -> None:
@@ -139,6 +148,16 @@ def test_nested_and_dotted_keys_are_one_and_classes_stay_whole() -> None:
         ({"methods": {"student": {"clas_path": "x"}}}, "methods.student: there is no such key as 'clas_path'"),
         ({"methods": {"student": {"init_args": {"a": 1}}}}, "methods.student.init_args: given without a class_path"),
         ({"methods": {"student": {"overrides": 3}}}, "methods.student.overrides: expected keys with values"),
+        ({"methods": {"student": None, "a": {"pairs": "tiny"}}}, "methods.a.pairs: expected a list of names of pairs"),
+        ({"methods": {"student": None, "a": {"pairs": []}}}, "methods.a.pairs: expected a list of names of pairs"),
+        (
+            {"methods": {"student": None, "a": {"pairs": ["tiyn"]}}},
+            "pairs: there is no pair 'tiyn'; did you mean 'tiny'?",
+        ),
+        (
+            {"methods": {"student": {"class_path": None, "pairs": ["tiny"]}}},
+            "methods.student.pairs: the others are comp",
+        ),
         ({"methods": {"teacher": None}}, "methods.teacher: expected a name"),
         ({"methods": {"a/b": None}, "reference": "a/b"}, "methods.a/b: expected a name"),
         ({"reference": "studnet"}, "reference: there is no method 'studnet'; did you mean 'student'?"),

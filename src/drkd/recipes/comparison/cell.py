@@ -123,6 +123,8 @@ def make_cells(comparison: Comparison, *, source: str) -> list[Cell]:
             raise DrkdError(f"{source}: pairs.{pair_name}: {error}") from error
         context = _Context(comparison, written, fingerprints)
         for name, arm in comparison.methods.items():
+            if arm.pairs is not None and pair_name not in arm.pairs:
+                continue
             try:
                 cell = _make_cell(context, (pair_name, pair), (name, arm))
             except DrkdError as error:

@@ -24,7 +24,7 @@ TEACHER = "teacher"
 
 _ALONE = (None, "train")
 # As in recipes. Inside they are called otherwise: jsonargparse would build what has a class_path.
-_ARM_KEYS = {"class_path": "method", "init_args": "arguments", "overrides": "overrides"}
+_ARM_KEYS = {"class_path": "method", "init_args": "arguments", "overrides": "overrides", "pairs": "pairs"}
 _SHIELD = "shielded_"
 _PAIR_KEYS = {"recipe": "recipe", "overrides": "overrides"}
 _OVERRIDE = "--overrides."
@@ -54,17 +54,19 @@ class Pair:
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train the students of all pairs.
+    """A way to train the students of all pairs, or of some.
 
     Args:
         method: Import path of a KDMethod (``class_path`` in the file); None trains the student alone.
         arguments: Its arguments (``init_args``); nothing is taken over from the pair's recipe.
         overrides: Keys of the recipe to change for this method, nested or dotted.
+        pairs: The pairs that it is for; None: all.
     """
 
     method: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
+    pairs: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Comparison:
     Args:
         pairs: By name, what is compared on: a recipe, or a recipe with overrides.
         methods: By name, "train" (or null) for the student alone, the import path of a method, or class_path,
-            init_args and overrides.
+            init_args and overrides, and the pairs that it is for, where it is not for all.
         output: Folder of the cells, their runs and the report.
         seeds: Every method runs once with each; differences are paired by them.
         split: Split that every cell and the teacher are scored on, once, at the end.
@@ -324,9 +326,13 @@ def _check_entry(entry: Any, keys: Mapping[str, str], path: Path, place: str, *,
             raise DrkdError(f"{path}: {place}.{key}: expected keys with values, got {entry[key]!r}.")
         if key == "class_path" and not isinstance(entry[key], str | None):
             raise DrkdError(f"{path}: {place}.{key}: expected an import path, got {entry[key]!r}.")
-    return {
-        keys[key]: _shield(value) if key != "recipe" and key != "class_path" else value for key, value in entry.items()
-    }
+        if key == "pairs" and not _is_names(entry[key]):
+            raise DrkdError(f"{path}: {place}.pairs: expected a list of names of pairs, got {entry[key]!r}.")
+    return {keys[key]: _shield(value) if key in ("init_args", "overrides") else value for key, value in entry.items()}
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
 
 def _check(comparison: Comparison, *, source: str) -> None:
@@ -340,6 +346,16 @@ def _check(comparison: Comparison, *, source: str) -> None:
     if comparison.reference not in comparison.methods:
         hint = nearest(comparison.reference, list(comparison.methods))
         raise DrkdError(f"{source}: reference: there is no method '{comparison.reference}'{hint}")
+    for method, arm in comparison.methods.items():
+        for name in arm.pairs or ():
+            if name not in comparison.pairs:
+                hint = nearest(name, list(comparison.pairs))
+                raise DrkdError(f"{source}: methods.{method}.pairs: there is no pair '{name}'{hint}")
+    if comparison.methods[comparison.reference].pairs is not None:
+        raise DrkdError(
+            f"{source}: methods.{comparison.reference}.pairs: the others are compared with this method, so it is for "
+            "all pairs; leave the key out."
+        )
     if not comparison.seeds or len(set(comparison.seeds)) < len(comparison.seeds) or min(comparison.seeds) < 0:
         raise DrkdError(f"{source}: seeds: expected different numbers of at least 0, got {comparison.seeds}.")
     if comparison.jobs < 1:

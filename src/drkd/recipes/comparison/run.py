@@ -227,6 +227,7 @@ def _describe(comparison: Comparison) -> None:
     content = {
         "pairs": list(comparison.pairs),
         "methods": list(comparison.methods),
+        "limited": {name: arm.pairs for name, arm in comparison.methods.items() if arm.pairs is not None},
         "seeds": comparison.seeds,
         "split": comparison.split,
         "reference": comparison.reference,
