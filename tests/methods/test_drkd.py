@@ -315,13 +315,14 @@ def _most_held(run):
     return most, held, kept
 
 
+@pytest.mark.parametrize("distance", ["mse", "rms"])
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_what_drkd_holds_is_counted_in_maps_of_the_finest_level(share):
+def test_what_drkd_holds_is_counted_in_maps_of_the_finest_level(share, distance):
     # The step's memory where the maps are large (docs/speed.md): what a new line keeps or copies shows here.
     levels = tuple(FeatureLevel(f"p{stage}", 256, 2.0**stage) for stage in (2, 3, 4))
     spec = DetectorSpec(levels, ("thing",), predictions=PredictionLayout("regions"))
     torch.manual_seed(0)
-    kd = DRKD(spec, spec, pixel_object_share=share)
+    kd = DRKD(spec, spec, pixel_object_share=share, pixel_distance=distance)
     sides = {level.name: int(256 / level.stride) for level in levels}
     ours, theirs = (
         {name: torch.randn(2, 256, n, n).to(memory_format=torch.channels_last) for name, n in sides.items()}
