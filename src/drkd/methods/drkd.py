@@ -117,8 +117,8 @@ class DRKD(KDMethod):
         graph_gain: Initial weight of that norm: how loud the relations are beside the map itself (released: 1). With
             the norm ``none`` a constant factor on the relations.
         activation_before_update: ReLU in the graph as released; False is the paper's linear update.
-        pixel_distance: See `tensor_distance` (paper, released: frobenius). None is ``mse`` for a student of two
-            stages, ``rms`` for any other: its gradient does not fall as the maps come nearer (trial 23).
+        pixel_distance: See `tensor_distance` (paper, released: frobenius). The gradient of a norm does not fall as
+            the maps come nearer, so the term stays as loud as it was set (trial 23 in the repository).
         pixel_object_share: Part of ``pixel_relation`` that lies on an image's objects, each alike, see
             `object_weights`; 0 with distances other than ``mse`` and ``rms``, which cannot be weighed. None is 0.5 for
             a student of two stages, 0 for any other.
@@ -170,7 +170,7 @@ class DRKD(KDMethod):
         norm: GraphNorm = "group",
         graph_gain: float = 0.3,
         activation_before_update: bool = True,
-        pixel_distance: Distance | None = None,
+        pixel_distance: Distance = "rms",
         pixel_object_share: float | None = None,
         roi_size: int = 3,
         roi_aligned: bool = True,
@@ -187,8 +187,6 @@ class DRKD(KDMethod):
         super().__init__()
         if pixel_weight is None:
             pixel_weight = by_stages(student, 3.0, 1.0)
-        if pixel_distance is None:
-            pixel_distance = by_stages(student, "rms", "mse")
         if pixel_object_share is None:
             pixel_object_share = by_stages(student, 0.0, 0.5) if pixel_distance in WEIGHABLE else 0.0
         weights = {PIXEL: pixel_weight, RELATION: relation_weight, INSTANCE: instance_weight}
