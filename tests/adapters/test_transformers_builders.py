@@ -179,6 +179,18 @@ def test_a_new_head_keeps_everything_else(published: Path) -> None:
     assert model.config.num_labels == 3 and model.config.num_denoising == 7
 
 
+def test_a_teacher_with_a_new_head_is_refused_where_it_would_be_random(published: Path) -> None:
+    builder = PretrainedDetrBuilder(name=str(published), head="new")
+    with pytest.raises(DrkdError, match=r"the layers that name the 3 classes would be new \(.*class_embed.*head: own"):
+        builder.build_teacher(CLASSES)
+    known = len(transformers.AutoConfig.from_pretrained(published).id2label)
+    same = builder.build_teacher([f"class {number}" for number in range(known)])
+    plain = transformers.AutoModelForObjectDetection.from_pretrained(published).state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in same.model.state_dict().items())
+    own = PretrainedDetrBuilder(name=str(published)).build_teacher(["couch"])
+    assert own.label_ids == (1,)
+
+
 def test_a_folder_that_does_not_hold_its_model_is_refused(published: Path, tmp_path: Path) -> None:
     with pytest.raises(DrkdError, match="none of the classes zebra"):
         PretrainedDetrBuilder(name=str(published)).build(["zebra"])

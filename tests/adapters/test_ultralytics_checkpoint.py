@@ -222,6 +222,19 @@ def test_other_classes_get_a_new_head_and_keep_the_rest(saved):
     assert own.missing_classes == ("bus",) and own.label_ids == (1, -1)
 
 
+def test_a_teacher_of_classes_that_its_weights_lack_is_refused(saved, tmp_path):
+    builder = UltralyticsBuilder(weights=str(saved))
+    with pytest.raises(DrkdError, match=r"student.pt: .* would be new for bus, .* knows 3 classes \(cat, dog, cup\)"):
+        builder.build_teacher(("dog", "bus"))
+    fewer = builder.build_teacher(("cup", "cat")).model.state_dict()["model.23.cv3.0.2.bias"]
+    assert torch.equal(fewer, load_detector(saved).model.state_dict()["model.23.cv3.0.2.bias"][[2, 0]])
+    assert UltralyticsBuilder(weights=str(saved), head="own").build_teacher(("dog", "bus")).label_ids == (1, -1)
+    torch.save(build().model.state_dict(), tmp_path / "bare.pt")
+    UltralyticsBuilder(weights=str(tmp_path / "bare.pt")).build_teacher(CLASSES)
+    # Without weights nothing is asked of them, as of every builder.
+    assert UltralyticsBuilder().build_teacher(("dog",)).spec.class_names == ("dog",)
+
+
 def test_a_bare_state_dict_needs_the_name_of_its_model(tmp_path):
     detector = build()
     path = tmp_path / "state.pt"

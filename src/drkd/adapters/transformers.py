@@ -179,6 +179,17 @@ class PretrainedDetrBuilder(DetectorBuilder):
             DrkdError: If transformers is not installed, nothing of that name can be loaded, it is another kind of
                 model, weights are missing from it, or it knows none of the classes.
         """
+        return self._build(class_names, teaches=False)
+
+    def build_teacher(self, class_names: Sequence[str]) -> TransformersDetector:
+        """Load the detector for these classes, all of it from the weights.
+
+        Raises:
+            DrkdError: As ``build``, or if the layers that name classes would be new.
+        """
+        return self._build(class_names, teaches=True)
+
+    def _build(self, class_names: Sequence[str], *, teaches: bool) -> TransformersDetector:
         if not class_names:
             raise DrkdError("class_names: expected at least one class, got none.")
         library = import_transformers()
@@ -207,7 +218,13 @@ class PretrainedDetrBuilder(DetectorBuilder):
                 output_loading_info=True,
             )
         )
-        self._check(report)
+        new_layers = self._check(report)
+        if teaches and new_layers:
+            raise DrkdError(
+                f"{self.name}: with head: new the layers that name the {len(class_names)} classes would be new "
+                f"({', '.join(sorted(new_layers)[:_NAMED])}{', ...' * (len(new_layers) > _NAMED)}), so the teacher's "
+                "would be random. Expected weights that were trained on these classes, or head: own."
+            )
         return TransformersDetector(
             model,
             class_names,
@@ -227,8 +244,8 @@ class PretrainedDetrBuilder(DetectorBuilder):
                 f"Hugging Face Hub, with a network, whose weights are there as safetensors ({reason})."
             ) from error
 
-    def _check(self, report: dict[str, Any]) -> None:
-        """The library fills what a file lacks with random weights: only new class layers may be."""
+    def _check(self, report: dict[str, Any]) -> list[str]:
+        """The library fills what a file lacks with random weights: only new class layers may be. Returns those."""
         absent = [str(key) for key in report["missing_keys"]]
         other = [str(entry[0] if isinstance(entry, tuple | list) else entry) for entry in report["mismatched_keys"]]
         wrong = absent + [key for key in other if not any(layer in key for layer in _CLASS_LAYERS)]
@@ -237,6 +254,7 @@ class PretrainedDetrBuilder(DetectorBuilder):
                 f"{self.name}: its weights are those of another model than its config.json describes: {len(wrong)} "
                 f"missing or of another shape ({', '.join(sorted(wrong)[:_NAMED])}{', ...' * (len(wrong) > _NAMED)})."
             )
+        return other
 
     def _image_processor(self, library: Any, source: dict[str, Any], kind: str) -> Any:
         """The model's own, or the family's default where none was saved with it."""

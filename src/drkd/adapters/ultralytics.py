@@ -72,6 +72,17 @@ class UltralyticsBuilder(DetectorBuilder):
         Raises:
             DrkdError: If Ultralytics is not installed, or weights cannot be found, are not trusted or do not fit.
         """
+        return self._build(class_names, teaches=False)
+
+    def build_teacher(self, class_names: Sequence[str]) -> UltralyticsDetector:
+        """Build the detector for these classes, all of it from the weights where there are any.
+
+        Raises:
+            DrkdError: As ``build``, or if outputs for the classes would be new.
+        """
+        return self._build(class_names, teaches=True)
+
+    def _build(self, class_names: Sequence[str], *, teaches: bool) -> UltralyticsDetector:
         if not class_names:
             raise DrkdError("class_names: expected at least one class, got none.")
         if self.weights is None:
@@ -83,7 +94,14 @@ class UltralyticsBuilder(DetectorBuilder):
             fill(model, state, self.weights)
             return self._wrap(model, class_names, match_names(own, class_names))
         model = new_model(description, class_names, source=self.weights)
-        _fill_most(model, own, class_names, state, self.weights)
+        new = _fill_most(model, own, class_names, state, self.weights)
+        if teaches and new:
+            raise DrkdError(
+                f"{self.weights}: with head: new this YOLO's outputs would be new for {', '.join(new[:5])}"
+                f"{', ...' if len(new) > 5 else ''}, so the teacher's would be random. It knows {len(own)} classes "
+                f"({', '.join(own[:5])}{', ...' if len(own) > 5 else ''}). Expected weights that were trained on these "
+                "classes, or head: own."
+            )
         return self._wrap(model, class_names, range(len(class_names)))
 
     def _wrap(self, model: nn.Module, class_names: Sequence[str], label_ids: Sequence[int]) -> UltralyticsDetector:
@@ -133,15 +151,20 @@ def open_ultralytics(path: str | Path, *, trust_pickle: bool) -> tuple[Ultralyti
 
 def _fill_most(
     model: nn.Module, own: Sequence[str], class_names: Sequence[str], state: Mapping[str, Tensor], source: str
-) -> None:
-    """Fill a model of other classes: all but the class branch must fit, and of that whatever does."""
+) -> list[str]:
+    """Fill a model of other classes: all but the class branch must fit, and of that whatever does.
+
+    Returns:
+        The classes whose outputs are new; all of them where a layer before the outputs is.
+    """
     wanted = model.state_dict()
     branch = {name for name in wanted if any(mark in name for mark in _CLASS_BRANCHES)}
     rest = {name: value for name, value in wanted.items() if name not in branch}
     given = {name: value for name, value in state.items() if name not in branch}
     check_fit(rest, given, source, what=type(model).__name__, strict=True)
     found = dict(given)
-    rows = [(place, label) for place, label in enumerate(find_names(own, class_names)) if label >= 0]
+    labels = find_names(own, class_names)
+    rows = [(place, label) for place, label in enumerate(labels) if label >= 0]
     for name in sorted(branch & set(state)):
         last = wanted[name].shape[:1] == (len(class_names),) and name.split(".")[-2:-1] == ["2"]
         if last and wanted[name].shape[1:] == state[name].shape[1:]:
@@ -153,3 +176,6 @@ def _fill_most(
             found[name] = state[name]
     model.load_state_dict(found, strict=False)
     make_trainable(model)
+    if branch - found.keys():
+        return list(class_names)
+    return [name for name, label in zip(class_names, labels, strict=True) if label < 0]
