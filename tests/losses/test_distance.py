@@ -162,10 +162,16 @@ def feature_by_hand(feature, *, eps):
     return (feature - mean) / (variance + eps).sqrt()
 
 
+@pytest.mark.parametrize("layouts", [(False, False), (True, True), (False, True)])
 @pytest.mark.parametrize("spend", [False, True])
-def test_the_root_of_a_weighted_square_and_its_gradient(spend):
+def test_the_root_of_a_weighted_square_and_its_gradient(spend, layouts):
     torch.manual_seed(0)
-    student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
+    student, teacher = (
+        torch.randn(2, 3, 4, 5, dtype=torch.float64).to(
+            memory_format=torch.channels_last if last else torch.contiguous_format
+        )
+        for last in layouts
+    )
     weights = torch.rand(2, 4, 5, dtype=torch.float64)
     leaf = student.clone().requires_grad_()
     found = weighted_square(leaf.clone(), teacher.clone(), weights, root=True, spend=spend)
@@ -176,3 +182,28 @@ def test_the_root_of_a_weighted_square_and_its_gradient(spend):
     equal = weighted_square(leaf.clone(), student.clone(), weights, root=True, spend=spend)
     (gradient,) = torch.autograd.grad(equal, leaf)
     assert equal.item() == 0 and gradient.eq(0).all()
+    if not spend:
+        target = teacher.clone().requires_grad_()
+        assert torch.autograd.gradcheck(lambda s, t: weighted_square(s, t, weights, root=True), (leaf, target))
+
+
+def test_the_root_of_nothing_is_zero_and_of_half_precision_a_float32():
+    empty = torch.zeros(0, 3, 4, 5, requires_grad=True)
+    weighted_square(empty.clone(), torch.zeros(0, 3, 4, 5), torch.zeros(0, 4, 5), root=True).backward()
+    assert empty.grad.shape == (0, 3, 4, 5)
+    student, teacher = torch.randn(2, 2, 3, 4, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = weighted_square(student, teacher, torch.full((2, 4, 5), 1 / 40), root=True)
+    torch.testing.assert_close(found, (student - teacher).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("root", [False, True])
+def test_a_weighted_square_may_be_changed_in_place(root):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 2, 3, 4, 5)
+    student.requires_grad_()
+    weights = torch.rand(2, 4, 5)
+    (expected,) = torch.autograd.grad(3 * weighted_square(student, teacher, weights, root=root), student)
+    term = weighted_square(student, teacher, weights, root=root)
+    term *= 3
+    torch.testing.assert_close(torch.autograd.grad(term, student)[0], expected)

@@ -168,20 +168,21 @@ class _WeightedSquare(torch.autograd.Function):
         scaled = torch.mul(difference, factors, out=student.detach()) if spend and alike else difference * factors
         # Rows are summed one by one: one sum of millions of float32 is right to four digits only.
         total = torch.bmm(_rows(scaled).unsqueeze(1), _rows(difference).unsqueeze(2)).sum()
-        if root:
-            total = total.sqrt()
-        ctx.root = root
-        ctx.save_for_backward(scaled, total)
+        if not root:
+            ctx.save_for_backward(scaled)
+            return total
+        total = total.sqrt()
+        # A copy: who gets the sum may change it in place.
+        ctx.save_for_backward(scaled, total.clone())
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         """Of both maps."""
-        scaled, total = ctx.saved_tensors
+        scaled, *roots = ctx.saved_tensors
         # Of a root of 0 the maps are equal and `scaled` is 0: divided by anything it stays so.
-        factor = gradient / torch.where(total > 0, total, 1) if ctx.root else 2 * gradient
-        ours = scaled * factor
+        ours = scaled * (gradient / torch.where(roots[0] > 0, roots[0], 1) if roots else 2 * gradient)
         return ours, -ours if ctx.needs_input_grad[1] else None, None, None, None
 
 
