@@ -3,8 +3,8 @@
     python benchmarks/rebuild_tables.py                  # all results that COMPARISONS names
     python benchmarks/rebuild_tables.py digits2 ablation # these
 
-Cells of an arm that the comparison no longer has are left out. Afterwards the tables of scores in the pages are
-written, see `readme_tables.py`.
+Cells of an arm that the comparison no longer has, or not on that pair, are left out. Afterwards the tables of scores in
+the pages are written, see `readme_tables.py`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import yaml
 from readme_tables import RESULTS, ROOT
 from readme_tables import main as write_pages
 
 from drkd.cli import main as drkd
+from drkd.recipes.comparison.cell import make_cells
+from drkd.recipes.comparison.definition import load_comparison
 
 COMPARISONS = {
     "leaderboard_6_epochs": ROOT / "recipes" / "compare" / "digits.yaml",
@@ -38,14 +39,14 @@ def rebuild(result: str) -> None:
     if result not in COMPARISONS:
         sys.exit(f"{result}: expected one of {', '.join(COMPARISONS)}")
     folder, comparison = RESULTS / result, COMPARISONS[result]
-    declared = yaml.safe_load(comparison.read_text(encoding="utf-8"))
-    methods = {"teacher", *declared["methods"]}
+    declared = load_comparison(comparison)
+    arms = {(cell.pair, cell.method) for cell in make_cells(declared, source=str(comparison))}
     with tempfile.TemporaryDirectory() as place:
         output = Path(place) / "comparison"
-        only, seeds = [], {*declared["seeds"]}
+        only, seeds = [], {*declared.seeds}
         for file in sorted((folder / "cells").rglob("*.json")):
             parts = file.relative_to(folder / "cells").with_suffix("").parts
-            if parts[1] not in methods:
+            if parts[:2] not in arms:
                 continue
             copy = output / file.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)

@@ -12,17 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
 import drkd.methods
-from drkd.recipes.comparison.cell import make_cells
+from drkd.recipes.comparison.cell import look_up, make_cells
 from drkd.recipes.comparison.definition import load_comparison
 from drkd.reports.comparison import _plain as as_plain
 from drkd.reports.comparison_rows import read_comparison, summarise_comparison
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-COMPARISONS = [file for file in sorted(BENCHMARKS.glob("comparisons/**/*.yaml")) if "\nmethods:" in file.read_text()]
+COMPARISONS = [
+    file
+    for file in sorted(BENCHMARKS.glob("comparisons/**/*.yaml"))
+    if re.search(r"^(methods:|base: compare/)", file.read_text(), flags=re.MULTILINE)
+]
 
 
 @pytest.mark.parametrize("file", COMPARISONS, ids=lambda file: file.stem)
@@ -35,7 +38,8 @@ def test_every_comparison_can_be_run(file: Path) -> None:
         methods = {
             method: arm
             for method, arm in comparison.methods.items()
-            if name == first or arm.overrides or method == comparison.reference
+            if (name == first or arm.overrides or method == comparison.reference)
+            and (arm.pairs is None or name in arm.pairs)
         }
         cells = make_cells(replace(comparison, pairs={name: pair}, methods=methods), source=str(file))
         assert {cell.method for cell in cells} >= set(methods)
@@ -43,8 +47,9 @@ def test_every_comparison_can_be_run(file: Path) -> None:
 
 def test_digits2_has_the_arms_of_the_leaderboard() -> None:
     files = (BENCHMARKS.parent / "recipes" / "compare" / "digits.yaml", BENCHMARKS / "comparisons" / "digits2.yaml")
-    leaderboard, digits2 = (yaml.safe_load(file.read_text()) for file in files)
-    assert digits2["methods"] == leaderboard["methods"] and digits2["pairs"] == leaderboard["pairs"]
+    leaderboard, digits2 = (load_comparison(file) for file in files)
+    assert digits2.methods == leaderboard.methods and digits2.pairs == leaderboard.pairs
+    assert (digits2.split, digits2.overrides) == (leaderboard.split, {"data.root": "digits2"})
 
 
 def test_tables_of_scores_are_what_their_results_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -115,6 +120,19 @@ def test_tables_are_rebuilt_of_results_that_exist(monkeypatch: pytest.MonkeyPatc
         assert list((RESULTS / result / "cells").rglob("*.json"))
     with pytest.raises(SystemExit, match="nothing: expected one of leaderboard_6_epochs"):
         rebuild("nothing")
+
+
+def test_tables_can_be_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The committed cells are of the settings that their comparison says today."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from rebuild_tables import COMPARISONS, RESULTS
+
+    for result, file in COMPARISONS.items():
+        comparison = replace(load_comparison(file), output=RESULTS / result)
+        changed = {
+            cell.name: changes for cell in make_cells(comparison, source=str(file)) for changes in [look_up(cell)[1]]
+        }
+        assert not {name: changes for name, changes in changed.items() if changes}, result
 
 
 def test_the_speed_table_has_every_method(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,7 +250,7 @@ def _cell_files(folder: Path, about: Mapping[str, Any]) -> Iterator[tuple[str, P
 
 def _cells_aside(folder: Path, about: Mapping[str, Any]) -> Iterator[str]:
     """Say which cells lie in the folder beside those of this table: of other seeds, methods or pairs."""
-    seeds, methods, pairs = set(), set(), set()
+    seeds, methods, pairs, limited = set(), set(), set(), set()
     for path in (folder / "cells").glob("*/*/seed*.json"):
         pair, method, seed = path.parts[-3], path.parts[-2], path.stem.removeprefix("seed")
         if pair not in about["pairs"]:
@@ -258,13 +258,16 @@ def _cells_aside(folder: Path, about: Mapping[str, Any]) -> Iterator[str]:
         elif method not in about["methods"]:
             methods.add(method)
         elif pair not in about.get("limited", {}).get(method, about["pairs"]):
-            methods.add(f"{pair}/{method}")
+            limited.add(f"{pair}/{method}")
         elif seed.isdigit() and int(seed) not in about["seeds"]:
             seeds.add(int(seed))
     for kind, found in (("pairs", sorted(pairs)), ("methods", sorted(methods)), ("seeds", sorted(seeds))):
         if found:
             names = ", ".join(map(str, found))
             yield f"Cells of {kind} {names} lie in the folder and are not in this table: name them, and they are."
+    if limited:
+        names = ", ".join(sorted(limited))
+        yield f"Cells of {names} lie in the folder and are not in this table: `pairs` leaves them out."
 
 
 def _read_cell(path: Path) -> dict[str, Any]:

@@ -117,6 +117,11 @@ def test_a_method_may_be_for_some_pairs(comparison_file: Path) -> None:
     assert comparison.methods["hint"] == Arm("drkd.methods.FeatureHint", pairs=["other"])
     names = [cell.name for cell in make_cells(comparison, source="file")]
     assert names == ["tiny/teacher", "other/teacher", "tiny/student/0", "other/student/0", "other/hint/0"]
+    derived = comparison_file.with_name("derived.yaml")
+    derived.write_text(yaml.safe_dump({"base": "comparison.yaml", "methods": {"hint": {"pairs": None}}}))
+    assert load_comparison(derived).methods["hint"] == Arm("drkd.methods.FeatureHint")
+    numbered = _changed(comparison_file, pairs={7: "recipe.yaml"}, methods={"student": None, "hint": {"pairs": [7]}})
+    assert load_comparison(numbered).methods["hint"].pairs == ["7"]
 
 
 def test_a_pair_of_a_derived_comparison_takes_nothing_from_that_of_the_base(

@@ -326,13 +326,17 @@ def _check_entry(entry: Any, keys: Mapping[str, str], path: Path, place: str, *,
             raise DrkdError(f"{path}: {place}.{key}: expected keys with values, got {entry[key]!r}.")
         if key == "class_path" and not isinstance(entry[key], str | None):
             raise DrkdError(f"{path}: {place}.{key}: expected an import path, got {entry[key]!r}.")
-        if key == "pairs" and not _is_names(entry[key]):
-            raise DrkdError(f"{path}: {place}.pairs: expected a list of names of pairs, got {entry[key]!r}.")
-    return {keys[key]: _shield(value) if key in ("init_args", "overrides") else value for key, value in entry.items()}
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+    spelled = {
+        keys[key]: _shield(value) if key in ("init_args", "overrides") else value for key, value in entry.items()
+    }
+    if (names := spelled.get("pairs")) is not None:
+        if not isinstance(names, list) or not names or any(isinstance(name, list | dict | None) for name in names):
+            raise DrkdError(
+                f"{path}: {place}.pairs: expected a list of names of pairs, or null for all, got {names!r}."
+            )
+        # As the pairs' own names are.
+        spelled["pairs"] = [str(name) for name in names]
+    return spelled
 
 
 def _check(comparison: Comparison, *, source: str) -> None:

@@ -186,7 +186,7 @@ def select_cells(cells: Sequence[Cell], only: Sequence[str], *, source: str) -> 
             methods = ", ".join(dict.fromkeys(cell.method for cell in cells))
             raise DrkdError(
                 f"--only {pattern}: no cell of {source} is called so. Expected PAIR, PAIR/METHOD or PAIR/METHOD/SEED, "
-                f"where * stands for anything. Pairs: {pairs}. Methods: {methods}."
+                f"where * stands for anything. Pairs: {pairs}. Methods: {methods}; some may be for some pairs only."
             )
     return [cell for cell in cells if not only or any(_fits(cell, pattern) for pattern in only)]
 
