@@ -181,14 +181,19 @@ def test_a_new_head_keeps_everything_else(published: Path) -> None:
 
 def test_a_teacher_with_a_new_head_is_refused_where_it_would_be_random(published: Path) -> None:
     builder = PretrainedDetrBuilder(name=str(published), head="new")
-    with pytest.raises(DrkdError, match=r"the layers that name the 3 classes would be new \(.*class_embed.*head: own"):
+    advice = r"classes, or head: own, which finds those that it knows\.$"
+    with pytest.raises(DrkdError, match=rf"the layers that name the 3 classes would be new \(.*class_embed.*{advice}"):
         builder.build_teacher(CLASSES)
-    known = len(transformers.AutoConfig.from_pretrained(published).id2label)
-    same = builder.build_teacher([f"class {number}" for number in range(known)])
+    with pytest.raises(DrkdError, match=r"called a, b, c, d, and they mean others\. It knows 4 classes .* classes\.$"):
+        builder.build_teacher(["a", "b", "c", "d"])
+    config = published / "config.json"
+    own = json.loads(config.read_text())["id2label"]
+    with pytest.raises(DrkdError, match=f"they mean others.*{advice}"):
+        builder.build_teacher([*reversed(own.values())])
+    same = builder.build_teacher([*own.values()])
     plain = transformers.AutoModelForObjectDetection.from_pretrained(published).state_dict()
     assert all(torch.equal(value, plain[name]) for name, value in same.model.state_dict().items())
-    own = PretrainedDetrBuilder(name=str(published)).build_teacher(["couch"])
-    assert own.label_ids == (1,)
+    assert PretrainedDetrBuilder(name=str(published)).build_teacher(["couch"]).label_ids == (1,)
 
 
 def test_a_folder_that_does_not_hold_its_model_is_refused(published: Path, tmp_path: Path) -> None:

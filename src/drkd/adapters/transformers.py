@@ -201,6 +201,7 @@ class PretrainedDetrBuilder(DetectorBuilder):
             # Anchors for one size of image would not fit batches of others.
             config.anchor_image_size = None
         new = self.head == "new"
+        named = dict(config.id2label)
         if new:
             for entry, value in _classes(class_names).items():
                 setattr(config, entry, value)
@@ -219,12 +220,8 @@ class PretrainedDetrBuilder(DetectorBuilder):
             )
         )
         new_layers = self._check(report)
-        if teaches and new_layers:
-            raise DrkdError(
-                f"{self.name}: with head: new the layers that name the {len(class_names)} classes would be new "
-                f"({', '.join(sorted(new_layers)[:_NAMED])}{', ...' * (len(new_layers) > _NAMED)}), so the teacher's "
-                "would be random. Expected weights that were trained on these classes, or head: own."
-            )
+        if teaches and new:
+            self._check_taught(class_names, named, new_layers)
         return TransformersDetector(
             model,
             class_names,
@@ -255,6 +252,30 @@ class PretrainedDetrBuilder(DetectorBuilder):
                 f"missing or of another shape ({', '.join(sorted(wrong)[:_NAMED])}{', ...' * (len(wrong) > _NAMED)})."
             )
         return other
+
+    def _check_taught(self, class_names: Sequence[str], id2label: dict[int, str], new_layers: Sequence[str]) -> None:
+        """A new head is for a teacher only where nothing of it is new: the file's classes, in the file's order."""
+        try:
+            labels = find_labels(id2label, class_names, source=self.name)
+        except DrkdError:
+            labels = []
+        named = [str(name) for _, name in sorted(id2label.items())]
+        own = ", or head: own, which finds those that it knows" if labels else ""
+        advice = (
+            f"It knows {len(named)} classes ({', '.join(named[:_NAMED])}{', ...' * (len(named) > _NAMED)}). Expected "
+            f"weights that were trained on these classes{own}."
+        )
+        if new_layers:
+            raise DrkdError(
+                f"{self.name}: with head: new the layers that name the {len(class_names)} classes would be new "
+                f"({', '.join(sorted(new_layers)[:_NAMED])}{', ...' * (len(new_layers) > _NAMED)}), so the teacher's "
+                f"would be random. {advice}"
+            )
+        if labels != list(range(len(class_names))):
+            raise DrkdError(
+                f"{self.name}: with head: new the teacher's outputs would be called {', '.join(class_names[:_NAMED])}"
+                f"{', ...' * (len(class_names) > _NAMED)}, and they mean others. {advice}"
+            )
 
     def _image_processor(self, library: Any, source: dict[str, Any], kind: str) -> Any:
         """The model's own, or the family's default where none was saved with it."""

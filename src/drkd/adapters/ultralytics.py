@@ -100,7 +100,7 @@ class UltralyticsBuilder(DetectorBuilder):
                 f"{self.weights}: with head: new this YOLO's outputs would be new for {', '.join(new[:5])}"
                 f"{', ...' if len(new) > 5 else ''}, so the teacher's would be random. It knows {len(own)} classes "
                 f"({', '.join(own[:5])}{', ...' if len(own) > 5 else ''}). Expected weights that were trained on these "
-                "classes, or head: own."
+                f"classes{', or head: own, which finds those that it knows' if set(own) & set(class_names) else ''}."
             )
         return self._wrap(model, class_names, range(len(class_names)))
 
