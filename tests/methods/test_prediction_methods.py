@@ -936,15 +936,16 @@ def test_a_response_alone_pools_no_instances():
 
 
 @pytest.mark.parametrize(
-    ("family", "pixel_weight", "share"), [("retinanet", 3.0, 0.0), ("fcos", 3.0, 0.0), ("faster_rcnn", 1.0, 0.5)]
+    ("family", "pixel_weight", "distance", "share"),
+    [("retinanet", 3.0, "rms", 0.0), ("fcos", 3.0, "rms", 0.0), ("faster_rcnn", 1.0, "mse", 0.5)],
 )
-def test_drkds_default_is_the_relations_alone_and_goes_by_stages(family, pixel_weight, share):
+def test_drkds_default_is_the_relations_alone_and_goes_by_stages(family, pixel_weight, distance, share):
     student, teacher = pair(family)
     kd = DRKD(student.spec, teacher.spec)
     assert kd.weights == {"pixel_relation": pixel_weight, "instance_relation": 0.1, "instance": 0.5}
     assert kd.needs == {"features"} and kd.teacher_needs is None
     assert DRKD(student.spec, teacher.spec, pixel_weight=2.0).weights["pixel_relation"] == 2
-    assert (kd.pixel_losses[0].distance, kd.pixel_losses[0].object_share) == ("rms", share)
+    assert (kd.pixel_losses[0].distance, kd.pixel_losses[0].object_share) == (distance, share)
     others = {name: DRKD(student.spec, teacher.spec, pixel_distance=name) for name in ("mse", "rms", "relative")}
     found = {name: own.pixel_losses[0].object_share for name, own in others.items()}
     assert found == {"mse": share, "rms": share, "relative": 0.0}

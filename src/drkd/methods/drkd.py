@@ -78,7 +78,7 @@ class DRKD(KDMethod):
     computed. `PaperDRKD` and `ReleasedDRKD` have the paper's and the released code's choices as defaults.
 
     Departures of these defaults from the paper, all for one reason (features of unlike size and norms of unlike scale
-    left the distillation silently off): maps are standardised first, distances are means, weights are ratios of
+    left the distillation silently off): maps are standardised first, distances do not grow with them, weights are ratios of
     gradient norms, and the relation logits are scaled. And one for another: one module serves both sides and is not
     trained, because a trained one moves the target while the student learns (trial 14 in the repository).
 
@@ -117,8 +117,9 @@ class DRKD(KDMethod):
         graph_gain: Initial weight of that norm: how loud the relations are beside the map itself (released: 1). With
             the norm ``none`` a constant factor on the relations.
         activation_before_update: ReLU in the graph as released; False is the paper's linear update.
-        pixel_distance: See `tensor_distance` (paper, released: frobenius). The gradient of a norm does not fall as
-            the maps come nearer, so the term stays as loud as it was set (trial 23 in the repository).
+        pixel_distance: See `tensor_distance` (paper, released: frobenius). None is ``mse`` for a student of two
+            stages and ``rms`` for any other, a norm, whose gradient does not fall as the maps come nearer (trial 23 in
+            the repository).
         pixel_object_share: Part of ``pixel_relation`` that lies on an image's objects, each alike, see
             `object_weights`; 0 with distances other than ``mse`` and ``rms``, which cannot be weighed. None is 0.5 for
             a student of two stages, 0 for any other.
@@ -170,7 +171,7 @@ class DRKD(KDMethod):
         norm: GraphNorm = "group",
         graph_gain: float = 0.3,
         activation_before_update: bool = True,
-        pixel_distance: Distance = "rms",
+        pixel_distance: Distance | None = None,
         pixel_object_share: float | None = None,
         roi_size: int = 3,
         roi_aligned: bool = True,
@@ -187,6 +188,8 @@ class DRKD(KDMethod):
         super().__init__()
         if pixel_weight is None:
             pixel_weight = by_stages(student, 3.0, 1.0)
+        if pixel_distance is None:
+            pixel_distance = by_stages(student, "rms", "mse")
         if pixel_object_share is None:
             pixel_object_share = by_stages(student, 0.0, 0.5) if pixel_distance in WEIGHABLE else 0.0
         weights = {PIXEL: pixel_weight, RELATION: relation_weight, INSTANCE: instance_weight}
