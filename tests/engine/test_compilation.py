@@ -44,7 +44,11 @@ def small_batch(boxes: int) -> DetectionBatch:
     return DetectionBatch(torch.rand(2, 3, 64, 64), ((64, 64),) * 2, ((64, 64),) * 2, (target, target), (0, 1))
 
 
-@pytest.mark.parametrize("method", [DRKD, partial(MismatchedTeacher, method=DRKD)], ids=["plain", "within another"])
+@pytest.mark.parametrize(
+    "method",
+    [DRKD, partial(DRKD, pixel_object_share=0.5), partial(MismatchedTeacher, method=DRKD)],
+    ids=["plain", "objects weighed", "within another"],
+)
 def test_a_compiled_step_equals_the_eager_one(method: MethodFactory) -> None:
     eager = small_distiller(method)
     compiled = copy.deepcopy(eager)

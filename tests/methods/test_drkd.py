@@ -76,6 +76,14 @@ def test_gradients_are_finite_and_reach_every_parameter(method, boxes, side):
         assert (term.item() > 0) == (most >= kd.minimum_boxes.get(family, 0)), name
 
 
+@pytest.mark.parametrize("distance", ["mse", "rms"])
+@pytest.mark.parametrize("boxes", [[MANY, ONE], [NONE, MANY], [NONE, NONE]])
+def test_with_a_share_on_objects_gradients_are_as_finite(boxes, distance):
+    kd, student, teacher = build(pixel_object_share=0.5, pixel_distance=distance)
+    kd.total(kd.from_features(student, teacher, boxes, image_size=SIZE)).backward()
+    check_gradients(kd, student, teacher)
+
+
 def test_the_default_trains_adapters_and_filters_and_no_ruler():
     kd, _, _ = build()
     trained = {name for name, parameter in kd.named_parameters() if parameter.requires_grad}

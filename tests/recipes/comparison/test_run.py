@@ -437,6 +437,21 @@ def test_a_change_that_is_taken_back_needs_no_second_run(
     assert _files(tmp_path) == before
 
 
+def test_a_method_for_other_pairs_is_not_missed(
+    fake: None, comparison_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(comparison_file.read_text())
+    content["pairs"]["other"] = content["pairs"]["tiny"]
+    content["methods"]["hint"] = {"class_path": "drkd.methods.FeatureHint", "pairs": ["other"]}
+    comparison_file.write_text(yaml.safe_dump({**content, "seeds": [0]}))
+    assert main(["compare", "--config", str(comparison_file), "--only", "tiny"]) == 0
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "Not measured: other/drkd, other/hint, other/student." in table and "tiny/hint" not in table
+    capsys.readouterr()
+    assert main(["compare", "--config", str(comparison_file), "--only", "tiny/hint"]) == 2
+    assert "--only tiny/hint: no cell of" in capsys.readouterr().err
+
+
 def test_a_report_without_measuring(
     fake: None,
     comparison_file: Path,
