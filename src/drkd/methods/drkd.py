@@ -78,9 +78,9 @@ class DRKD(KDMethod):
     computed. `PaperDRKD` and `ReleasedDRKD` have the paper's and the released code's choices as defaults.
 
     Departures of these defaults from the paper, all for one reason (features of unlike size and norms of unlike scale
-    left the distillation silently off): maps are standardised first, distances do not grow with them, weights are ratios of
-    gradient norms, and the relation logits are scaled. And one for another: one module serves both sides and is not
-    trained, because a trained one moves the target while the student learns (trial 14 in the repository).
+    left the distillation silently off): maps are standardised first, distances do not grow with them, weights are
+    ratios of gradient norms, and the relation logits are scaled. And one for another: one module serves both sides and
+    is not trained, because a trained one moves the target while the student learns (trial 14 in the repository).
 
     Args:
         student: The student's levels.
@@ -188,10 +188,9 @@ class DRKD(KDMethod):
         super().__init__()
         if pixel_weight is None:
             pixel_weight = by_stages(student, 3.0, 1.0)
-        if pixel_distance is None:
-            pixel_distance = by_stages(student, "rms", "mse")
+        distance: Distance = by_stages(student, "rms", "mse") if pixel_distance is None else pixel_distance
         if pixel_object_share is None:
-            pixel_object_share = by_stages(student, 0.0, 0.5) if pixel_distance in WEIGHABLE else 0.0
+            pixel_object_share = by_stages(student, 0.0, 0.5) if distance in WEIGHABLE else 0.0
         weights = {PIXEL: pixel_weight, RELATION: relation_weight, INSTANCE: instance_weight}
         if min(*weights.values(), response_weight or 0) < 0 or max(weights.values()) == 0:
             raise ValueError(
@@ -251,7 +250,7 @@ class DRKD(KDMethod):
                 norm=norm,
                 gain=graph_gain,
                 activation_before_update=activation_before_update,
-                distance=pixel_distance,
+                distance=distance,
                 object_share=pixel_object_share,
                 teacher_side=teacher_side,
                 normalise_features=False,
