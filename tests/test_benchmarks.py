@@ -136,6 +136,28 @@ def test_tables_can_be_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert differences(recorded, cell.settings, stated=cell.stated) == [], path
 
 
+def test_differences_between_arms_are_those_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from differences import compare_arms
+    from readme_tables import RESULTS
+
+    folder = RESULTS / "leaderboard_6_epochs"
+    (row,) = (
+        row
+        for row in json.loads((folder / "table.json").read_text())["rows"]
+        if (row["pair"], row["method"]) == ("retinanet", "drkd")
+    )
+    found = compare_arms(folder / "cells" / "retinanet", "drkd", "pkd")
+    assert found["AP"].startswith(f"{100 * row['to_rivals']['pkd']['ap']['mean']:+.1f} [") and {*found} == {
+        "AP",
+        "AP_S",
+        "AP_L",
+    }
+    assert compare_arms(folder / "cells" / "retinanet", "drkd", "student")["AP"] in (folder / "table.md").read_text()
+    with pytest.raises(SystemExit, match="expected cells, found none"):
+        compare_arms(folder / "cells" / "retinanet", "drkd", "nothing")
+
+
 def test_the_speed_table_has_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a pair too small to time: each is measured beside the floor, or stands there with why it cannot be."""
     monkeypatch.syspath_prepend(BENCHMARKS / "speed")

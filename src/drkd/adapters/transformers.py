@@ -16,7 +16,7 @@ from drkd.adapters.transformers_backbone import (
     load_backbone,
 )
 from drkd.adapters.transformers_detector import TransformersDetector, wrap_transformers
-from drkd.adapters.transformers_labels import find_labels
+from drkd.adapters.transformers_labels import find_labels, shorten
 from drkd.adapters.transformers_library import FAMILIES, build_model, check_entries, check_family, import_transformers
 from drkd.adapters.transformers_start import draw_start
 from drkd.adapters.weights import fill, read_checkpoint, state_in, stored_normalisation
@@ -25,7 +25,6 @@ from drkd.contracts import DetectorBuilder, DrkdError
 __all__ = ["DetrBuilder", "PretrainedDetrBuilder", "TransformersDetector", "wrap_transformers"]
 
 _CLASS_LAYERS = ("class_embed", "enc_score_head", "denoising_class_embed")
-_NAMED = 5
 _UNFROZEN = {
     False: "Set config.freeze_backbone_batch_norms to false.",
     True: "Deformable DETR always freezes: choose a backbone such as timm/resnet50, or another model_type.",
@@ -249,7 +248,7 @@ class PretrainedDetrBuilder(DetectorBuilder):
         if wrong:
             raise DrkdError(
                 f"{self.name}: its weights are those of another model than its config.json describes: {len(wrong)} "
-                f"missing or of another shape ({', '.join(sorted(wrong)[:_NAMED])}{', ...' * (len(wrong) > _NAMED)})."
+                f"missing or of another shape ({shorten(sorted(wrong))})."
             )
         return other
 
@@ -262,19 +261,19 @@ class PretrainedDetrBuilder(DetectorBuilder):
         named = [str(name) for _, name in sorted(id2label.items())]
         own = ", or head: own, which finds those that it knows" if labels else ""
         advice = (
-            f"It knows {len(named)} classes ({', '.join(named[:_NAMED])}{', ...' * (len(named) > _NAMED)}). Expected "
+            f"It knows {len(named)} classes ({shorten(named)}). Expected "
             f"weights that were trained on these classes{own}."
         )
         if new_layers:
             raise DrkdError(
                 f"{self.name}: with head: new the layers that name the {len(class_names)} classes would be new "
-                f"({', '.join(sorted(new_layers)[:_NAMED])}{', ...' * (len(new_layers) > _NAMED)}), so the teacher's "
+                f"({shorten(sorted(new_layers))}), so the teacher's "
                 f"would be random. {advice}"
             )
         if labels != list(range(len(class_names))):
             raise DrkdError(
-                f"{self.name}: with head: new the teacher's outputs would be called {', '.join(class_names[:_NAMED])}"
-                f"{', ...' * (len(class_names) > _NAMED)}, and they mean others. {advice}"
+                f"{self.name}: with head: new the teacher's outputs would be called {shorten(class_names)}, "
+                f"and they mean others. {advice}"
             )
 
     def _image_processor(self, library: Any, source: dict[str, Any], kind: str) -> Any:

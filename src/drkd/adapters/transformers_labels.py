@@ -45,13 +45,14 @@ def find_labels(id2label: Mapping[int, str], class_names: Sequence[str], *, sour
     found = [exact.get(name, loose.get(_key(name), -1)) for name in class_names]
     if max(found, default=-1) < 0:
         raise DrkdError(
-            f"{source}: none of the classes {_shorten(class_names)} is among the model's {len(names)} "
-            f"({_shorten(names)}). Give it a new head (head: new), or use the model's names."
+            f"{source}: none of the classes {shorten(class_names)} is among the model's {len(names)} "
+            f"({shorten(names)}). Give it a new head (head: new), or use the model's names."
         )
     return found
 
 
-def _shorten(names: Sequence[str], limit: int = 5) -> str:
+def shorten(names: Sequence[str], limit: int = 5) -> str:
+    """The first few names, for messages."""
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
