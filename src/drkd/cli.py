@@ -169,7 +169,7 @@ _VERBS: Mapping[tuple[str, ...], _Verb] = {
         "Train a student with a teacher's help.",
         (
             "distill --config recipe.yaml",
-            "distill --config recipe.yaml --config faster.yaml --training.steps=2000",
+            "distill --config recipe.yaml --config faster.yaml --training.epochs=5",
             "distill --config coco/retinanet_r50 --data.root=data/coco",
             "distill --config recipe.yaml --method.warmup_steps=500 --output runs/warmup",
             "distill --config recipe.yaml --resume",

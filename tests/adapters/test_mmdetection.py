@@ -15,11 +15,12 @@ from mmdetection_states import (
 )
 from torch.nn import functional
 
-from drkd.adapters import MMDetectionBuilder
+from drkd.adapters import MMDetectionBuilder, RetinaNetBuilder
 from drkd.adapters.mmdetection import fill_from_mmdetection, read_architecture
-from drkd.contracts import DrkdError
+from drkd.contracts import DrkdError, NotApplicableError
 from drkd.engine.distiller import Distiller
-from drkd.methods import DRKD
+from drkd.methods import DRKD, CrossKD, LogitKD
+from drkd.recipes.evaluation import measure_detector
 
 FEATURES = frozenset({"features"})
 BLOCKS = (1, 2, 1, 1)
@@ -211,6 +212,22 @@ def test_anchors_have_exact_sides_and_strides(make_batch, tmp_path):
                         x, y = column * stride, row * stride
                         expected.append([x - w, y - h, x + w, y + h])
     torch.testing.assert_close(out.anchors, torch.tensor(expected), rtol=1e-5, atol=1e-3)
+
+
+def test_predictions_on_rounded_anchors_are_not_compared_with_them(tmp_path):
+    path = save(draw_state(small_retinanet()), tmp_path / "a.pth")
+    teacher = MMDetectionBuilder(path=path, classes=("cat", "dog", "cup")).build(("cat", "dog", "cup"))
+    student = RetinaNetBuilder(fpn_channels=64, backbone_weights=None).build(("cat", "dog", "cup"))
+    for method in (CrossKD, LogitKD):
+        with pytest.raises(NotApplicableError, match="equal anchors"):
+            method(student.spec, teacher.spec)
+
+
+def test_what_a_detector_costs_is_measured_through_drkd(tmp_path):
+    path = save(draw_state(small_faster_rcnn()), tmp_path / "a.pth")
+    detector = MMDetectionBuilder(path=path, classes=("cat", "dog", "cup")).build(("cat", "dog", "cup"))
+    cost = measure_detector(detector, (64, 96))
+    assert cost.flops > 0 and cost.image_size == (64, 96)
 
 
 def test_boxes_are_pooled_aligned_and_the_background_comes_last(make_batch, tmp_path):

@@ -113,11 +113,11 @@ def test_a_year_below_the_folder_and_annotations_beside_images(voc: Path, tmp_pa
     with pytest.raises(DrkdError, match=r"several VOC data sets \(VOC2007, VOC2012\)"):
         find_sources(kit)
     flat = tmp_path / "flat"
-    for split in ("train", "valid"):
+    for split in ("train", "valid", "trainval"):
         write_image(flat / split / "a.jpg")
         (flat / split / "a.xml").write_text(document("a.jpg"))
     write_image(flat / "train" / "lonely.png")
-    assert len(load_split(flat, "val").records[0].boxes) == 1
+    assert len(load_split(flat, "val").records[0].boxes) == len(load_split(flat, "trainval").records[0].boxes) == 1
     (found,) = scan(flat).problems
     assert (found.severity, found.record) == ("warning", "lonely.png")
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from torch import nn
-from torchvision.models.detection import retinanet_resnet50_fpn
+from torchvision.models.detection import retinanet_resnet50_fpn, ssdlite320_mobilenet_v3_large
 
 from drkd.evaluation import measure_cost
 
@@ -65,3 +65,11 @@ def test_wrong_input_is_refused():
         measure_cost(OneConvolution(), (4, 4))
     with pytest.raises(ValueError, match="repeats >= 1"):
         measure_cost(OneConvolution().eval(), (4, 4), repeats=0)
+
+
+def test_a_detector_of_one_size_is_measured_at_it():
+    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3).eval()
+    costs = [measure_cost(model, size, repeats=1, warmup=0) for size in ((200, 320), (640, 640))]
+    assert costs[0].flops == costs[1].flops
+    assert {cost.image_size for cost in costs} == {(320, 320)}
+    assert model.transform.fixed_size == (320, 320)

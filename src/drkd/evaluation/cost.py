@@ -27,7 +27,7 @@ class ModelCost:
         latency_p10_ms: Tenth percentile, ms.
         latency_p90_ms: Ninetieth percentile, ms.
         threads: CPU threads that torch used.
-        image_size: Height and width of the image, px.
+        image_size: Height and width that the network computes on, px.
         device: Where it ran: "cpu" or "cuda (its name)".
     """
 
@@ -57,7 +57,8 @@ def measure_cost(
     """Measure a torchvision-style detector on one image, post-processing included.
 
     The image is fixed noise in [0, 1]. A torchvision detector would first resize it to its own training size; for the
-    measurement it is told to keep ``image_size``, so that size is what the network computes on.
+    measurement it is told to keep ``image_size``, so that size is what the network computes on. One with a single size
+    for all images (an SSD's ``fixed_size``) keeps that, and the result names it.
 
     Args:
         model: Called as ``model([image])`` with an image (3, H, W); in eval mode, on ``device``.
@@ -95,7 +96,7 @@ def measure_cost(
         latency_p10_ms=deciles[0],
         latency_p90_ms=deciles[8],
         threads=used,
-        image_size=(int(image_size[0]), int(image_size[1])),
+        image_size=_computed_size(model, image_size),
         device=f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
     )
 
@@ -132,10 +133,15 @@ def _keep_size(model: nn.Module, image_size: Size) -> Iterator[None]:
     if not (hasattr(transform, "min_size") and hasattr(transform, "max_size")):
         yield
         return
-    before = (transform.min_size, transform.max_size, getattr(transform, "fixed_size", None))
+    before = (transform.min_size, transform.max_size)
     transform.min_size, transform.max_size = (min(image_size),), max(image_size)
-    transform.fixed_size = None
     try:
         yield
     finally:
-        transform.min_size, transform.max_size, transform.fixed_size = before
+        transform.min_size, transform.max_size = before
+
+
+def _computed_size(model: nn.Module, image_size: Size) -> Size:
+    """What the network computes on: its own size where it has one for all images, as an SSD has."""
+    fixed = getattr(getattr(model, "transform", None), "fixed_size", None)
+    return (int(image_size[0]), int(image_size[1])) if fixed is None else (int(fixed[1]), int(fixed[0]))

@@ -310,7 +310,9 @@ class DRKD(KDMethod):
             student_features: (B, C, h, w) by name.
             teacher_features: Same for the teacher; names and sizes may differ from the student's.
             image_size: Height and width of the image tensor, px.
-            options: Keyword arguments of the class.
+            options: Keyword arguments of the class. Maps do not tell a student's stages: the defaults are those of one
+                stage. A schedule (``warmup_steps``, ``decay``) and plain weights (``balanced=False``) are not known to
+                a `GradientBalance`; see `KDMethod.total` and `KDMethod.schedule`.
 
         Returns:
             The method, on the device of the student's maps.

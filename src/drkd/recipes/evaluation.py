@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drkd.adapters.mmdetection_parts import AlignedRoIPool
+from drkd.adapters.torchvision_detector import TorchvisionDetector
 from drkd.contracts import DetectionBatch, Detections, Detector, DetectorBuilder, Size
 from drkd.data.batches import DetectionData
 from drkd.data.dataset import DatasetSplit, find_splits
@@ -106,8 +108,15 @@ class _OnImages(nn.Module):
 
 
 def _on_images(detector: Detector) -> nn.Module:
-    """What costs are measured on: torchvision's plain model, which takes images itself, or any other detector."""
-    return detector.model if hasattr(detector.model, "transform") else _OnImages(detector).eval()
+    """What costs are measured on: torchvision's plain model, which takes images itself, or any other detector.
+
+    MMDetection's Faster R-CNN is no plain one: drkd sets the scales of its pool.
+    """
+    if isinstance(detector, TorchvisionDetector):
+        pool = getattr(getattr(detector.model, "roi_heads", None), "box_roi_pool", None)
+        if not isinstance(pool, AlignedRoIPool):
+            return detector.model
+    return _OnImages(detector).eval()
 
 
 def evaluate(

@@ -43,16 +43,20 @@ def find(root: Path) -> dict[str, SplitSource]:
     base = years[0] if years and not (root / "ImageSets").is_dir() else root
     found: dict[str, SplitSource] = {}
     for file in sorted((base / "ImageSets" / "Main").glob("*.txt")):
-        name = "trainval" if file.stem == "trainval" else split_name(file.stem)
+        name = _split_name(file.stem)
         if name is not None and name not in found:
             found[name] = SplitSource("voc", name, base, file, base / "JPEGImages")
     if found:
         return found
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        name = split_name(folder.name)
+        name = _split_name(folder.name)
         if name is not None and name not in found and _list_xml(folder):
             found[name] = SplitSource("voc", name, root, folder, folder)
     return found
+
+
+def _split_name(stem: str) -> str | None:
+    return "trainval" if stem == "trainval" else split_name(stem)
 
 
 def scan(source: SplitSource) -> SplitScan:
