@@ -150,9 +150,9 @@ def judge_preprocessing(own: float, others: dict[str, float]) -> Finding:
             severity,
             "preprocessing",
             f"With {best} the teacher's AP rises from {100 * own:.1f} to {100 * value:.1f}: it was trained with "
-            "another preprocessing than it is given here. Set its builder's image_mean and image_std, where it has them, "
-            "to what it was trained with, style: caffe of an MMDetection teacher, or swap the channels of its first "
-            "layer.",
+            "another preprocessing than it is given here. Set its builder's image_mean and image_std, where it has "
+            "them, to what it was trained with, style: caffe of an MMDetection teacher, or swap the channels of its "
+            "first layer.",
         )
     tried = ", ".join(f"{name} {100 * ap:.1f}" for name, ap in others.items())
     return Finding("ok", "preprocessing", f"No other preprocessing suits the teacher better ({tried}).")
