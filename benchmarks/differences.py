@@ -20,7 +20,10 @@ METRICS = {"AP": "ap", "AP_S": "ap_small", "AP_L": "ap_large"}
 
 
 def compare_arms(pair: Path, ours: str, theirs: str) -> dict[str, str]:
-    """The difference by metric over the seeds that both have; ``pair`` is the folder of a pair's cells."""
+    """The difference by metric over the seeds that both have; ``pair`` is the folder of a pair's cells.
+
+    A metric that a data set does not have (AP_L where there is no large object) is left out.
+    """
     scores = []
     for arm in (theirs, ours):
         cells = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((pair / arm).glob("seed*.json"))]
@@ -32,6 +35,7 @@ def compare_arms(pair: Path, ours: str, theirs: str) -> dict[str, str]:
             compare_paired(*({seed: metrics[key] for seed, metrics in side.items()} for side in scores))
         )
         for name, key in METRICS.items()
+        if all(metrics[key] is not None for side in scores for metrics in side.values())
     }
 
 
