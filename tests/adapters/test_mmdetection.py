@@ -226,8 +226,11 @@ def test_predictions_on_rounded_anchors_are_not_compared_with_them(tmp_path):
 def test_what_a_detector_costs_is_measured_through_drkd(tmp_path):
     path = save(draw_state(small_faster_rcnn()), tmp_path / "a.pth")
     detector = MMDetectionBuilder(path=path, classes=("cat", "dog", "cup")).build(("cat", "dog", "cup"))
-    cost = measure_detector(detector, (64, 96))
+    seen = []
+    with detector.model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[2:])):
+        cost = measure_detector(detector, (64, 96))
     assert cost.flops > 0 and cost.image_size == (64, 96)
+    assert {*seen} == {(64, 96)}  # padded to 32, as torchvision's Faster R-CNN, and not to the coarsest stride
 
 
 def test_boxes_are_pooled_aligned_and_the_background_comes_last(make_batch, tmp_path):

@@ -27,7 +27,7 @@ class ModelCost:
         latency_p10_ms: Tenth percentile, ms.
         latency_p90_ms: Ninetieth percentile, ms.
         threads: CPU threads that torch used.
-        image_size: Height and width that the network computes on, px.
+        image_size: Height and width of the image, px, without padding; of an SSD its one size.
         device: Where it ran: "cpu" or "cuda (its name)".
     """
 

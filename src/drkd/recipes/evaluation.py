@@ -100,11 +100,14 @@ class _OnImages(nn.Module):
     def __init__(self, detector: Detector) -> None:
         super().__init__()
         self.detector = detector
+        self.divisor = max(32, int(max(level.stride for level in detector.spec.levels)))
+        if isinstance(detector, TorchvisionDetector):
+            transform: Any = detector.model.transform
+            self.divisor = int(transform.size_divisible)
 
     def forward(self, images: list[Tensor]) -> list[Detections]:
         empty = {"boxes": images[0].new_zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-        stride = max(32, int(max(level.stride for level in self.detector.spec.levels)))
-        return self.detector.detect(DetectionBatch.from_lists(images, [empty] * len(images), size_divisor=stride))
+        return self.detector.detect(DetectionBatch.from_lists(images, [empty] * len(images), size_divisor=self.divisor))
 
 
 def _on_images(detector: Detector) -> nn.Module:
