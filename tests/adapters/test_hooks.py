@@ -21,6 +21,7 @@ from drkd.adapters.hooks import HookedDetector, wrap_model
 from drkd.contracts import DetectionBatch, Detector, DrkdError
 from drkd.engine.distiller import Distiller
 from drkd.methods import CWD, DRKD, FGD, PKD, CrossKD
+from drkd.recipes.evaluation import measure_detector
 
 CLASSES = ("cat", "dog", "cup")
 FEATURES, LOSSES, BOTH = frozenset({"features"}), frozenset({"losses"}), frozenset({"features", "losses"})
@@ -422,3 +423,10 @@ def test_detections_are_found_without_autocast(make_batch) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert len(detector.detect(make_batch([(64, 64)]))) == 1
     assert seen == [False]
+
+
+def test_a_model_with_a_transform_of_its_own_is_not_called_with_images() -> None:
+    model = build(CLASSES)
+    model.transform = nn.Identity()
+    cost = measure_detector(wrap(model=model), (64, 96))
+    assert cost.flops > 0 and cost.image_size == (64, 96)
