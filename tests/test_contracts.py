@@ -76,6 +76,7 @@ def test_shapes_are_checked() -> None:
         (None, {"labels": torch.ones(1)}, r"target 0: expected integer labels \(N,\), got \(1,\) of torch.float32"),
         (None, {"boxes": torch.ones(2, 4)}, r"target 0: expected boxes \(1, 4\), got \(2, 4\)"),
         (None, {"boxes": torch.tensor([[20.0, 20.0, 5.0, 6.0]])}, "target 0: expected boxes as xyxy .* xywh"),
+        (None, {"boxes": torch.tensor([[20.0, 20.0, 20.0, 26.0]])}, "target 0: expected boxes as xyxy .* no area"),
         (None, {"boxes": torch.full((1, 4), float("nan"))}, "target 0: expected boxes as xyxy .* NaN"),
         (None, {"boxes": torch.tensor([[0.1, 0.2, 0.5, 1.0]])}, "target 0: expected boxes in px, .* relative"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,8 @@ def print_run(result: RunResult, console: Console) -> None:
     console.print(f"Student:    {result.folder / 'student.pt'}")
     if result.metrics:
         print_metrics(result.metrics, None, console)
-    console.print(f"Next: drkd report {result.folder}, or drkd predict {result.folder} IMAGES --output found")
+    folder = shlex.quote(str(result.folder))
+    console.print(f"Next: drkd report {folder}, or drkd predict {folder} IMAGES --output found")
 
 
 def print_metrics(metrics: Mapping[str, Any], cost: Mapping[str, Any] | None, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -205,7 +206,7 @@ def run_convert(config: Any, parser: ArgumentParser, console: Console) -> int:
     console.print("not carried over:")
     for line in converted.lost:
         console.print(f"  {line}")
-    console.print(f"Wrote {converted.target}. Look it over: drkd data check {converted.target}")
+    console.print(f"Wrote {converted.target}. Look it over: drkd data check {shlex.quote(str(converted.target))}")
     return 0
 
 

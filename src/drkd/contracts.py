@@ -152,9 +152,10 @@ def _check_listed(image: Tensor, target: Mapping[str, Tensor], number: int) -> N
     if image.device.type == "cpu" and image.numel() and float(image[:, ::16, ::16].amax()) > _BRIGHTEST:
         raise ValueError(f"image {number}: expected values in [0, 1], got larger ones; divide bytes by 255")
     if boxes.device.type == "cpu" and len(labels):
-        if not bool((boxes[:, 2:] >= boxes[:, :2]).all()):
+        if not bool((boxes[:, 2:] > boxes[:, :2]).all()):
             raise ValueError(
-                f"target {number}: expected boxes as xyxy with x1 <= x2 and y1 <= y2; are they xywh, or NaN?"
+                f"target {number}: expected boxes as xyxy with x1 < x2 and y1 < y2; has one no area, or are they xywh, "
+                "or NaN?"
             )
         if float(boxes.amax()) <= 1 < min(image.shape[1:]):
             raise ValueError(f"target {number}: expected boxes in px, got none that reaches past 1; are they relative?")

@@ -430,3 +430,9 @@ def test_a_model_with_a_transform_of_its_own_is_not_called_with_images() -> None
     model.transform = nn.Identity()
     cost = measure_detector(wrap(model=model), (64, 96))
     assert cost.flops > 0 and cost.image_size == (64, 96)
+
+
+@pytest.mark.parametrize("given", [{"class_names": "car"}, {"layers": "neck"}])
+def test_one_string_is_no_list_of_names(given: dict[str, Any]) -> None:
+    with pytest.raises(DrkdError, match="expected a list of names, got one string"):
+        wrap(**given)

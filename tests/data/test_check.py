@@ -160,6 +160,19 @@ def test_draws_a_picture_of_samples(coco: CocoFolder, tmp_path: Path) -> None:
     assert [path.name for path in report.picture.parent.iterdir()] == ["samples.png"]
 
 
+def test_a_picture_that_nobody_asked_for_loses_no_finding(
+    coco: CocoFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError("Permission denied")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("drkd.data.picture.tempfile.mkstemp", refuse)
+    found = check_data(coco.root, picture=DEFAULT_PICTURE)
+    assert found.picture is None and len(found.splits) == len(check_data(coco.root).splits) > 0
+    assert "the picture cannot be written" in str(found.problems[-1]) and found.problems[-1].severity == "warning"
+
+
 def test_a_picture_replaces_an_earlier_one_and_nothing_else(coco: CocoFolder, tmp_path: Path) -> None:
     own = tmp_path / "samples.png"
     for _ in range(2):

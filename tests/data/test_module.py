@@ -143,6 +143,14 @@ def test_limits(digits: Path) -> None:
     assert [record.image_id for record in data.val_split.records] == [1, 2]
 
 
+def test_a_limit_that_leaves_no_boxes_is_refused(coco: CocoFolder) -> None:
+    first = _module(coco.root).train_split.records[0].image_id
+    coco.document["annotations"] = [entry for entry in coco.document["annotations"] if entry["image_id"] != first]
+    coco.write()
+    with pytest.raises(DrkdError, match=r"none of the first 1 images .* has a box to train on"):
+        _ = _module(coco.root, limit=1).train_split
+
+
 def test_images_without_boxes_can_be_left_out_of_training(coco: CocoFolder) -> None:
     coco.document["annotations"] = coco.document["annotations"][1:]  # image 7 keeps a crowd only
     coco.write()

@@ -327,6 +327,7 @@ _FILES = [
     ("path: /no/such/folder\ntrain: images/train\nnames: [cat]\n", "field 'path': there is no folder"),
     ("path: 3\ntrain: images/train\nnames: [cat]\n", "field 'path': expected a folder"),
     ("train: [\n", "this is not valid YAML (line 2"),
+    ("train: images/train\nnames: {0: cat, 1: dog, 1: bird}\n", "the key '1' is there twice"),
     ("- 1\n", "expected a mapping with 'names', 'train' and 'val', got list"),
 ]
 

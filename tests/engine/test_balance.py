@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
+from drkd.contracts import DrkdError
 from drkd.engine.balance import GradientBalance, _mean_over_processes, gradient_norms
 
 
@@ -78,6 +79,14 @@ def test_a_term_without_boxes_in_the_first_steps_is_balanced_when_they_come() ->
     assert float(balance.scale("early", task)) == pytest.approx(2.0)
     balance.update(task, {"late": torch.tensor([1.0])}, frozen=True)
     assert float(balance.scale("late", task)) == pytest.approx(0.5)
+
+
+def test_a_users_own_loop_may_have_frozen_maps_and_not_only_such() -> None:
+    balance, frozen, feature = GradientBalance(), torch.ones(2), torch.ones(4, requires_grad=True)
+    found = balance(2 * feature.sum(), {"term": 4 * feature.sum()}, [frozen, feature], weights={})
+    assert found.item() == pytest.approx(0.5 * 16)
+    with pytest.raises(DrkdError, match="carry a gradient, got none"):
+        GradientBalance()(2 * feature.sum(), {"term": 4 * feature.sum()}, [frozen], weights={})
 
 
 def test_a_term_that_is_all_but_silent_gets_no_weight_for_good() -> None:

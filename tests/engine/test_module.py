@@ -268,6 +268,10 @@ def test_checkpoints_hold_no_teacher_and_refuse_another_student(tmp_path: object
     alone["state_dict"] = {name: value for name, value in saved.items() if ".method." not in name}
     with pytest.raises(DrkdError, match=r"student that was trained alone, and this is a distillation.*--output"):
         module().on_load_checkpoint(alone)
+    reordered = torch.load(path, weights_only=True)
+    reordered["drkd_class_names"] = ["b", *reordered["drkd_class_names"][1:]]
+    with pytest.raises(DrkdError, match=r"knows the classes b.*another order"):
+        module().on_load_checkpoint(reordered)
     other = module()
     other.distiller.student.model["extra"] = torch.nn.Linear(1, 1)
     with pytest.raises(DrkdError, match="another student or method: 2 keys missing"):

@@ -159,7 +159,12 @@ def test_a_recipe_that_is_its_own_base_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("base: [", "not valid YAML: line"), ("- 1", "expected a recipe"), ("base: 3", "base: expected the name")],
+    [
+        ("base: [", "not valid YAML: line"),
+        ("- 1", "expected a recipe"),
+        ("base: 3", "base: expected the name"),
+        ("data: {root: a}\ntraining: {steps: 1}\ndata: {root: b}\n", "line 3, column 1: the key 'data' is there twice"),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_refused(text: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(text)

@@ -301,6 +301,9 @@ def wrap_model(
     Raises:
         DrkdError: See `HookedDetector`.
     """
+    for argument, given in (("layers", layers), ("class_names", class_names)):
+        if isinstance(given, str):
+            raise DrkdError(f"wrap_model: {argument}: expected a list of names, got one string, {given!r}.")
     if losses is None and detections is None and features is None:
         raise DrkdError("wrap_model: expected a function that runs the model: losses, detections or features.")
     if detections is not None and not class_names:

@@ -400,6 +400,8 @@ def wrap_torchvision(
     Raises:
         ValueError: If the model is of another kind, the number of classes does not fit its head, or names are needed.
     """
+    if isinstance(class_names, str):
+        raise ValueError(f"class_names: expected a list of names, got one string, {class_names!r}")
     if label_ids is None:
         class_names, label_ids = infer_labels(model, class_names)
     elif class_names is None:

@@ -221,6 +221,12 @@ class DetectionData:
             if not any((~record.crowd).any() for record in split.records):
                 raise DrkdError(f"{self._root}: no image of the split '{split.name}' has a box to train on.")
             self._train = split.first(self._limits[0])
+            if not self._unlabelled and not any((~record.crowd).any() for record in self._train.records):
+                raise DrkdError(
+                    f"{self._root}: none of the first {len(self._train.records)} images of the split '{split.name}' "
+                    "has a box to train on: raise data.limit, or leave images without boxes out "
+                    "(data.keep_empty: false)."
+                )
             if REST in self._unlabelled:
                 # Nothing but the images' order chooses them: whether they have boxes is not to be known.
                 used = {record.image_id for record in self._train.records}

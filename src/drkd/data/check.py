@@ -15,7 +15,7 @@ from drkd.contracts import DrkdError, ImageRecord
 from drkd.data.formats.reading import FormatChoice, find_sources, scan_source
 from drkd.data.formats.source import FormatName, SplitScan
 from drkd.data.image_check import DECODED, check_images, count_decoded
-from drkd.data.picture import check_picture, draw_samples, save_picture
+from drkd.data.picture import DEFAULT_PICTURE, check_picture, draw_samples, save_picture
 from drkd.data.problem import DataProblem
 from drkd.data.split import DatasetSplit
 
@@ -152,7 +152,13 @@ def check_data(
     problems.extend(_compare(scans, {name: found[name].file for name in scans}))
     drawn = None
     if picture is not None and any(scan.split.records for scan in scans.values()):
-        drawn = save_picture(draw_samples([scan.split for scan in scans.values()]), Path(picture))
+        try:
+            drawn = save_picture(draw_samples([scan.split for scan in scans.values()]), Path(picture))
+        except DrkdError as error:
+            if Path(picture) != Path(DEFAULT_PICTURE):
+                raise
+            # Nobody asked for it: what was found is not lost for want of a picture.
+            problems.append(DataProblem("warning", Path(picture), "", "", str(error).removeprefix(f"{picture}: ")))
     return DataReport(root, tuple(reports), tuple(problems), drawn)
 
 

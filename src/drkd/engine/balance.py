@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drkd.contracts import DrkdError
+
 
 def term_family(name: str) -> str:
     """Return the part of a term's name before the level: ``pixel_relation`` of ``pixel_relation/p3``."""
@@ -116,7 +118,8 @@ class GradientBalance(nn.Module):
         Args:
             task_loss: 0-d, the student's own loss.
             terms: Bare terms by name, as a method returns them.
-            features: The student's feature maps that the losses were computed from.
+            features: The student's feature maps that the losses were computed from; those of a frozen stage, which
+                carry no gradient, are left out.
             weights: Wanted gradient ratio by term, such as ``DRKD.weights``; 1 where absent.
 
         Without gradients (validation) nothing is measured, and no step counts. A term that had nothing to say in the
@@ -128,7 +131,13 @@ class GradientBalance(nn.Module):
         if torch.is_grad_enabled() and task_loss.requires_grad:
             late = self._step >= self.calibration_steps and self._step % self.interval == 0 and self._lacks(terms)
             if late or self.wants_measurement(self._step):
-                norms = gradient_norms({"": task_loss, **terms}, features)
+                heard = [feature for feature in features if feature.requires_grad]
+                if not heard:
+                    raise DrkdError(
+                        "GradientBalance: expected feature maps that carry a gradient, got none: they were detached, "
+                        "or all that makes them is frozen."
+                    )
+                norms = gradient_norms({"": task_loss, **terms}, heard)
                 self.update(norms.pop(""), norms, frozen=late)
             self._step += 1
         weighted = [weights.get(term_family(name), 1.0) * self.scale(name, term) * term for name, term in terms.items()]

@@ -24,6 +24,7 @@ from drkd.engine.distiller import Distiller
 # Under these names a checkpoint says how the images of a step were shared out, and what moved the weights.
 _SHARING = "drkd_images_per_step"
 _OPTIMIZER = "drkd_optimizer"
+_CLASSES = "drkd_class_names"
 # What optimizers count or move in their groups themselves; all the rest of a group is as the recipe says.
 _MOVING = ("params", "lr", "lookahead_step")
 
@@ -291,6 +292,7 @@ class DistillationModule(LightningModule):
         """Leave the teacher out, and say what a step is."""
         checkpoint[_SHARING] = self._sharing()
         checkpoint[_OPTIMIZER] = self.optimization.optimizer
+        checkpoint[_CLASSES] = list(self.distiller.student.spec.class_names)
         state = checkpoint["state_dict"]
         for name in [name for name in state if name.startswith("distiller.teacher.")]:
             del state[name]
@@ -309,6 +311,13 @@ class DistillationModule(LightningModule):
             raise DrkdError(
                 f"The checkpoint belongs to another student or method: {len(missing)} keys missing "
                 f"({', '.join(missing[:3])} ...), {len(unexpected)} unexpected ({', '.join(unexpected[:3])} ...)."
+            )
+        names = list(self.distiller.student.spec.class_names)
+        if checkpoint.get(_CLASSES, names) != names:
+            raise DrkdError(
+                f"The checkpoint's student knows the classes {', '.join(map(str, checkpoint[_CLASSES]))}, and the data "
+                f"has {', '.join(names)}: other names, or another order. Give the data its classes as they were, "
+                "or start anew in another folder (--output)."
             )
         loops = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
         self._refuse_other_sharing(checkpoint)

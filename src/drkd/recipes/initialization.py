@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,9 @@ def initialize(
         *((reduced,) if reduced else ()),
         *((_NO_TEACHER,) if known is None else known.findings),
     )
-    return Initialized(output, findings, f"drkd {'train' if known is None else 'distill'} --config {output}")
+    return Initialized(
+        output, findings, f"drkd {'train' if known is None else 'distill'} --config {shlex.quote(str(output))}"
+    )
 
 
 def look_at_data(root: Path, *, format: FormatChoice = "auto") -> DataFacts:

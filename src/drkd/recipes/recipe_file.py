@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from drkd.contracts import DrkdError
+from drkd.data.unique_keys import load_yaml
 from drkd.recipes.builtin import builtin_recipe, list_builtin, list_comparisons
 from drkd.recipes.recipe_error import readable
 
@@ -90,7 +91,7 @@ def _chain(path: Path, above: tuple[Path, ...]) -> list[tuple[Path, dict[str, An
 @lru_cache(maxsize=64)
 def _parse(text: str) -> Any:
     """What YAML says; a comparison reads the same few recipes a hundred times. Callers must not change it."""
-    return yaml.safe_load(text)
+    return load_yaml(text)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -35,12 +35,18 @@ def test_same_classes_in_the_same_order_are_fine() -> None:
         (("cat", "bird"), "careful", "does not know 'dog'"),
         (("bird", "horse"), "stop", "does not know 'cat', 'dog'"),
         (("cat", "dog", "bird"), "careful", "knows 'bird', which the data does not have"),
-        (("dog", "cat"), "stop", "in another order"),
     ],
 )
 def test_missing_extra_and_reordered_classes_are_named(teacher: tuple[str, ...], severity: str, words: str) -> None:
     findings = compare_classes(_spec("cat", "dog"), _spec(*teacher), ("cat", "dog"))
     assert any(f.severity == severity and words in f.text and "teacher" in f.text for f in findings)
+
+
+def test_the_students_order_is_the_datas_and_a_teacher_may_have_its_own() -> None:
+    (finding,) = compare_classes(_spec("cat", "dog"), _spec("dog", "cat"), ("cat", "dog"))
+    assert finding.severity == "ok"
+    (finding,) = compare_classes(_spec("dog", "cat"), _spec("cat", "dog"), ("cat", "dog"))
+    assert finding.severity == "stop" and "student" in finding.text and "in another order" in finding.text
 
 
 def test_a_class_that_the_teacher_only_lists_is_missing() -> None:

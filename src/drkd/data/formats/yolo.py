@@ -25,6 +25,7 @@ from drkd.data.formats.source import (
 from drkd.data.image import IMAGE_SUFFIXES, read_image_size
 from drkd.data.image_files import find_image_files
 from drkd.data.split import DatasetSplit
+from drkd.data.unique_keys import load_yaml
 
 EXPECTED = "YOLO: data.yaml with 'names', 'train' and 'val', and labels/*.txt beside images/"
 
@@ -150,7 +151,7 @@ def label_files(source: SplitSource) -> list[Path]:
 
 def _load(file: Path) -> Any:
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+        return load_yaml(file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise DrkdError(f"{file}: the file cannot be read ({error}).") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:

@@ -35,7 +35,8 @@ def compare_classes(
                 Finding("careful", "classes", f"The {who} knows {listing(extra)}, which the data does not have.")
             )
         shared = [name for name in spec.class_names if name in names]
-        if shared != [name for name in names if name in spec.class_names]:
+        # A teacher may keep an order of its own (`class_map`): it is met by name.
+        if who == "student" and shared != [name for name in names if name in spec.class_names]:
             findings.append(
                 Finding(
                     "stop",
@@ -44,9 +45,7 @@ def compare_classes(
                 )
             )
     if not findings:
-        findings.append(
-            Finding("ok", "classes", f"Teacher, student and data agree on {len(names)} classes, in the same order.")
-        )
+        findings.append(Finding("ok", "classes", f"Teacher, student and data agree on {len(names)} classes."))
     return findings
 
 
