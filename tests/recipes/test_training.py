@@ -436,3 +436,12 @@ def test_half_precision_accumulation_clipping_and_tensorboard(tiny_coco: Path, t
     assert int(average["average"]["n_averaged"]) == 4
     assert all(value.isfinite().all() for value in saved["state_dict"].values() if torch.is_tensor(value))
     assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents*"))
+
+
+def test_a_run_that_may_not_go_on_keeps_its_record(tiny_coco: Path, tmp_path: Path) -> None:
+    train(_recipe(tiny_coco, tmp_path / "run", "--training.epochs=1"))
+    files = [tmp_path / "run" / name for name in ("recipe.yaml", "run.json", "student.pt")]
+    before = [file.read_bytes() for file in files]
+    with pytest.raises(DrkdError):
+        train(_recipe(tiny_coco, tmp_path / "run", "--student.fpn_channels=64", "--resume=true"))
+    assert [file.read_bytes() for file in files] == before

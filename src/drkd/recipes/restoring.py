@@ -31,6 +31,8 @@ class Restoring(Callback):
         checkpoint: What the run goes on from; None where it starts.
         needs_best: Whether the best student so far must be there, as it may be the one that is kept.
 
+    ``restored`` says whether that is over, so that what happens is the run's own.
+
     Raises:
         DrkdError: On leaving the context, instead of the error.
     """
@@ -40,6 +42,7 @@ class Restoring(Callback):
         self._needs_best = needs_best
         self._restores = False
         self._content: dict[str, Any] = {}
+        self.restored = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin to restore: the processes have found each other, and nothing of the checkpoint is read yet.
@@ -135,6 +138,7 @@ class Restoring(Callback):
                 )
         self._content = {}
         self._restores = False
+        self.restored = True
 
     def _refuse(self, reason: str | None) -> None:
         if reason is not None:

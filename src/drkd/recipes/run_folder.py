@@ -134,6 +134,7 @@ class RunFolder:
             )
         self.path = path
         self._run: dict[str, Any] = {}
+        self._before: dict[Path, str] = {}
         self._clock = time.monotonic()
         self._lock: int | None = None
         # Of several processes only the first looks and writes: the others come when the folder is taken already.
@@ -226,6 +227,9 @@ class RunFolder:
         if not self.writes:
             return
         changed = self._changes(resolved) if self.resumes else []
+        if self.resumes:
+            files = (self.path / "recipe.yaml", self.path / "run.json")
+            self._before = {file: file.read_text(encoding="utf-8") for file in files if file.is_file()}
         write_text(self.path / "recipe.yaml", resolved)
         self._run = {
             "sessions": self._earlier_sessions(),
@@ -277,6 +281,14 @@ class RunFolder:
                 file=sys.stderr,
             )
             return [{"status": "unreadable"}]
+
+    def withdraw(self) -> None:
+        """Undo `start` of a run that was not allowed to go on: its record is of the run, and not of the attempt."""
+        if not self.writes:
+            return
+        for file, content in self._before.items():
+            write_text(file, content)
+        (self.path / "progress.json").unlink(missing_ok=True)
 
     def finish(self, status: str, **extra: Any) -> None:
         """Note how the run ended."""

@@ -236,6 +236,7 @@ def _run_in(folder: RunFolder, recipe: Recipe, stops: StopsAtOnce, *, kind: str)
                 ckpt_path=str(folder.last_checkpoint) if folder.resumes else None,
                 weights_only=True,
             )
+        restoring.restored = True  # a run that had ended already begins no training that would say so
         folder.merge_metrics()
         if folder.writes and cost.measured:
             write_json(folder.path / "training.json", {**cost.measured, "precision": trainer.precision})
@@ -258,7 +259,10 @@ def _run_in(folder: RunFolder, recipe: Recipe, stops: StopsAtOnce, *, kind: str)
         with contextlib.suppress(DrkdError, OSError):
             status = "interrupted" if pressed or stopped else "failed"
             reason = f"{type(error).__name__}: {error}"
-            folder.finish(status, steps=trainer.global_step, error=reason, **_left_out(recipe, callbacks))
+            if folder.resumes and not restoring.restored and isinstance(error, DrkdError):
+                folder.withdraw()
+            else:
+                folder.finish(status, steps=trainer.global_step, error=reason, **_left_out(recipe, callbacks))
         if pressed:
             raise KeyboardInterrupt from error
         raise
