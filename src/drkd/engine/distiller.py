@@ -229,12 +229,16 @@ class Distiller(nn.Module):
         Returns:
             0-d tensors: ``task/<name>`` as the detector gives them, ``kd/<term>`` weighted and summed over levels.
             Their sum is what to back-propagate.
+
+        Raises:
+            ValueError: If a label is none of the student's classes; not looked at on a GPU, which that would wait for.
         """
         if not isinstance(batch, DetectionBatch):
             raise TypeError(
                 f"Distiller expects a DetectionBatch, got {type(batch).__name__}. Make one of images and targets as "
                 "torchvision's detectors take them: DetectionBatch.from_lists(images, targets)."
             )
+        _refuse_unknown_labels(batch, len(self.student.spec.class_names))
         if self.method is None or self.teacher is None:
             if not all(batch.labelled):
                 raise DrkdError(
@@ -446,3 +450,13 @@ class Distiller(nn.Module):
         passes = int(state["passes"])
         self._passes = passes if saved == self.accumulate else passes // saved * self.accumulate
         self.monitor.silent = dict(state["silent"])
+
+
+def _refuse_unknown_labels(batch: DetectionBatch, classes: int) -> None:
+    labels = [target.labels for target in batch.targets if target.labels.device.type == "cpu"]
+    largest = max((int(found.max()) for found in labels if len(found)), default=-1)
+    if 0 < classes <= largest:
+        raise ValueError(
+            f"expected labels from 0 to {classes - 1}, the student's {classes} classes, got {largest}; do yours begin "
+            "at 1 (from_lists(..., first_label=1))?"
+        )
