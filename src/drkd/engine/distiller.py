@@ -231,14 +231,14 @@ class Distiller(nn.Module):
             Their sum is what to back-propagate.
 
         Raises:
-            ValueError: If a label is none of the student's classes; not looked at on a GPU, which that would wait for.
+            ValueError: If a label is none of the student's classes, in a step that measures gradients, as the first
+                does; not looked at on a GPU, which that would wait for.
         """
         if not isinstance(batch, DetectionBatch):
             raise TypeError(
                 f"Distiller expects a DetectionBatch, got {type(batch).__name__}. Make one of images and targets as "
                 "torchvision's detectors take them: DetectionBatch.from_lists(images, targets)."
             )
-        _refuse_unknown_labels(batch, len(self.student.spec.class_names))
         if self.method is None or self.teacher is None:
             if not all(batch.labelled):
                 raise DrkdError(
@@ -252,6 +252,8 @@ class Distiller(nn.Module):
             self.teacher.eval()
         training = self.training and torch.is_grad_enabled()
         measuring = training and self._measures
+        if measuring:
+            _refuse_unknown_labels(batch, len(self.student.spec.class_names))
         progress = min(1.0, self._step / self.total_steps) if self.total_steps else None
         for module in self.method.modules():
             if isinstance(module, KDMethod):
