@@ -75,6 +75,11 @@ def test_without_a_teacher_it_is_a_recipe_to_train_one(tiny_coco: Path, tmp_path
     assert (content["data"]["min_size"], content["data"]["max_size"]) == (128, 213)
 
 
+def test_the_command_can_be_pasted_where_the_path_has_spaces(tiny_coco: Path, tmp_path: Path) -> None:
+    output = tmp_path / "my recipe.yaml"
+    assert initialize(tiny_coco, output=output).command == f"drkd train --config '{output}'"
+
+
 @pytest.mark.parametrize(("option", "value"), [("class_map", "names"), ("trust_pickle", True)])
 def test_what_is_said_about_a_teacher_wants_one(option: str, value: object, tiny_coco: Path, tmp_path: Path) -> None:
     with pytest.raises(DrkdError, match=f"--{option} is about a teacher"):
