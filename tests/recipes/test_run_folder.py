@@ -45,6 +45,18 @@ def test_a_damaged_record_is_named_and_the_run_goes_on(
     assert (run["status"], run["sessions"]) == ("running", [{"status": "unreadable"}])
 
 
+def test_what_cannot_be_read_keeps_no_run_from_going_on(tmp_path: Path) -> None:
+    folder = _interrupted(tmp_path / "run")
+    files = [tmp_path / "run" / name for name in ("run.json", "recipe.yaml")]
+    for file in files:
+        file.write_bytes(b"\xff\xfe\x80")
+    folder.start(resolved="seed: 1\n", seed=1, kind="train")
+    started = [file.read_bytes() for file in files]
+    assert json.loads(started[0])["sessions"] == [{"status": "unreadable"}]
+    folder.withdraw()
+    assert [file.read_bytes() for file in files] == started
+
+
 def test_a_record_that_is_whole_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _interrupted(tmp_path / "run").start(resolved="", seed=1, kind="train")
     run = json.loads((tmp_path / "run" / "run.json").read_text())

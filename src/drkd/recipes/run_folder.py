@@ -228,8 +228,9 @@ class RunFolder:
             return
         changed = self._changes(resolved) if self.resumes else []
         if self.resumes:
-            files = (self.path / "recipe.yaml", self.path / "run.json")
-            self._before = {file: file.read_text(encoding="utf-8") for file in files if file.is_file()}
+            for file in (self.path / "recipe.yaml", self.path / "run.json"):
+                with suppress(OSError, ValueError):  # one that is gone or damaged is none to come back to
+                    self._before[file] = file.read_text(encoding="utf-8")
         write_text(self.path / "recipe.yaml", resolved)
         self._run = {
             "sessions": self._earlier_sessions(),
