@@ -70,12 +70,15 @@ def recipe_verb(kind: str) -> tuple[Callable[..., ArgumentParser], Callable[[Any
 
     def run(config: Any, own: ArgumentParser, console: Console) -> int:
         from drkd.cli_output import print_run
+        from drkd.contracts import DrkdError
         from drkd.recipes import training
         from drkd.recipes.recipe import instantiate
         from drkd.recipes.requeue import StoppedBySignal
         from drkd.recipes.run_folder import is_first_process
 
         dry, price = config.pop("dry_run"), config.pop("price")
+        if price is not None and not dry:
+            raise DrkdError("--price is of the projection that --dry-run prints: give --dry-run too, or leave it out.")
         if dry:
             from drkd.recipes.dry_run import dry_run
 
@@ -266,7 +269,11 @@ def compare_parser(description: str, **settings: Any) -> ArgumentParser:
         default="no",
         help="Measure again what was measured with other settings; 'all': every selected cell.",
     )
-    _flag(parser, "dry_run", "List the cells and whether they are measured; run nothing.")
+    _flag(
+        parser,
+        "dry_run",
+        "List the cells, whether they are measured, and what those that are not would lack; run nothing.",
+    )
     _flag(parser, "report_only", "Write the report of what is measured; run nothing.")
     return parser
 
@@ -275,6 +282,7 @@ def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
     """Measure what is missing, write the report and print its table; say what failed."""
     from drkd.cli_output import print_cells, print_failures, print_outcome
     from drkd.contracts import DrkdError
+    from drkd.recipes.comparison.absent import find_absent
     from drkd.recipes.comparison.again import AGAIN_FILE
     from drkd.recipes.comparison.definition import instantiate, source_of
     from drkd.recipes.comparison.run import StoppedMeasuring, compare, describe, list_cells
@@ -283,8 +291,12 @@ def run_compare(config: Any, parser: ArgumentParser, console: Console) -> int:
     source = source_of(config)
     comparison = instantiate(parser, config)
     if config.dry_run:
-        print_cells(list_cells(comparison, source=source, only=config.only), console)
-        return 0
+        listed = list_cells(comparison, source=source, only=config.only)
+        print_cells(listed, console)
+        absent = find_absent(cell for cell, state, _ in listed if state != "done")
+        for line in absent:
+            print(f"drkd: {line}", file=sys.stderr)
+        return WRONG if absent else 0
     if config.report_only:
         describe(comparison, source=source)
         written = write_comparison_report(comparison.output)

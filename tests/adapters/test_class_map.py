@@ -7,9 +7,10 @@ import json
 import pytest
 
 from drkd.adapters import RetinaNetBuilder, SavedDetectorBuilder, ZooBuilder, save_student
-from drkd.adapters.class_map import build_mapped, read_class_map
+from drkd.adapters.class_map import build_mapped
 from drkd.contracts import DrkdError
 from drkd.methods import LogitKD
+from drkd.recipes.class_map import read_class_map
 
 TEACHER = ("automobile", "dog", "tree")
 STUDENT = ("dog", "cat", "car")
@@ -74,6 +75,7 @@ def test_nothing_in_common_is_refused(saved):
         ("a: 1\n", "in quotes"),
         ("a: car\nb: car\n", "several classes of the teacher's are mapped to car"),
         ("a: [", "cannot be read"),
+        ("a: car\na: dog\n", "the key 'a' is there twice"),
     ],
 )
 def test_files_that_are_no_map_are_refused(tmp_path, text, message):

@@ -7,7 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torchvision.models.detection import KeypointRCNN, RetinaNet, fasterrcnn_mobilenet_v3_large_fpn
+from torch import nn
+from torchvision.models.detection import (
+    KeypointRCNN,
+    RetinaNet,
+    fasterrcnn_mobilenet_v3_large_fpn,
+    ssdlite320_mobilenet_v3_large,
+)
 
 from drkd.adapters import FasterRCNNBuilder, RetinaNetBuilder, TorchvisionDetector, wrap_torchvision
 from drkd.contracts import BoxTargets, DrkdError
@@ -254,3 +260,10 @@ def test_classes_that_nobody_asked_for_take_no_places(builder, make_batch):
         expected = whole.scores[whole.labels == 2][:4]
         assert len(expected) == 4 and (entry.labels == 0).all()
         torch.testing.assert_close(entry.scores, expected)
+
+
+def test_a_model_inside_another_is_said_to_be_inside() -> None:
+    plain = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
+    for outer, name in ((torch.compile(plain), "_orig_mod"), (nn.DataParallel(plain), "module")):
+        with pytest.raises(ValueError, match=rf"which holds a SSD: hand over the plain model, model\.{name},"):
+            wrap_torchvision(outer, CLASSES)

@@ -197,6 +197,8 @@ def test_what_a_first_try_gets_wrong_is_named() -> None:
         Distiller(student, student, ToyMethod)
     with pytest.raises(TypeError, match=r"DetectionBatch, got tuple\. Make one .*from_lists"):
         Distiller(student, teacher, ToyMethod)((torch.zeros(1, 3, 8, 8), []))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"one DetectionBatch, got list and list\. Make one .*from_lists"):
+        Distiller(student, teacher, ToyMethod)([torch.zeros(3, 8, 8)], [{}])
 
 
 def test_a_label_that_is_no_class_is_named_in_the_first_step() -> None:

@@ -91,6 +91,8 @@ def test_the_command_line_prints_it(
     assert re.search(r"epoch: +6 images, 3 steps, .*costs \d", text)
     assert re.search(r"loader: +[\d.]+ images a second, the step consumes [\d.]+", text)
     assert "peak memory" in text and not (tmp_path / "run").exists()
+    assert main(["train", "--config=coco/paper_retinanet_r50", *arguments[:-2], "--price=2"]) == 2
+    assert "give --dry-run too" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_student_alone_is_tried_without_the_unlabelled_images(

@@ -39,12 +39,32 @@ def test_an_output_that_would_replace_an_input_is_refused(tmp_path: Path) -> Non
         (tmp_path / "link.json", "is read as an input"),
         (annotations, "is read as an input"),
         (data / "annotations" / ".." / "annotations" / "instances_train.json", "is read as an input"),
-        (data / "val" / "1.png", r"does not end in \.json"),
-        (tmp_path / "notes.txt", r"does not end in \.json"),
+        (data / "val" / "1.png", r"ends in \.json: it exists already"),
+        (tmp_path / "notes.txt", r"ends in \.json: it exists already"),
+        (tmp_path / "numbers", r"ends in \.json\.$"),
     ):
         with pytest.raises(DrkdError, match=text):
             evaluate(student, data=str(data), workers=0, device="cpu", output=output)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, student = write_coco(tmp_path / "coco"), write_detector(tmp_path / "student.pt")
+    monkeypatch.setattr("drkd.recipes.evaluation.open_detector", None)
+    (tmp_path / "folder.json").mkdir()
+    for output, text in (
+        (tmp_path / "folder.json", "is a folder"),
+        (student / "numbers.json", f"cannot be written: {student}: Not a directory"),
+        (student / "deeper" / "numbers.json", f"cannot be written: {student}: Not a directory"),
+    ):
+        with pytest.raises(DrkdError, match=text):
+            evaluate(student, data=str(data), workers=0, device="cpu", output=output)
+    monkeypatch.undo()
+    new = tmp_path / "new" / "deeper" / "numbers.json"
+    evaluate(student, data=str(data), workers=0, device="cpu", output=new)
+    assert new.is_file()
 
 
 def test_a_run_folder_stands_for_its_student(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def test_what_fits_is_copied_and_the_body_is_left_alone() -> None:
     student = RetinaNetBuilder(width=0.25, fpn_channels=32, extra="none").build(NAMES)
     teacher = RetinaNetBuilder(width=0.5, fpn_channels=32, extra="none").build(NAMES)
     body = student.model.state_dict()["backbone.body.conv1.weight"].clone()
-    copied = inherit_neck_and_head(student, teacher)
+    inherited = inherit_neck_and_head(student, teacher)
+    copied = inherited.copied
     ours, theirs = student.model.state_dict(), teacher.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in copied)
     assert "head.classification_head.cls_logits.weight" in copied
@@ -49,6 +50,9 @@ def test_what_fits_is_copied_and_the_body_is_left_alone() -> None:
     # Lateral convolutions read the body's channels, which differ.
     assert not any(name.startswith("backbone.body") or "inner_blocks.0.0.weight" in name for name in copied)
     assert torch.equal(ours["backbone.body.conv1.weight"], body)
+    assert sorted((*copied, *inherited.own)) == sorted(name for name in ours if not name.startswith("backbone.body"))
+    laterals = [f"backbone.fpn.inner_blocks.{level}.0" for level in range(3)]
+    assert str(inherited).endswith(f"are the teacher's; its own: {', '.join(laterals)}.")
     student.model.state_dict()["head.classification_head.cls_logits.weight"].add_(1)
     assert not torch.equal(
         student.model.state_dict()["head.classification_head.cls_logits.weight"],
@@ -122,8 +126,8 @@ def test_rows_are_not_copied_onto_other_classes(make: Callable[[Sequence[str]], 
     student, turned, more = make(NAMES), make(NAMES[::-1]), make([*NAMES, "cup"])
     others = more.model.state_dict()
     of_classes = {name for name, value in student.model.state_dict().items() if others[name].shape != value.shape}
-    everything = set(inherit_neck_and_head(student, make(NAMES)))
-    copied = set(inherit_neck_and_head(student, turned))
+    everything = set(inherit_neck_and_head(student, make(NAMES)).copied)
+    copied = set(inherit_neck_and_head(student, turned).copied)
     assert of_classes and of_classes <= everything and not of_classes & copied
     assert copied and any("backbone." not in name for name in copied)
 
@@ -132,14 +136,14 @@ def test_what_the_teacher_calls_its_classes_and_how_it_numbers_them_counts() -> 
     builder = RetinaNetBuilder(width=0.25, fpn_channels=32, extra="none")
     student, head = builder.build(NAMES), "head.classification_head.cls_logits.weight"
     renamed = build_mapped(builder, NAMES, {"feline": "cat"})
-    assert head in inherit_neck_and_head(student, renamed)
-    assert head in inherit_neck_and_head(student, ResizedDetector(renamed, scale=2.0))
+    assert head in inherit_neck_and_head(student, renamed).copied
+    assert head in inherit_neck_and_head(student, ResizedDetector(renamed, scale=2.0)).copied
     turned = ResizedDetector(builder.build(NAMES[::-1]), scale=2.0)
-    assert head not in inherit_neck_and_head(student, turned)
+    assert head not in inherit_neck_and_head(student, turned).copied
     # As a saved detector that was trained with the classes in another order.
     numbered = builder.build(NAMES)
     numbered.label_ids = numbered.label_ids[::-1]
-    assert head not in inherit_neck_and_head(student, numbered)
+    assert head not in inherit_neck_and_head(student, numbered).copied
 
 
 def test_a_model_of_your_own_with_other_classes_is_refused() -> None:

@@ -80,6 +80,21 @@ def test_the_command_can_be_pasted_where_the_path_has_spaces(tiny_coco: Path, tm
     assert initialize(tiny_coco, output=output).command == f"drkd train --config '{output}'"
 
 
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ("resnet19", "expected one of torchvision's resnet18, resnet34"),
+        ("timm/resnet19d", r"no model named 'resnet19d'\. Close to it: timm/resnet"),
+    ],
+)
+def test_a_backbone_that_does_not_exist_is_refused(
+    backbone: str, message: str, tiny_coco: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DrkdError, match=message):
+        initialize(tiny_coco, backbone=backbone, output=tmp_path / "recipe.yaml")
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
 @pytest.mark.parametrize(("option", "value"), [("class_map", "names"), ("trust_pickle", True)])
 def test_what_is_said_about_a_teacher_wants_one(option: str, value: object, tiny_coco: Path, tmp_path: Path) -> None:
     with pytest.raises(DrkdError, match=f"--{option} is about a teacher"):

@@ -57,6 +57,19 @@ def test_what_cannot_be_read_keeps_no_run_from_going_on(tmp_path: Path) -> None:
     assert [file.read_bytes() for file in files] == started
 
 
+@pytest.mark.parametrize("rows", ["", "epoch,step,loss\n0,9,1.5\n"])
+def test_a_refused_attempt_leaves_no_log_unless_it_has_rows(rows: str, tmp_path: Path) -> None:
+    folder = _interrupted(tmp_path / "run")
+    part = folder.next_log()
+    part.mkdir(parents=True)
+    (part / "events").write_text("")
+    if rows:
+        (part / "metrics.csv").write_text(rows)
+    folder.start(resolved="", seed=1, kind="train")
+    folder.withdraw()
+    assert part.is_dir() == bool(rows)
+
+
 def test_a_record_that_is_whole_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _interrupted(tmp_path / "run").start(resolved="", seed=1, kind="train")
     run = json.loads((tmp_path / "run" / "run.json").read_text())

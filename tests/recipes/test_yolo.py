@@ -102,7 +102,7 @@ def test_only_neck_and_head_are_inherited() -> None:
     torch.manual_seed(0)
     student, teacher = (UltralyticsBuilder(model="yolo11n.yaml").build(TINY_CLASSES) for _ in range(2))
     before = {name: value.clone() for name, value in student.model.state_dict().items()}
-    copied = inherit_neck_and_head(student, teacher)
+    copied = inherit_neck_and_head(student, teacher).copied
     layers = {int(name.split(".")[1]) for name in copied}
     # Of its 24 layers the first eleven are the backbone.
     assert min(layers) == 13 and max(layers) == 23

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ TORCHVISION_RESNETS = (
     "wide_resnet50_2",
     "wide_resnet101_2",
 )
+_TIMM = "timm/"
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -75,6 +77,24 @@ class _Body:
     std: tuple[float, ...]
 
 
+def check_backbone(name: str) -> None:
+    """Refuse a name that no library knows, before anything is built or fetched.
+
+    Raises:
+        DrkdError: If it is neither a torchvision ResNet nor ``timm/`` and the name of a network of timm's.
+    """
+    if name.startswith(_TIMM):
+        timm, own = _import_timm(), name.removeprefix(_TIMM)
+        if not timm.is_model(own):
+            close = difflib.get_close_matches(own, timm.list_models(), n=3)
+            hint = f" Close to it: {', '.join(_TIMM + found for found in close)}." if close else ""
+            raise DrkdError(f"backbone: timm {timm.__version__} has no model named {own!r}.{hint}")
+    elif name not in TORCHVISION_RESNETS:
+        raise DrkdError(
+            f"backbone: expected one of torchvision's {', '.join(TORCHVISION_RESNETS)}, or timm/<name>, got {name!r}."
+        )
+
+
 def build_backbone(
     name: str,
     stages: Sequence[int],
@@ -101,6 +121,7 @@ def build_backbone(
     Raises:
         DrkdError: If the network is not known or the weights do not fit.
     """
+    check_backbone(name)
     body = _timm_body(name, stages, width=width, pretrained=weights == "imagenet")
     if body is None:
         body = _torchvision_body(name, stages, pretrained=weights == "imagenet")
@@ -128,10 +149,6 @@ def _extra_block(extra: str, channels: int) -> ExtraFPNBlock | None:
 
 
 def _torchvision_body(name: str, stages: Sequence[int], *, pretrained: bool) -> _Body:
-    if name not in TORCHVISION_RESNETS:
-        raise DrkdError(
-            f"backbone: expected one of torchvision's {', '.join(TORCHVISION_RESNETS)}, or timm/<name>, got {name!r}."
-        )
     kwargs: dict[str, Any] = {"name": name, "weights": None}
     if pretrained:
         network = _fetch(lambda: get_model(name, weights=get_model_weights(name).DEFAULT), name)
@@ -154,12 +171,9 @@ def _torchvision_body(name: str, stages: Sequence[int], *, pretrained: bool) -> 
 
 def _timm_body(name: str, stages: Sequence[int], *, width: float, pretrained: bool) -> _Body | None:
     """A timm body, or None where the name is torchvision's and its width untouched (torchvision takes no width)."""
-    if not name.startswith("timm/") and (width == 1.0 or name not in TORCHVISION_RESNETS):
+    if not name.startswith(_TIMM) and width == 1.0:
         return None
-    timm = _import_timm()
-    timm_name = name.removeprefix("timm/")
-    if not timm.is_model(timm_name):
-        raise DrkdError(f"backbone: timm {timm.__version__} has no model named {timm_name!r}.")
+    timm_name = name.removeprefix(_TIMM)
     options: dict[str, Any] = {}
     if width != 1.0:
         if "resne" not in timm_name:

@@ -11,6 +11,7 @@ from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCN
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
+from drkd.adapters.outer_model import describe_model
 from drkd.contracts import DrkdError
 
 TWO_STAGE = ("faster_rcnn", "mask_rcnn")
@@ -36,7 +37,9 @@ def family_of(model: nn.Module) -> str:
         return "retinanet"
     if isinstance(model, FCOS):
         return "fcos"
-    raise ValueError(f"expected torchvision's RetinaNet, FCOS, SSD, FasterRCNN or MaskRCNN, got {type(model).__name__}")
+    raise ValueError(
+        f"expected torchvision's RetinaNet, FCOS, SSD, FasterRCNN or MaskRCNN, got {describe_model(model)}"
+    )
 
 
 def count_outputs(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from drkd.adapters.outer_model import describe_model
 from drkd.contracts import DrkdError
 
 
@@ -65,7 +66,7 @@ def family_of(model: nn.Module) -> str:
     if kind not in FAMILIES or not type(model).__name__.endswith("ForObjectDetection"):
         raise ValueError(
             f"expected a ...ForObjectDetection model of transformers with one of the types {', '.join(FAMILIES)}, "
-            f"got {type(model).__name__}" + (f" (type {kind})" if kind else "")
+            f"got {describe_model(model)}" + (f" (type {kind})" if kind else "")
         )
     return kind
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from drkd.adapters.outer_model import describe_model
 from drkd.adapters.ultralytics_library import ultralytics_module
 from drkd.contracts import DrkdError
 
@@ -93,7 +94,7 @@ def require_detection(model: nn.Module, *, source: str) -> Any:
     untyped: Any = model
     head = untyped.model[-1] if isinstance(untyped, tasks.DetectionModel) else None
     if type(head) not in (heads.Detect, heads.v10Detect):
-        found = type(model).__name__ if head is None else f"one with a {type(head).__name__} head"
+        found = describe_model(model) if head is None else f"one with a {type(head).__name__} head"
         raise DrkdError(
             f"{source}: expected a detection model of Ultralytics' (YOLOv8, 11 and their kin), got {found}."
         )

@@ -223,8 +223,12 @@ class Distiller(nn.Module):
         """
         self._told = step, first
 
-    def forward(self, batch: DetectionBatch) -> dict[str, Tensor]:
+    def forward(self, batch: DetectionBatch, *others: object) -> dict[str, Tensor]:
         """Run student, teacher and method.
+
+        Args:
+            batch: Images and targets in one.
+            *others: None are expected: they are what torchvision's detectors take beside the images, and are refused.
 
         Returns:
             0-d tensors: ``task/<name>`` as the detector gives them, ``kd/<term>`` weighted and summed over levels.
@@ -234,9 +238,10 @@ class Distiller(nn.Module):
             ValueError: If a label is none of the student's classes, in a step that measures gradients, as the first
                 does; not looked at on a GPU, which that would wait for.
         """
-        if not isinstance(batch, DetectionBatch):
+        if others or not isinstance(batch, DetectionBatch):
+            found = " and ".join(type(value).__name__ for value in (batch, *others))
             raise TypeError(
-                f"Distiller expects a DetectionBatch, got {type(batch).__name__}. Make one of images and targets as "
+                f"Distiller expects one DetectionBatch, got {found}. Make one of images and targets as "
                 "torchvision's detectors take them: DetectionBatch.from_lists(images, targets)."
             )
         if self.method is None or self.teacher is None:

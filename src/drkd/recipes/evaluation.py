@@ -151,7 +151,7 @@ def evaluate(
         split: Split to evaluate on: val, train, tune or test.
         area_scale: Factor on COCO's area limits of small and medium objects (32^2 and 96^2 px); 0.25 halves the sides.
         cost: Also measure parameters, FLOPs and CPU latency.
-        output: Also write the numbers as JSON to this file; an existing one is replaced if it ends in .json.
+        output: Also write the numbers as JSON to this file, which ends in .json; an existing one is replaced.
         detector: Instead of a checkpoint: how to build the detector, e.g. drkd.adapters.ZooBuilder.
         min_size: Short side that images are resized to, px; the checkpoint's own by default.
         max_size: Limit of the long side, px; the checkpoint's own by default.
@@ -165,8 +165,8 @@ def evaluate(
         classes: Score these classes of the data only; images that show none of them stay.
 
     Raises:
-        DrkdError: If the checkpoint or the data cannot be used, their classes do not match, or the output would
-            replace an input.
+        DrkdError: If the checkpoint or the data cannot be used, their classes do not match, or the output cannot be
+            written or would replace an input.
     """
     chosen = choose_device(device)
 

@@ -84,7 +84,7 @@ def export(
 
     Raises:
         DrkdError: If the detector cannot be exported, or finds something else than PyTorch: no file is then left.
-            If the output does not end in .onnx, or would replace an input.
+            If the output does not end in .onnx, cannot be written, or would replace an input.
     """
     del json  # the command line's business
     require_onnx()

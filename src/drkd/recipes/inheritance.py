@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import torch
 
 from drkd.adapters.resized import ResizedDetector
 from drkd.contracts import Detector, DrkdError
 
+_SHOWN = 6
 # Layers with a row for each class: of torchvision's heads, of transformers', of Ultralytics'.
 _CLASS_LAYERS = re.compile(
     r"cls_logits\.|classification_head\.module_list\.|box_predictor\.|mask_fcn_logits\."
@@ -16,8 +18,27 @@ _CLASS_LAYERS = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class Inherited:
+    """What became of the student's tensors outside the backbone's body, by name.
+
+    Args:
+        copied: Those that are the teacher's now.
+        own: Those that are the student's own, since the teacher has none of this name and shape, or other classes.
+    """
+
+    copied: tuple[str, ...]
+    own: tuple[str, ...]
+
+    def __str__(self) -> str:
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in self.own))
+        kept = f"; its own: {', '.join(layers[:_SHOWN])}" if layers else ""
+        more = f" and {len(layers) - _SHOWN} more layers" if len(layers) > _SHOWN else ""
+        return f"inherit: {len(self.copied)} tensors of neck and head are the teacher's{kept}{more}."
+
+
 @torch.no_grad()
-def inherit_neck_and_head(student: Detector, teacher: Detector, *, body: str | None = None) -> list[str]:
+def inherit_neck_and_head(student: Detector, teacher: Detector, *, body: str | None = None) -> Inherited:
     """Copy into the student what the teacher has under the same name and in the same shape, the backbone's body aside.
 
     Lateral convolutions differ in shape where the bodies differ in width, and stay the student's own. So do the layers
@@ -27,9 +48,6 @@ def inherit_neck_and_head(student: Detector, teacher: Detector, *, body: str | N
         student: Changed in place.
         teacher: Not changed.
         body: Beginning of the names that are never copied; None is the detector's own, ``body_names``.
-
-    Returns:
-        Names of the copied tensors.
 
     Raises:
         DrkdError: If no tensor of the head fits, so that there would be nothing to inherit; or the classes differ in a
@@ -60,7 +78,8 @@ def inherit_neck_and_head(student: Detector, teacher: Detector, *, body: str | N
             "channels). It needs the same kind of detector, the same fpn_channels, classes and anchors."
         )
     student.model.load_state_dict(fitting, strict=False)
-    return sorted(fitting)
+    own = [name for name in ours if not name.startswith(kept) and name not in fitting]
+    return Inherited(tuple(sorted(fitting)), tuple(own))
 
 
 def _class_rows(detector: Detector) -> dict[str, int]:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 import yaml
 
+from drkd.adapters.backbones import check_backbone
 from drkd.contracts import DrkdError
 from drkd.data.dataset import DatasetSplit, find_splits, load_split
 from drkd.data.formats.reading import FormatChoice
@@ -117,13 +118,14 @@ def initialize(
         format: The data's format; by default the one that its content shows. The recipe names it where it is given.
 
     Raises:
-        DrkdError: If the data or the teacher cannot be used, do not fit each other, or the file exists.
+        DrkdError: If the data, the teacher or the backbone cannot be used, do not fit each other, or the file exists.
     """
     if output.exists() and not overwrite:
         raise DrkdError(f"{output} exists already. Replace it (--overwrite) or choose another file (--output).")
     for option, given in (("class_map", class_map is not None), ("trust_pickle", trust_pickle)):
         if teacher is None and given:
             raise DrkdError(f"--{option} is about a teacher: give --teacher too.")
+    check_backbone(backbone)
     facts = look_at_data(root, format=format)
     known = None
     if teacher is not None:

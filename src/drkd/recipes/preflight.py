@@ -12,7 +12,7 @@ from drkd.engine.distiller import Distiller
 from drkd.recipes.doctor import Diagnosis, Finding, examine, examine_briefly
 from drkd.recipes.loading import choose_device
 from drkd.recipes.recipe import Recipe
-from drkd.recipes.run_folder import RunFolder, write_json
+from drkd.recipes.run_folder import RunFolder, check_folder, write_json
 
 REPORT = "doctor.json"
 
@@ -26,12 +26,14 @@ def doctor(recipe: Recipe, *, images: int | None = 200, steps: int = 8) -> Diagn
         steps: Training steps to take.
 
     Raises:
-        DrkdError: If the recipe names no teacher or method, or something in it cannot be used.
+        DrkdError: If the recipe names no teacher or method, something in it cannot be used, or the run folder cannot
+            be written to.
     """
     from drkd.recipes.training import build_module
 
     if (recipe.teacher is None and not recipe.teachers) or recipe.method is None:
         raise DrkdError("drkd doctor: the recipe names no teacher or no method, so there is nothing to examine.")
+    check_folder(recipe.output, wanted=recipe.output / REPORT)
     recipe.data.setup("fit")
     on_gpu = recipe.training.accelerator in ("auto", "gpu", "cuda")
     device = choose_device("auto" if on_gpu else "cpu")

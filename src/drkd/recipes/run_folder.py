@@ -68,7 +68,9 @@ def write_text(path: Path, text: str, *, lasting: bool = True) -> None:
 
 
 def check_output(output: Path, suffix: str, *, inputs: Iterable[Path]) -> None:
-    """Refuse to write a file onto one that is read, or onto one that is no earlier output.
+    """Refuse a file that could not be written, or that is one that is read, or no output by its name.
+
+    It is asked before the work whose result the file is to hold, and leaves nothing behind.
 
     Args:
         output: The file that is to be written.
@@ -76,15 +78,39 @@ def check_output(output: Path, suffix: str, *, inputs: Iterable[Path]) -> None:
         inputs: The files that are read.
 
     Raises:
-        DrkdError: If the output is one of the inputs, or exists and ends otherwise.
+        DrkdError: If the output is one of the inputs, a folder, or ends otherwise, or its folder cannot be made or
+            written to.
     """
     if output.resolve() in {path.resolve() for path in inputs}:
         raise DrkdError(f"{output}: is read as an input, so it cannot be the output too. Choose another --output.")
-    if os.path.lexists(output) and output.suffix.lower() != suffix:
+    if output.is_dir():
+        raise DrkdError(f"{output}: is a folder, and the output is one file. Choose another --output.")
+    if output.suffix.lower() != suffix:
+        there = ": it exists already, is no earlier output, and is not replaced" if os.path.lexists(output) else ""
+        raise DrkdError(f"{output}: expected an --output that ends in {suffix}{there}.")
+    check_folder(output.parent, wanted=output)
+
+
+def check_folder(folder: Path, *, wanted: Path) -> None:
+    """Refuse a folder that cannot be made or written to, by a nameless file in it or in the nearest one that exists.
+
+    Args:
+        folder: The folder; it need not exist, and is not made.
+        wanted: What is to be written there, for the message.
+
+    Raises:
+        DrkdError: If nothing can be written there.
+    """
+    nearest = folder.absolute()
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
         raise DrkdError(
-            f"{output}: exists already and does not end in {suffix}, so it is no earlier output and is not replaced. "
-            "Choose another --output."
-        )
+            f"{wanted}: cannot be written: {nearest}: {error.strerror}. Choose another --output."
+        ) from error
 
 
 def write_json(path: Path, value: Any, *, lasting: bool = True) -> None:
@@ -135,6 +161,7 @@ class RunFolder:
         self.path = path
         self._run: dict[str, Any] = {}
         self._before: dict[Path, str] = {}
+        self._part: Path | None = None
         self._clock = time.monotonic()
         self._lock: int | None = None
         # Of several processes only the first looks and writes: the others come when the folder is taken already.
@@ -289,6 +316,8 @@ class RunFolder:
             return
         for file, content in self._before.items():
             write_text(file, content)
+        if self._part is not None and not _whole_rows(self._part / "metrics.csv"):
+            shutil.rmtree(self._part, ignore_errors=True)
         (self.path / "progress.json").unlink(missing_ok=True)
 
     def finish(self, status: str, **extra: Any) -> None:
@@ -311,7 +340,8 @@ class RunFolder:
         """Folder for this session's raw logs; a resumed run gets one of its own."""
         logs = self.path / "logs"
         count = len(list(logs.glob("part-*"))) if logs.exists() else 0
-        return logs / f"part-{count:03d}"
+        self._part = logs / f"part-{count:03d}"
+        return self._part
 
     def merge_metrics(self) -> None:
         """Join the sessions' logs into ``metrics.csv``; where sessions overlap, the later one counts."""
@@ -346,6 +376,8 @@ def is_first_process() -> bool:
 
 def _whole_rows(file: Path) -> list[dict[str, str]]:
     """Rows of a log that say their step, without a last one that was cut short when its run was killed."""
+    if not file.exists():
+        return []
     text = file.read_text(encoding="utf-8", errors="replace")
     lines = text[: text.rfind("\n") + 1].splitlines()
     try:

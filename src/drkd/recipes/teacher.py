@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from drkd.adapters.checkpoint import FORMAT, SavedDetectorBuilder, read_preprocessing
-from drkd.adapters.class_map import build_mapped, check_targets, read_class_map
+from drkd.adapters.class_map import build_mapped, check_targets
 from drkd.adapters.mmdetection import MMDetectionBuilder, read_architecture
 from drkd.adapters.ultralytics import UltralyticsBuilder
 from drkd.adapters.ultralytics_files import is_ultralytics_file
@@ -18,6 +18,7 @@ from drkd.adapters.weights import read_checkpoint, read_state
 from drkd.adapters.zoo import ZOO_NAMES, ZooBuilder
 from drkd.adapters.zoo_files import count_file_outputs
 from drkd.contracts import Detector, DetectorBuilder, DetectorSpec, DrkdError
+from drkd.recipes.class_map import read_class_map
 from drkd.recipes.loading import find_checkpoint
 
 _COCO_SLOTS = 91

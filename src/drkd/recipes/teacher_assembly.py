@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drkd.adapters.class_map import build_mapped, read_class_map
+from drkd.adapters.class_map import build_mapped
 from drkd.adapters.resized import ResizedDetector
 from drkd.contracts import Detector, DetectorBuilder, DrkdError
+from drkd.recipes.class_map import read_class_map
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,9 @@ def build_module(recipe: Recipe, *, kind: str) -> DistillationModule:
     if recipe.inherit:
         if not isinstance(teacher, Detector):
             raise DrkdError("inherit: the recipe names no teacher whose neck and head the student could start from.")
-        inherit_neck_and_head(student, _starting_point(recipe, teacher))
+        inherited = inherit_neck_and_head(student, _starting_point(recipe, teacher))
+        if is_first_process():
+            print(f"drkd: {inherited}", file=sys.stderr)
     if kind == "distill":
         lightning.seed_everything(recipe.seed, verbose=False)
         method = recipe.method

@@ -586,6 +586,26 @@ def test_dry_run_lists_and_runs_nothing(
     assert len(_files(tmp_path)) == 2
 
 
+def test_dry_run_names_what_is_not_there(
+    fake: None, comparison_file: Path, tiny_detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "--config", str(comparison_file), "--dry-run"]
+    tiny_detector.rename(tmp_path / "aside.pt")
+    assert main([*command, "--split=test"]) == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines() == [
+        f"drkd: tiny: evaluation.split: {tmp_path / 'coco'} has no split 'test'; it has train, val",
+        f"drkd: tiny: teacher.init_args.path: there is no {tiny_detector}",
+    ]
+    assert "7 cells: 7 missing." in said.out
+    assert main([*command, "--overrides.data.root=nowhere", "--overrides.class_map=none.yaml"]) == 2
+    found = capsys.readouterr().err
+    assert "tiny: data.root: nowhere: there is no such folder" in found
+    assert "tiny: class_map: there is no none.yaml" in found
+    (tmp_path / "aside.pt").rename(tiny_detector)
+    assert main(command) == 0 and capsys.readouterr().err == ""
+
+
 @pytest.mark.slow
 def test_a_small_comparison_from_one_command(comparison_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "drkd", "compare", "--config", str(comparison_file)]

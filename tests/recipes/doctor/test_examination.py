@@ -193,6 +193,12 @@ def test_the_whole_form_measures_everything_and_says_that_this_teacher_is_bad(
     assert numbers["cost"]["steps"] == 3 and numbers["cost"]["seconds"] > 0
 
 
+def test_a_run_folder_that_cannot_be_written_to_is_refused_first(tiny_coco: Path, tiny_detector: Path) -> None:
+    recipe = _recipe(tiny_coco, tiny_detector, tiny_detector / "run")
+    with pytest.raises(DrkdError, match=r"doctor\.json: cannot be written: .*: Not a directory"):
+        doctor(recipe, images=2, steps=2)
+
+
 def test_models_that_cannot_be_built_are_a_finding(tiny_coco: Path, tmp_path: Path) -> None:
     other = write_detector(tmp_path / "teacher.pt", classes=("cat", "horse"))
     diagnosis = doctor(_recipe(tiny_coco, other, tmp_path / "run"), images=2, steps=2)
