@@ -22,6 +22,7 @@ from drkd.cli_errors import explain
 from drkd.contracts import DrkdError, MachineError
 from drkd.recipes import run_folder
 from drkd.recipes.builtin import builtin_recipe
+from drkd.recipes.recipe import Recipe
 
 VERBS = [" ".join(key) for key in cli._VERBS]
 
@@ -269,6 +270,24 @@ def test_recipe_with_a_wrong_key_or_value(
 )
 def test_wrong_option(arguments: list[str], expected: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in _fails(capsys, "train", "--config", recipe, *arguments)
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_an_option_before_the_file_counts_too(
+    joined: bool, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Recipe] = []
+
+    def stop(made: Recipe) -> None:
+        seen.append(made)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("drkd.recipes.training.train", stop)
+    (tmp_path / "second.yaml").write_text("seed: 4\ntraining: {steps: 77}\n")
+    files = [recipe, tmp_path / "second.yaml"]
+    options = [part for file in files for part in ([f"--config={file}"] if joined else ["--config", str(file)])]
+    assert main(["train", "--seed=5", *options]) == 0
+    assert seen[0].seed == 5 and seen[0].training.steps == 77
 
 
 def test_recipe_is_needed(capsys: pytest.CaptureFixture[str]) -> None:

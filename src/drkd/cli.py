@@ -102,12 +102,33 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> Any:
 
     # --area-scale and --area_scale are the same option.
     spelled = [re.sub(r"^--[^=]+", lambda key: "--" + key[0][2:].replace("-", "_"), argument) for argument in arguments]
+    takes_files = any(action.dest == "config" for action in parser._actions)
+    if takes_files:
+        spelled = _files_first(spelled)
     try:
         return parser.parse_args(spelled)
     except (argparse.ArgumentError, TypeError, KeyError) as error:
-        recipe = any(action.dest == "config" for action in parser._actions) and "--config" not in " ".join(spelled)
+        recipe = takes_files and "--config" not in " ".join(spelled)
         hint = "Name a file with --config, or see" if recipe else "See"
         raise DrkdError(f"{readable(error, parser)} {hint} {parser.prog} --help.") from error
+
+
+def _files_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with every ``--config`` in front, in their order, so that options change what files say.
+
+    jsonargparse lets what comes later count: a file named after an option would take the option back in silence.
+    """
+    files: list[str] = []
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument.partition("=")[0] != "--config":
+            others.append(argument)
+            continue
+        files.append(argument)
+        if argument == "--config":
+            files.extend(value for value in [next(rest, None)] if value is not None)
+    return [*files, *others]
 
 
 def _overview(arguments: list[str], console: Console) -> int:

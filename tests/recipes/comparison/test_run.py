@@ -587,22 +587,20 @@ def test_dry_run_lists_and_runs_nothing(
 
 
 def test_dry_run_names_what_is_not_there(
-    fake: None, comparison_file: Path, tiny_detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fake: None, comparison_file: Path, tiny_coco: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["compare", "--config", str(comparison_file), "--dry-run"]
-    tiny_detector.rename(tmp_path / "aside.pt")
-    assert main([*command, "--split=test"]) == 2
+    command = ["compare", "--dry-run", "--config", str(comparison_file)]
+    assert main([*command, "--split=test", "--overrides.teacher.init_args.path=gone.pt"]) == 2
     said = capsys.readouterr()
     assert said.err.splitlines() == [
-        f"drkd: tiny: evaluation.split: {tmp_path / 'coco'} has no split 'test'; it has train, val",
-        f"drkd: tiny: teacher.init_args.path: there is no {tiny_detector}",
+        f"drkd: tiny: evaluation.split: {tiny_coco} has no split 'test'; it has train, val",
+        "drkd: tiny: teacher.init_args.path: there is no gone.pt",
     ]
     assert "7 cells: 7 missing." in said.out
     assert main([*command, "--overrides.data.root=nowhere", "--overrides.class_map=none.yaml"]) == 2
     found = capsys.readouterr().err
     assert "tiny: data.root: nowhere: there is no such folder" in found
     assert "tiny: class_map: there is no none.yaml" in found
-    (tmp_path / "aside.pt").rename(tiny_detector)
     assert main(command) == 0 and capsys.readouterr().err == ""
 
 
