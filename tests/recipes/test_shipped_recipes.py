@@ -23,7 +23,7 @@ METHODS = dict.fromkeys(("compare/coco_retinanet", "compare/coco_faster_rcnn"), 
 INAPPLICABLE = {
     ("compare/digits", pair, method)
     for pair in ("retinanet", "faster_rcnn")
-    for method in ("crosskd", "drkd_cross_head", "pkd_cross_head")
+    for method in ("crosskd", "crosskd_3", "drkd_cross_head", "pkd_cross_head")
 }
 # Those of transformers have a test file of their own, for that library is an extra.
 RUNNABLE = [name for name in list_builtin() if not name.endswith("base") and not name.startswith("transformers/")]
