@@ -343,12 +343,23 @@ def test_full_disk(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_interrupt(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("drkd.recipes.training.train", interrupt)
     assert main(["train", "--config", str(recipe)]) == 130
     assert "--resume" in capsys.readouterr().err
+    monkeypatch.setattr("drkd.recipes.datasets.check_dataset", interrupt)
+    assert main(["data", "check", str(recipe.parent)]) == 130
+    assert capsys.readouterr().err == "drkd: interrupted.\n"
+
+
+def test_a_users_code_that_ends_with_words_has_failed(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("drkd.recipes.training.train", lambda _: sys.exit("no licence found"))
+    assert main(["train", "--config", str(recipe)]) == 1
+    assert "no licence found" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,9 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments, console)
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        print(f"drkd: {stop.code}", file=sys.stderr)  # a user's own code may end with words, which mean failure
+        return FAILED
     except KeyboardInterrupt:
-        print("drkd: interrupted. Training goes on from the last checkpoint with --resume.", file=sys.stderr)
+        trains = arguments[:1] in (["train"], ["distill"])
+        how = " Training goes on from the last checkpoint with --resume." if trains else ""
+        print(f"drkd: interrupted.{how}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output (`| head`) has gone; the flush at exit must not complain again.

@@ -51,6 +51,27 @@ def test_more_than_the_bounds_is_a_mismatch_of_both_sides(other: tuple[list[floa
     assert "a.png: only PyTorch finds 'cat'" in agreement.mismatches[0]
 
 
+def test_the_worst_comes_first_and_each_side_has_its_count() -> None:
+    agreement = _compare(_found((BOX, 0.6, 0)), _found())
+    for shift in (0.6, 300.0):
+        moved = [side + shift for side in BOX]
+        compare(
+            agreement,
+            _found((BOX, 0.9, 0)),
+            _found((moved, 0.9, 0)),
+            name=f"{shift}.png",
+            class_names=("cat", "dog"),
+            score_threshold=0.05,
+            nms_threshold=0.5,
+            most=100,
+        )
+    assert [words.partition(":")[0] for words in agreement.mismatches] == ["300.0.png"] * 2 + ["0.6.png"] * 2 + [
+        "a.png"
+    ]
+    assert (len(agreement.missed), len(agreement.extra), agreement.detections) == (3, 2, 3)
+    assert (agreement.as_json()["missed"], agreement.as_json()["extra"]) == (3, 2)
+
+
 def test_a_detection_that_only_one_side_has_is_a_mismatch() -> None:
     assert "finds nothing" in _compare(_found((BOX, 0.9, 0)), _found()).mismatches[0]
     assert "only ONNX finds" in _compare(_found(), _found((BOX, 0.9, 0))).mismatches[0]

@@ -144,7 +144,9 @@ def test_a_file_that_finds_something_else_is_an_error_and_is_not_kept(
     monkeypatch.setattr(TorchvisionDetector, "detect", find(10.0))
     monkeypatch.setattr(OnnxDetector, "detect", find(13.0))
     output = tmp_path / "wrong.onnx"
-    with pytest.raises(DrkdError, match=r"does not find what PyTorch finds.*The worst: .*3.00 px away"):
+    with pytest.raises(
+        DrkdError, match=r"does not find what PyTorch finds: of 3 .* 3 have no partner in it, and 3 of .*3.00 px away"
+    ):
         exporting.export(student, output=output, images=str(tiny_coco / "val"), dynamic="none")
     assert list(tmp_path.iterdir()) == []
 
@@ -253,6 +255,8 @@ def test_int8_wants_data_and_missing_packages_are_named(
 ) -> None:
     with pytest.raises(DrkdError, match="--calibration"):
         exporting.export(tiny_detector, output=tmp_path / "a.onnx", int8=True)
+    with pytest.raises(DrkdError, match="repeats: expected at least 1, got 0"):
+        exporting.export(tiny_detector, output=tmp_path / "a.onnx", repeats=0)
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(DrkdError, match=r"drkd\[export\]"):
         onnx_file.require_onnx()

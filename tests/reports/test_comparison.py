@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import combinations
 
 import numpy as np
@@ -200,6 +201,23 @@ def test_every_rival_counts_and_not_the_best_alone(tmp_path):
     answer = judge(list(rows.values()), "net", "student")
     assert "+1.0 [+1.0, +1.0] to the next, hint, beyond chance" in answer
     assert answer.endswith("Beyond chance it is above 1 of 2 rival(s) in AP and 1 in AP_S.")
+
+
+def test_data_without_small_objects_have_no_answer_about_them(tmp_path):
+    folder = write_cells(tmp_path)
+    for file in (folder / "cells" / "net").rglob("*.json"):
+        cell = json.loads(file.read_text())
+        cell["metrics"]["ap_small"] = None
+        file.write_text(json.dumps(cell))
+    rows, _ = rows_of(folder)
+    answer = judge(list(rows.values()), "net", "student")
+    assert "AP_S" not in answer and re.search(r"Beyond chance it is above \d of 2 rival\(s\) in AP\.$", answer)
+
+
+def test_two_methods_with_all_seeds_lack_none(tmp_path):
+    rows, _ = rows_of(write_cells(tmp_path, scores={name: SCORES[name] for name in ("student", "drkd")}))
+    answer = judge(list(rows.values()), "net", "student")
+    assert "of 1 method(s), drkd has the highest mean AP" in answer and "No other method" not in answer
 
 
 def keep_seeds(folder, kept):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from drkd.reports import write_demo_report, write_run_report
 from drkd.reports.curves import draw_kd_report, draw_learning_curves, draw_losses, summed_terms
 from drkd.reports.figures import render_png
 from drkd.reports.files import Curve, read_run
-from drkd.reports.page import Section, say_quick, write_page
+from drkd.reports.page import Section, _describe_facts, say_quick, write_page
 from drkd.reports.pictures import Box, match_boxes, read_compared_images
 from drkd.reports.relations import draw_relation_matrices, read_explanation
 
@@ -210,3 +211,28 @@ def test_every_object_is_found_at_most_once():
 def test_every_line_of_a_text_is_a_paragraph(tmp_path):
     page = write_page(tmp_path / "page.html", title="T", lead="L", sections=[Section("A", "one <b>\ntwo")], runs={})
     assert '<p class="text">one &lt;b&gt;</p><p class="text">two</p>' in page.read_text()
+
+
+def test_the_extremes_of_a_term_are_seen() -> None:
+    steps = tuple(range(20))
+    curves = {
+        "ratio/silent": Curve(steps, (0.0,) * 19 + (0.4,)),
+        "ratio/heard": Curve(steps, (0.5,) * 20),
+        "bare/rising": Curve(steps, tuple(1.0 + value for value in steps)),
+        "bare/woken": Curve(steps, (0.0,) * 10 + (0.2,) * 10),
+    }
+    left, right = draw_kd_report(curves).axes
+    middles = [line.get_xdata()[0] for line in left.lines if line.get_marker() == "o"]
+    assert middles == [1e-6, 0.5]
+    ticks = [tick for tick in left.xaxis.get_ticklocs() if left.get_xlim()[0] <= tick <= left.get_xlim()[1]]
+    assert 3 <= len(ticks) <= 9
+    words = {text.get_text(): text.xy[0] for text in right.texts}
+    # Means of the first two and of the last two: 1.5 and 19.5, 13 times as much.
+    assert words.keys() == {"+1200 %  (1.5 to 19.5)", "-  (0 to 0.2)"}
+    assert all(place < right.get_xlim()[1] for place in words.values())
+
+
+def test_a_page_shows_a_command_that_can_be_pasted() -> None:
+    command = ["drkd", "distill", "--config=my data/a.yaml", '--method={"class_path": "drkd.methods.PKD"}']
+    (_, shown), *_ = _describe_facts({"command": command})
+    assert shlex.split(shown) == command

@@ -30,7 +30,9 @@ class Agreement:
             the threshold or of the last place, or the overlap with a better box within 0.01 of the limit.
         worst_box_px: Largest difference among partners, px.
         worst_score: The same for scores.
-        mismatches: Detections without a partner and without such an excuse, the worst first, in words.
+        missed: Detections of the reference without a partner and without such an excuse: score, distance from the
+            nearest of the other, px, and words.
+        extra: The same of the other.
     """
 
     images: int = 0
@@ -39,7 +41,14 @@ class Agreement:
     ties: int = 0
     worst_box_px: float = 0.0
     worst_score: float = 0.0
-    mismatches: list[str] = field(default_factory=list)
+    missed: list[tuple[float, float, str]] = field(default_factory=list)
+    extra: list[tuple[float, float, str]] = field(default_factory=list)
+
+    @property
+    def mismatches(self) -> list[str]:
+        """Both sides' in words, the worst first: of the highest score, to two places, and the farthest of those."""
+        found = sorted((*self.missed, *self.extra), key=lambda one: (-round(one[0], 2), -one[1]))
+        return [words for _, _, words in found]
 
     @property
     def good(self) -> bool:
@@ -55,6 +64,8 @@ class Agreement:
         """Plain values, the bounds among them."""
         return {
             **asdict(self),
+            "missed": len(self.missed),
+            "extra": len(self.extra),
             "mismatches": self.mismatches[:10],
             "bounds": {"box_px": BOX_BOUND_PX, "score": SCORE_BOUND, "labels": "equal"},
         }
@@ -99,13 +110,16 @@ def compare(
         agreement.worst_box_px = max(agreement.worst_box_px, box)
         agreement.worst_score = max(agreement.worst_score, score)
     limits = (score_threshold, nms_threshold, most)
-    pairs = (("PyTorch", reference, found, lonely), ("ONNX", found, reference, sorted(free)))
-    for who, own, other, places in pairs:
+    sides = (
+        ("PyTorch", reference, found, lonely, agreement.missed),
+        ("ONNX", found, reference, sorted(free), agreement.extra),
+    )
+    for who, own, other, places, kept in sides:
         for index in places:
             if _is_tie(own, other, index, *limits):
                 agreement.ties += 1
             else:
-                agreement.mismatches.append(_describe(who, own, other, index, name, class_names))
+                kept.append(_describe(who, own, other, index, name, class_names))
 
 
 def _partner(reference: Detections, index: int, found: Detections, free: set[int]) -> int | None:
@@ -130,16 +144,20 @@ def _is_tie(own: Detections, other: Detections, index: int, score: float, iou: f
     return bool(((overlaps - iou).abs() <= _TIE_IOU).any())
 
 
-def _describe(who: str, own: Detections, other: Detections, index: int, name: str, class_names: Sequence[str]) -> str:
+def _describe(
+    who: str, own: Detections, other: Detections, index: int, name: str, class_names: Sequence[str]
+) -> tuple[float, float, str]:
     box = [round(float(side), 2) for side in own.boxes[index]]
-    label = int(own.labels[index])
-    text = f"{name}: only {who} finds '{class_names[label]}' at {box} with score {float(own.scores[index]):.4f}"
+    label, score = int(own.labels[index]), float(own.scores[index])
+    text = f"{name}: only {who} finds '{class_names[label]}' at {box} with score {score:.4f}"
     if not len(other.scores):
-        return f"{text}; the other finds nothing"
+        return score, float("inf"), f"{text}; the other finds nothing"
     overlaps = box_iou(own.boxes[index : index + 1], other.boxes)[0]
     near = int(overlaps.argmax())
     shift = float((own.boxes[index] - other.boxes[near]).abs().max())
     return (
+        score,
+        shift,
         f"{text}; nearest is '{class_names[int(other.labels[near])]}', {shift:.2f} px away, with score "
-        f"{float(other.scores[near]):.4f}"
+        f"{float(other.scores[near]):.4f}",
     )

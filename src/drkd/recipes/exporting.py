@@ -88,6 +88,8 @@ def export(
     """
     del json  # the command line's business
     require_onnx()
+    if repeats < 1:
+        raise DrkdError(f"repeats: expected at least 1, got {repeats}.")
     if int8 != (calibration is not None):
         raise DrkdError("Expected --int8 together with --calibration DATA: the ranges of activations come from data.")
     report_file, int8_file = output.with_name(f"{output.name}.json"), output.with_name(f"{output.stem}.int8.onnx")
@@ -168,9 +170,10 @@ def check(detector: Detector, found: OnnxDetector, batches: Iterable[tuple[str, 
         )
     if agreement.mismatches:
         raise DrkdError(
-            f"The ONNX file does not find what PyTorch finds: {len(agreement.mismatches)} of {agreement.detections} "
-            f"detections in {agreement.images} images differ by more than {BOX_BOUND_PX} px, {SCORE_BOUND} in score, "
-            f"or in the label. The worst: {agreement.mismatches[0]}. The file was not kept."
+            f"The ONNX file does not find what PyTorch finds: of {agreement.detections} detections in "
+            f"{agreement.images} images {len(agreement.missed)} have no partner in it, and {len(agreement.extra)} of "
+            f"its own have none (within {BOX_BOUND_PX} px and {SCORE_BOUND} in score, of the same label). The "
+            f"worst: {agreement.mismatches[0]}. The file was not kept."
         )
     if agreement.too_many_ties:
         raise DrkdError(

@@ -31,6 +31,8 @@ def judge(rows: Sequence[Row], pair: str, reference: str) -> str:
     common = base["ap"].keys() & set.intersection(*(set(row.values["ap"]) for row in known))
     answer = _judge_paired(known, base, common, reference) if common else _judge_apart(known, base, reference)
     left = f" Left out, with fewer seeds: {', '.join(fewer)}." if fewer else ""
+    if fewer and len(known) == 1:
+        left = f" No other method has as many seeds.{left}"
     return f"{pair}: {answer}{left}"
 
 
@@ -58,8 +60,6 @@ def _judge_paired(known: Sequence[Row], base: _Scores, common: set[int], referen
         if not math.isnan(difference.mean):
             words += f" On small objects: {format_difference(difference)} AP_S to the best rival there, {rival}, "
             words += f"{_certainty(difference)}."
-    if not others:
-        words += " No other method has as many seeds."
     return words + _count_beaten(own, others)
 
 
@@ -85,8 +85,14 @@ def _count_beaten(own: _Scores, others: Mapping[str, _Scores]) -> str:
     shared = [own["ap"].keys() & other["ap"].keys() for other in others.values()]
     if not shared or max(map(len, shared)) < 2:
         return ""
-    clear = [sum(compare_paired(o[metric], own[metric]).low > 0 for o in others.values()) for metric in _COUNTED]
-    return f" Beyond chance it is above {clear[0]} of {len(others)} rival(s) in AP and {clear[1]} in AP_S."
+    found = [[compare_paired(other[metric], own[metric]) for other in others.values()] for metric in _COUNTED]
+    # Data without a small object have no AP_S, and nobody is above or below anybody there.
+    known = [[difference for difference in by_rival if not math.isnan(difference.mean)] for by_rival in found]
+    clear = [sum(difference.low > 0 for difference in by_rival) for by_rival in known]
+    words = f" Beyond chance it is above {clear[0]} of {len(known[0])} rival(s) in AP"
+    if known[1]:
+        words += f" and {clear[1]}{'' if len(known[1]) == len(known[0]) else f' of {len(known[1])}'} in AP_S"
+    return f"{words}."
 
 
 _COUNTED = ("ap", "ap_small")

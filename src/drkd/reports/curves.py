@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,11 @@ from drkd.reports.files import Curve
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+# The least ratio that is told apart from none, and the largest rise of a term that a bar is drawn for, %.
+_LEAST = 1e-6
+_MOST_RISE = 200.0
 
 
 def draw_learning_curves(
@@ -104,14 +110,15 @@ def draw_kd_report(curves: Mapping[str, Curve], *, spans: bool = False) -> Figur
         left.set_title("Gradient at the student's features, relative to the task's")
         if ratios:
             for row, curve in enumerate(ratios.values()):
-                values = sorted(value for value in curve.values if value > 0) or [1e-6]
-                middle, last = values[len(values) // 2], curve.values[-1]
+                # A logarithmic axis has no zero: what is silent stands at its end.
+                values = [max(value, _LEAST) for value in curve.values]
+                middle, last = statistics.median(values), values[-1]
                 left.plot(
-                    [values[0], values[-1]], [row, row], color=GREY, linewidth=4, alpha=0.35, solid_capstyle="round"
+                    [min(values), max(values)], [row, row], color=GREY, linewidth=4, alpha=0.35, solid_capstyle="round"
                 )
                 left.plot([middle], [row], "o", color=DISTILLED, markersize=6, label="median" if row == 0 else None)
                 left.plot(
-                    [max(last, 1e-6)],
+                    [last],
                     [row],
                     "|",
                     color=STUDENT,
@@ -135,17 +142,20 @@ def draw_kd_report(curves: Mapping[str, Curve], *, spans: bool = False) -> Figur
         if falls:
             for row, (first, last) in enumerate(falls.values()):
                 change = 100 * (last / first - 1) if first else 0.0
-                right.barh(row, change, color=SERIES[0] if change <= 0 else SERIES[5], height=0.55)
+                shown = min(change, _MOST_RISE)  # a bar at the rim is longer than that; its number says how much
+                right.barh(row, shown, color=SERIES[0] if change <= 0 else SERIES[5], height=0.55)
                 right.annotate(
-                    f"{change:+.0f} %  ({first:.3g} to {last:.3g})",
-                    (max(change, 0), row),
+                    f"{f'{change:+.0f} %' if first else '-'}  ({first:.3g} to {last:.3g})",
+                    (max(shown, 0), row),
                     xytext=(5, 0),
                     textcoords="offset points",
                     va="center",
                     fontsize=8,
                 )
             right.axvline(0, color="#777777", linewidth=0.8)
-            right.set_xlim(min(-50.0, *(100 * (b / a - 1) if a else 0.0 for a, b in falls.values())) * 1.05, 90)
+            changes = [100 * (last / first - 1) if first else 0.0 for first, last in falls.values()]
+            # Room for the words beside the longest bar.
+            right.set_xlim(min(-50.0, *changes) * 1.05, 90 + min(max(0.0, *changes), _MOST_RISE))
             right.set_yticks(range(len(falls)), [name.replace("_", " ") for name in falls])
             right.set_ylim(len(falls) - 0.4, -0.6)
             right.set_xlabel("change, %: mean of the last tenth against the first")

@@ -95,10 +95,12 @@ def size_label(metric: str, small_px: float | None) -> str:
 
 
 def label_decades(axis: Axis) -> None:
-    """Write the ticks of a logarithmic axis as plain numbers: 0.1, 0.2, 0.5, 1."""
+    """Write the ticks of a logarithmic axis as plain numbers: 0.1, 0.2, 0.5, 1; of many decades the decades alone."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axis.get_view_interval()
+    few = high < 1000 * low
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=9))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 

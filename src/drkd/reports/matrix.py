@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _COLOURS = {"student": STUDENT, "drkd": DISTILLED}
 _BESIDE = 7
 """So many methods fit a narrow panel."""
+_TITLE = 34
+"""So many letters of a title fit above a panel of differences."""
 _NAMED = 14
 """So many names fit a panel of points."""
 _LETTERS = 40
@@ -65,7 +67,12 @@ def draw_differences(
     wanted = [(pair, metric) for pair, by_metric in differences.items() for metric in by_metric]
     rows = max((len(differences[pair][metric]) for pair, metric in wanted), default=1)
     with drawing_style():
-        figure = new_figure(0.6 + 3.4 * max(1, len(wanted)), 1.3 + 0.36 * rows)
+        longest = max(
+            (len(method) for by in differences.values() for found in by.values() for method in found), default=0
+        )
+        # What the names at the left take, inches, is no room for the title above the panel.
+        wide = 3.4 + 0.07 * max(0, longest - 12) + 0.075 * max(0, max(map(len, differences), default=0) - _TITLE)
+        figure = new_figure(0.6 + wide * max(1, len(wanted)), 1.3 + 0.36 * rows)
         panels = figure.subplots(1, max(1, len(wanted)), squeeze=False)[0]
         for axes, (pair, metric) in zip(panels, wanted, strict=False):
             by_method = differences[pair][metric]
@@ -78,7 +85,8 @@ def draw_differences(
             axes.axvline(0, color=STUDENT, linewidth=1.4)
             axes.set_yticks(range(len(by_method)), list(by_method))
             axes.set_ylim(len(by_method) - 0.4, -0.6)
-            axes.set_title(f"{pair}: Δ {size_label(metric, None)}")
+            title = f"{pair}: Δ {size_label(metric, None)}"
+            axes.set_title(title if len(title) <= _TITLE else f"{pair}\nΔ {size_label(metric, None)}")
             axes.set_xlabel(f"to {reference}, x 100; blue: beyond chance")
         if not wanted:
             panels[0].set_axis_off()

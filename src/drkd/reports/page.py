@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,7 +275,14 @@ def _describe_facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the facts of a run as pairs of words, nested ones in one line."""
     order = ("seed", "commit", "status", "started", "finished", "machine", "versions", "command")
     known = [name for name in order if name in facts]
-    return [(name, _describe(facts[name])) for name in (*known, *(name for name in facts if name not in order))]
+    return [
+        (name, _describe_fact(name, facts[name])) for name in (*known, *(name for name in facts if name not in order))
+    ]
+
+
+def _describe_fact(name: str, value: Any) -> str:
+    # A command is there to be pasted.
+    return shlex.join(map(str, value)) if name == "command" and isinstance(value, list) else _describe(value)
 
 
 def _describe(value: Any) -> str:

@@ -316,10 +316,13 @@ def test_terms_are_summarised_by_median_and_by_tenths(tmp_path: Path) -> None:
     late.write_text(
         "\n".join(["step,ratio/hint,bare/hint", *(f"{k},{7.0 if k < 10 else 0.5},1" for k in range(20))]) + "\n"
     )
-    assert summarise_terms(late)["hint"]["median_gradient_ratio"] == 7.0
+    assert summarise_terms(late)["hint"]["median_gradient_ratio"] == 3.75
+    few = tmp_path / "few.csv"
+    few.write_text("step,ratio/hint\n0,0.01\n50,4.0\n")
+    assert summarise_terms(few)["hint"]["median_gradient_ratio"] == pytest.approx(2.005)
     assert summarise_terms(late, calibration_steps=10)["hint"]["median_gradient_ratio"] == 0.5
     # A run that ends before has nothing else to show.
-    assert summarise_terms(late, calibration_steps=99)["hint"]["median_gradient_ratio"] == 7.0
+    assert summarise_terms(late, calibration_steps=99)["hint"]["median_gradient_ratio"] == 3.75
 
 
 def test_the_targets_spread_is_summarised_beside_its_term(tmp_path: Path) -> None:

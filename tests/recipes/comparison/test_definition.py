@@ -57,6 +57,12 @@ def test_a_class_in_the_overrides_of_the_file_survives_one_on_the_command_line(c
     assert load_comparison(file, ["--overrides.inherit=true"]).overrides == {"teacher": builder, "inherit": True}
 
 
+def test_a_class_on_the_command_line_is_what_it_is_in_the_file(comparison_file: Path) -> None:
+    given = "{class_path: drkd.adapters.FCOSBuilder, init_args: {backbone: resnet34}}"
+    builder = {"class_path": "drkd.adapters.FCOSBuilder", "init_args": {"backbone": "resnet34"}}
+    assert load_comparison(comparison_file, [f"--overrides.student={given}"]).overrides == {"student": builder}
+
+
 def test_null_is_the_lone_student_and_shipped_recipes_keep_their_names(comparison_file: Path) -> None:
     file = _changed(comparison_file, pairs={"a": "digits/retinanet"}, methods={"student": None})
     comparison = load_comparison(file)

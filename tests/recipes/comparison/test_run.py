@@ -23,6 +23,7 @@ from drkd.cli import main
 from drkd.contracts import DrkdError
 from drkd.recipes.comparison import cell as cells
 from drkd.recipes.comparison import run
+from drkd.recipes.comparison.absent import find_absent
 from drkd.recipes.comparison.again import AGAIN_FILE
 from drkd.recipes.comparison.definition import Comparison, load_comparison
 from drkd.recipes.comparison.gpus import Gpus, list_gpus
@@ -602,6 +603,16 @@ def test_dry_run_names_what_is_not_there(
     assert "tiny: data.root: nowhere: there is no such folder" in found
     assert "tiny: class_map: there is no none.yaml" in found
     assert main(command) == 0 and capsys.readouterr().err == ""
+
+
+def test_what_a_function_of_the_users_own_takes_is_not_looked_for(tmp_path: Path) -> None:
+    arguments = {"config": "COCO-Detection/retinanet_R_50_FPN_1x.yaml", "weights": "https://example.org/model.pth"}
+    teacher = {"class_path": "drkd.adapters.HookedBuilder", "init_args": {"factory": "m:f", "arguments": arguments}}
+    settings = {"data": {"root": "digits"}, "teacher": teacher}
+    cell = cells.Cell("a", "m", 0, "train", (), settings, frozenset(), tmp_path)
+    assert find_absent([cell]) == []
+    settings["student"] = {"class_path": "drkd.adapters.RetinaNetBuilder", "init_args": {"weights": "mine.pth"}}
+    assert find_absent([cell]) == ["a: student.init_args.weights: there is no mine.pth"]
 
 
 @pytest.mark.slow

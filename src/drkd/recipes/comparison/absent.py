@@ -53,7 +53,8 @@ def _absent_data(settings: Mapping[str, Any]) -> Iterator[str]:
 
 def _absent_files(settings: Mapping[str, Any]) -> Iterator[str]:
     for key, value in settings.items():
-        if key.startswith("data.") or not isinstance(value, str):
+        # What a function of the user's own takes, and what is fetched, is no file that drkd would open.
+        if key.startswith("data.") or ".arguments." in key or not isinstance(value, str) or "://" in value:
             continue
         start, _, last = key.rpartition(".init_args.")
         saved = last == "path" and str(settings.get(f"{start}.class_path", "")).endswith(_SAVED)

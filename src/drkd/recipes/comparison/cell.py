@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import shutil
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -285,7 +286,7 @@ def summarise_terms(metrics: Path, *, calibration_steps: int = 0, spans: bool = 
     for name, values in {**calibrating, **columns}.items():
         kind, _, term = name.partition("/")
         if kind == "ratio":
-            found.setdefault(term, {})["median_gradient_ratio"] = sorted(values)[len(values) // 2]
+            found.setdefault(term, {})["median_gradient_ratio"] = statistics.median(values)
         else:
             if spans and kind == "bare":
                 # Outside of its span a term is 0 and says nothing of its course.

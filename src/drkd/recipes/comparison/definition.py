@@ -139,7 +139,7 @@ class _ComparisonParser(ArgumentParser):
                 rest.append(word)
                 continue
             key, equals, value = word.removeprefix(_OVERRIDE).partition("=")
-            stated[key] = _read_value(key, value if equals else given.pop(0) if given else "null")
+            stated[key] = _shield(_read_value(key, value if equals else given.pop(0) if given else "null"))
         config = super().parse_args(rest, namespace, env, defaults, **settings)
         if stated:
             config["overrides"] = {**flatten(config["overrides"]), **stated}

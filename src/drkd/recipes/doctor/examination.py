@@ -139,7 +139,7 @@ def _measure(
     except DrkdError as error:
         return [Finding("ok", "teacher", f"The teacher's AP was not measured. {error}")], {"teacher": None}
     own = others.pop("")
-    boxes = sum(len(record.boxes) for record in split.records[: batches.count])
+    boxes = sum(int((~record.crowd).sum()) for record in split.records[: batches.count])
     findings = [judge_teacher(own["ap"], own["ap50"], batches.count, boxes=boxes)]
     aps = {name: found["ap"] for name, found in others.items()}
     if boxes:
