@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from drkd.adapters import (
+    FasterRCNNBuilder,
     RetinaNetBuilder,
     SavedDetectorBuilder,
+    SSDLiteBuilder,
     ZooBuilder,
     load_detector,
     load_state,
@@ -132,6 +134,47 @@ def test_labels_survive_another_order_of_classes(make_batch, saved, tmp_path):
     batch = make_batch([(64, 64)])
     first, second, third = (d.detect(batch)[0].labels for d in (load_detector(saved), turned, again))
     assert torch.equal(second, third) and torch.equal(second, (first + 1) % 3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        SMALL,
+        FasterRCNNBuilder(backbone="resnet18", width=0.25, fpn_channels=16, representation_size=16),
+        SSDLiteBuilder(width=0.25, size=96),
+    ],
+    ids=["retinanet", "faster_rcnn", "ssdlite"],
+)
+def test_weights_of_a_file_keep_what_their_outputs_mean(make, make_batch, tmp_path):
+    path = tmp_path / "student.pt"
+    detector = make.build(CLASSES).eval()
+    save_student(path, detector, builder=make, image_settings=SETTINGS)
+    turned = replace(make, weights=str(path)).build(CLASSES[::-1]).eval()
+    assert turned.label_ids == detector.label_ids[::-1]
+    batch = make_batch([(64, 64)])
+    (ours,), (theirs,) = detector.detect(batch), turned.detect(batch)
+    assert torch.equal(2 - ours.labels, theirs.labels) and torch.equal(ours.scores, theirs.scores)
+    with pytest.raises(DrkdError, match=r"was trained on cat, dog, cup, and not on cow, hen: its outputs"):
+        replace(make, weights=str(path)).build_teacher(("cow", "hen", "cup"))
+    # A bare state dict says nothing of its classes.
+    torch.save(detector.model.state_dict(), path)
+    assert replace(make, weights=str(path)).build(("cow", "hen", "cup")).label_ids == detector.label_ids
+
+
+def test_a_zoo_file_of_as_many_other_classes_gets_a_new_head(tmp_path):
+    path, zoo = tmp_path / "student.pt", ZooBuilder(name="ssdlite320_mobilenet_v3_large", head="new")
+    detector = zoo.build(CLASSES)
+    save_student(path, detector, builder=zoo, image_settings=SETTINGS)
+    given = replace(zoo, weights=str(path))
+    assert given.build_teacher(("dog", "cat", "cup")).label_ids == (2, 1, 3)
+    with pytest.raises(DrkdError, match=r"outputs for other classes \(cat, dog, cup\)"):
+        given.build_teacher(("a", "b", "c"))
+    with pytest.warns(UserWarning, match="the class layer of this ssdlite"):
+        other = given.build(("a", "b", "c")).model.state_dict()
+    own = detector.model.state_dict()
+    same = {name for name, value in other.items() if torch.equal(value, own[name])}
+    classes = {name for name in own if name.startswith("head.classification_head.")}
+    assert classes - same and {name for name in own if name not in classes} <= same
 
 
 def test_zoo_students_come_back(make_batch, tmp_path):

@@ -267,3 +267,20 @@ def test_a_model_inside_another_is_said_to_be_inside() -> None:
     for outer, name in ((torch.compile(plain), "_orig_mod"), (nn.DataParallel(plain), "module")):
         with pytest.raises(ValueError, match=rf"which holds a SSD: hand over the plain model, model\.{name},"):
             wrap_torchvision(outer, CLASSES)
+
+
+@pytest.mark.parametrize(("labels", "words"), [([0, 1], "from 1 since output 0"), ([1, 1], "a different label")])
+def test_labels_of_the_background_and_labels_given_twice_are_refused(labels, words):
+    model = FasterRCNNBuilder(width=0.25, fpn_channels=32, representation_size=16).build(("cat", "dog")).model
+    with pytest.raises(ValueError, match=words):
+        wrap_torchvision(model, ("cat", "dog"), label_ids=labels)
+    assert wrap_torchvision(model, ("cat", "dog"), label_ids=[2, -1]).label_ids == (2, -1)
+
+
+def test_a_model_that_trains_within_detects_nothing(make_batch):
+    detector = RetinaNetBuilder(width=0.25, fpn_channels=32, extra="none").build(CLASSES).eval()
+    batch = make_batch([(64, 64)])
+    assert len(detector.detect(batch)) == 1
+    detector.model.train()
+    with pytest.raises(ValueError, match=r"call \.eval\(\) on the wrapped detector"):
+        detector.detect(batch)

@@ -10,7 +10,7 @@ import torch
 from tests.adapters.yolos import CLASSES, build_yolo, lively
 
 from drkd.adapters import FCOSBuilder, wrap_ultralytics
-from drkd.adapters.ultralytics_detector import UltralyticsDetector
+from drkd.adapters.ultralytics_detector import UltralyticsDetector, find_names
 from drkd.contracts import BoxTargets, DetectionBatch, DrkdError
 from drkd.methods import LD, CrossKD, LogitKD
 
@@ -325,3 +325,16 @@ def test_classes_that_nobody_asked_for_take_no_places(name, several, make_batch)
         expected = everything.scores[everything.labels == 2][:4]
         assert len(expected) == 4
         torch.testing.assert_close(entry.scores, expected)
+
+
+def test_digits_as_names_are_found_by_name_and_numbers_by_place():
+    assert find_names(["0", "1", "2"], ["1", "2", "0"]) == [1, 2, 0]
+    assert find_names(["0", "1", "2"], ["cat", "dog", "cup"]) == [0, 1, 2]
+
+
+def test_a_fused_model_teaches_and_is_not_trained(make_batch):
+    model = build_yolo("yolo11n.yaml").model.eval().fuse()
+    detector, batch = wrap_ultralytics(model, CLASSES), make_batch(SIZES)
+    assert detector(batch, want=FEATURES).features
+    with pytest.raises(DrkdError, match="fused for inference cannot be saved or trained"):
+        detector(batch, want=LOSSES)

@@ -226,6 +226,16 @@ def test_a_teacher_that_is_constant_stops_the_run() -> None:
         distiller(toy_batch())
 
 
+def test_a_student_that_comes_in_eval_mode_is_woken() -> None:
+    student = ToyDetector(seed=1).eval()
+    Distiller(student, ToyDetector(seed=2), ToyMethod)
+    assert student.training and all(module.training for module in student.modules())
+    # Afterwards its modes are the user's.
+    distiller = Distiller(ToyDetector(seed=1), ToyDetector(seed=2), ToyMethod)
+    distiller.student.eval()
+    assert not distiller.student.training
+
+
 def test_a_teacher_stays_in_eval_mode_though_somebody_trains_it() -> None:
     distiller = make()
     before = copy.deepcopy(distiller.teacher.state_dict())

@@ -11,7 +11,7 @@ from torch import nn
 
 from drkd.adapters.hooks import HookedDetector, wrap_model
 from drkd.adapters.import_path import import_function
-from drkd.adapters.weights import fill, load_state
+from drkd.adapters.weights import fill, labels_of, read_checkpoint, state_in
 from drkd.contracts import DetectorBuilder, DrkdError
 
 LIBRARY = "hooks"
@@ -73,15 +73,20 @@ class HookedBuilder(DetectorBuilder):
             raise DrkdError(f"factory: {self.factory}(class_names, **arguments) failed: {error}.") from error
         if not isinstance(model, nn.Module):
             raise DrkdError(f"factory: expected {self.factory} to return a torch module, got {type(model).__name__}.")
+        label_ids = self.label_ids
         if self.weights is not None:
-            load_state(model, self.weights)
+            content = read_checkpoint(self.weights)
+            fill(model, state_in(content, self.weights), self.weights)
+            if label_ids is None:
+                counted = range(self.first_label, self.first_label + len(class_names))
+                label_ids = tuple(labels_of(content, self.weights, class_names, counted))
         detector = wrap_model(
             model,
             self.layers,
             **functions,
             class_names=class_names,
             first_label=self.first_label,
-            label_ids=self.label_ids,
+            label_ids=label_ids,
             image_size=self.image_size,
             image_mean=self.image_mean,
             image_std=self.image_std,

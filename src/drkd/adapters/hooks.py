@@ -157,8 +157,8 @@ class HookedDetector(Detector):
                 f"This {self.spec.family} was wrapped without a function for its detections, so there are none. Give "
                 "`detections`."
             )
-        if self.training:
-            raise ValueError("detect needs eval mode: call .eval() first")
+        if self.training or self.model.training:
+            raise ValueError("detect needs eval mode: call .eval() on the wrapped detector first")
         found = list(self._detections(self.model, self._prepare(batch, targets=False)))
         if len(found) != len(batch):
             raise DrkdError(f"detections: expected one entry for each of {len(batch)} images, got {len(found)}.")

@@ -13,7 +13,7 @@ from torchvision.models import get_model, get_model_weights
 
 from drkd.adapters.detection_options import check_detection_options
 from drkd.adapters.torchvision_detector import TorchvisionDetector
-from drkd.adapters.weights import fill, read_checkpoint, read_state, state_in, stored_normalisation
+from drkd.adapters.weights import fill, labels_of, read_checkpoint, read_state, state_in, stored_normalisation
 from drkd.contracts import DetectorBuilder, DrkdError
 
 
@@ -80,7 +80,8 @@ class SSDBuilder(DetectorBuilder):
             fill_body(model, self._body_state(self.backbone_weights), self.backbone_weights)
         if self.weights is not None:
             fill(model, state_in(content, self.weights), self.weights)
-        return TorchvisionDetector(model, class_names, label_ids=range(1, len(class_names) + 1), plan=plan)
+        label_ids = labels_of(content, str(self.weights), class_names, range(1, len(class_names) + 1))
+        return TorchvisionDetector(model, class_names, label_ids=label_ids, plan=plan)
 
     def _plan(self, outputs: int) -> dict[str, Any]:
         options: dict[str, Any] = {

@@ -21,7 +21,7 @@ from drkd.adapters.detection_options import check_detection_options
 from drkd.adapters.focal_head import FocalClassificationHead
 from drkd.adapters.labels import WITH_BACKGROUND
 from drkd.adapters.torchvision_detector import TorchvisionDetector, wrap_torchvision
-from drkd.adapters.weights import fill, read_checkpoint, state_in, stored_normalisation
+from drkd.adapters.weights import fill, labels_of, read_checkpoint, state_in, stored_normalisation
 from drkd.adapters.zoo import ZooBuilder
 from drkd.contracts import DetectorBuilder, DrkdError
 
@@ -127,7 +127,7 @@ class PyramidBuilder(DetectorBuilder):
         if self.weights is not None:
             fill(model, state_in(content, self.weights), self.weights)
         offset = int(self.family in WITH_BACKGROUND)
-        label_ids = range(offset, offset + len(class_names))
+        label_ids = labels_of(content, str(self.weights), class_names, range(offset, offset + len(class_names)))
         return TorchvisionDetector(model, class_names, label_ids=label_ids, plan=plan)
 
     def _plan(self, pyramid: BackbonePlan, num_classes: int) -> dict[str, Any]:

@@ -94,6 +94,14 @@ class TorchvisionDetector(Detector):
             raise ValueError(
                 f"expected one label below {outputs} for each of {len(class_names)} classes, got {list(label_ids)}"
             )
+        known = [label for label in label_ids if label >= 0]
+        first = int(family in WITH_BACKGROUND)
+        if len(set(known)) != len(known) or min(known, default=first) < first:
+            background = ", from 1 since output 0 is the background" if first else ""
+            raise ValueError(
+                f"label_ids: expected a different label for each of {len(class_names)} classes{background}, got "
+                f"{list(label_ids)}"
+            )
         self.model = model
         self.plan = None if plan is None else dict(plan)
         self.label_ids = tuple(label_ids)
@@ -191,8 +199,8 @@ class TorchvisionDetector(Detector):
         Raises:
             ValueError: In train mode, where batch norm would depend on the other images.
         """
-        if self.training:
-            raise ValueError("detect needs eval mode: call .eval() first")
+        if self.training or self.model.training:
+            raise ValueError("detect needs eval mode: call .eval() on the wrapped detector first")
         images = self._normalise(batch)
         if self._frame is not None:
             images = self._frame.each(images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from drkd.adapters.transformers_detector import TransformersDetector, wrap_trans
 from drkd.adapters.transformers_labels import find_labels, shorten
 from drkd.adapters.transformers_library import FAMILIES, build_model, check_entries, check_family, import_transformers
 from drkd.adapters.transformers_start import draw_start
-from drkd.adapters.weights import fill, read_checkpoint, state_in, stored_normalisation
+from drkd.adapters.weights import fill, labels_of, read_checkpoint, state_in, stored_normalisation
 from drkd.contracts import DetectorBuilder, DrkdError
 
 __all__ = ["DetrBuilder", "PretrainedDetrBuilder", "TransformersDetector", "wrap_transformers"]
@@ -97,16 +98,17 @@ class DetrBuilder(DetectorBuilder):
         else:
             # Random weights are nothing to keep.
             backbone_of(model).requires_grad_(True)
-        mean, std = None, None
+        mean, std, label_ids = None, None, list(range(len(class_names)))
         if self.weights is not None:
             content = read_checkpoint(self.weights)
             mean, std = stored_normalisation(content, self.weights)
             fill(model, state_in(content, self.weights), self.weights)
+            label_ids = labels_of(content, self.weights, class_names, label_ids)
         own = choice if choice is not None and self.backbone_weights is not None else None
         return TransformersDetector(
             model,
             class_names,
-            label_ids=range(len(class_names)),
+            label_ids=label_ids,
             image_mean=self.image_mean or mean or (own.mean if own is not None else None),
             image_std=self.image_std or std or (own.std if own is not None else None),
             score_threshold=self.score_threshold,
@@ -221,6 +223,19 @@ class PretrainedDetrBuilder(DetectorBuilder):
         new_layers = self._check(report)
         if teaches and new:
             self._check_taught(class_names, named, new_layers)
+        if new and not new_layers:
+            # As many classes as the file's: nothing of it is new, and what its outputs mean is what they were.
+            own = [str(name) for _, name in sorted(named.items())]
+            if set(own) == set(class_names):
+                label_ids = [own.index(name) for name in class_names]
+                for entry, value in _classes(own).items():
+                    setattr(model.config, entry, value)
+            else:
+                warnings.warn(
+                    f"{self.name}: with head: new and as many classes as it knows, the layers that name classes begin "
+                    f"as those of its own ({shorten(own)}).",
+                    stacklevel=3,
+                )
         return TransformersDetector(
             model,
             class_names,

@@ -163,8 +163,8 @@ class TransformersDetector(Detector):
             DrkdError: If the batch's sides do not suit the encoder.
             ValueError: In train mode.
         """
-        if self.training:
-            raise ValueError("detect needs eval mode: call .eval() first")
+        if self.training or self.model.training:
+            raise ValueError("detect needs eval mode: call .eval() on the wrapped detector first")
         output = self.model(**self._inputs(batch, decode=True))
         # Of the best of all classes those that nobody asked for would be dropped later.
         logits = output.logits.float().masked_fill(self._to_ours < 0, -math.inf)

@@ -87,6 +87,8 @@ class UltralyticsDetector(Detector):
                 f"expected one label below {head.nc} for each of {len(class_names)} classes, got {list(label_ids)}"
             )
         self.model = model
+        untyped: Any = model
+        self._fused = bool(untyped.is_fused())
         self.label_ids = tuple(label_ids)
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
@@ -142,7 +144,8 @@ class UltralyticsDetector(Detector):
             want: Fields of `DetectorOutput`.
 
         Raises:
-            DrkdError: If the batch's sides are no multiples of the largest stride.
+            DrkdError: If the batch's sides are no multiples of the largest stride, or losses are wanted of a model
+                that was fused before it was wrapped: it has no batch norms to train with.
             ValueError: If something is wanted that this model does not have, or that misses classes.
         """
         possible = _ALL if self.spec.predictions is not None else _FEATURES
@@ -150,6 +153,8 @@ class UltralyticsDetector(Detector):
             raise ValueError(f"want: expected any of {sorted(possible)} of this model, got {sorted(want)}")
         if want - _FEATURES and self.missing_classes:
             raise ValueError(f"this model can show features alone: it has no output for {list(self.missing_classes)}")
+        if "losses" in want and self._fused:
+            raise DrkdError("A YOLO that was fused for inference cannot be saved or trained: load it without fuse().")
         maps = self._pyramid(batch)
         found: dict[str, Any] = {}
         if "features" in want:
@@ -183,8 +188,8 @@ class UltralyticsDetector(Detector):
             DrkdError: If the batch's sides are no multiples of the largest stride.
             ValueError: In train mode, where batch norm would depend on the other images.
         """
-        if self.training:
-            raise ValueError("detect needs eval mode: call .eval() first")
+        if self.training or self.model.training:
+            raise ValueError("detect needs eval mode: call .eval() on the wrapped detector first")
         head = self._head
         with _kept_grid(head), _asked_for(head, self._unasked if self._others else None):
             decoded = head(self._pyramid(batch))[0]
@@ -319,7 +324,9 @@ def match_names(own: Sequence[str], wanted: Sequence[str]) -> list[int]:
 
 def find_names(own: Sequence[str], wanted: Sequence[str]) -> list[int]:
     """As `match_names`, with no objection where nothing is found."""
-    if len(own) == len(wanted) and list(own) == [str(index) for index in range(len(own))]:
+    numbered = list(own) == [str(index) for index in range(len(own))]
+    # Digits may be the names of classes, in another order.
+    if len(own) == len(wanted) and numbered and set(own) != set(wanted):
         return list(range(len(own)))
     places = {name: label for label, name in reversed(list(enumerate(own)))}
     return [places.get(name, -1) for name in wanted]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,44 @@ def stored_normalisation(content: Any, path: str | Path) -> tuple[Triple | None,
         red, green, blue = map(float, values)
         found.append((red, green, blue))
     return found[0], found[1]
+
+
+def stored_labels(content: Any) -> dict[str, int]:
+    """The model's label of each class by name, of a file that drkd wrote; empty where nothing says it."""
+    if not isinstance(content, Mapping) or not str(content.get("format")).startswith("drkd-"):
+        return {}
+    names, labels = content.get("class_names"), content.get("label_ids")
+    if not isinstance(names, list) or not isinstance(labels, list) or len(names) != len(labels):
+        return {}
+    if not all(isinstance(name, str) for name in names) or not all(type(label) is int for label in labels):
+        return {}
+    return dict(zip(names, labels, strict=True))
+
+
+def labels_of(content: Any, path: str | Path, class_names: Sequence[str], otherwise: Sequence[int]) -> list[int]:
+    """The model's label of each class, whose weights come from a file: by name, where the file says what it has learnt.
+
+    Args:
+        content: What `read_checkpoint` gave.
+        path: The file, for messages.
+        class_names: Names of classes 0..K-1.
+        otherwise: The labels where the file says nothing, as a bare state dict does.
+
+    Raises:
+        DrkdError: If the file was trained on other classes: its outputs would be called what they do not mean.
+    """
+    stored = stored_labels(content)
+    if not stored:
+        return list(otherwise)
+    unknown = [name for name in class_names if stored.get(name, -1) < 0]
+    if unknown:
+        raise DrkdError(
+            f"{path}: was trained on {', '.join(list(stored)[:_NAMED])}{', ...' * (len(stored) > _NAMED)}, and not on "
+            f"{', '.join(unknown[:_NAMED])}{', ...' * (len(unknown) > _NAMED)}: its outputs would be called what they "
+            "do not mean. Expected weights of these classes; for a teacher of other names see class_map; to start from "
+            "them all the same, save the file's 'state_dict' alone and give that."
+        )
+    return [stored[name] for name in class_names]
 
 
 def load_state(module: nn.Module, path: str | Path) -> None:

@@ -136,6 +136,9 @@ class ZooBuilder(DetectorBuilder):
             first = self._find_first_label(len(class_names), given)
             label_ids = list(range(first, len(class_names) + first))
             outputs = len(class_names) + first
+            if given is not None and set(given.labels) == set(class_names):
+                # The file says which of its outputs is which.
+                label_ids = [given.labels[name] for name in class_names]
         options: dict[str, Any] = {"name": self.name, "weights": None, "weights_backbone": None, "num_classes": outputs}
         options["box_detections_per_img" if self._has_two_stages else "detections_per_img"] = self.detections_per_image
         model = get_model(**options)
@@ -178,12 +181,15 @@ class ZooBuilder(DetectorBuilder):
             last = [name for name in state if name in wanted and name.startswith(_LAST_LAYERS)]
             # What fits of an SSD's last layers comes before the classes; a predictor is new as a whole.
             new = {key for key in last if state[key].shape != wanted[key].shape}
+            if given.labels and set(given.labels) != set(class_names):
+                # As many as there are may be of other classes.
+                new |= {key for key in last if self.name not in _SIZES or key.startswith("head.classification_head.")}
             if new and self.name not in _SIZES:
                 new = set(last)
             state = {key: wanted[key] if key in new else value for key, value in state.items()}
         fill(model, state, weights)
         if new:
-            self._say_new(class_names, given.outputs, outputs, teaches=teaches)
+            self._say_new(class_names, given, outputs, teaches=teaches)
         if self.name.endswith("_v2") or self.name in _SIZES:
             return {}
         # torchvision freezes the batch norms of these models whenever it loads weights.
@@ -201,8 +207,10 @@ class ZooBuilder(DetectorBuilder):
         freeze_zoo(model, epsilon)
         return {"batch_norm_eps": epsilon}
 
-    def _say_new(self, class_names: Sequence[str], given: int | None, outputs: int, *, teaches: bool) -> None:
-        counts = f"{given} outputs for classes, and {outputs} are needed for {len(class_names)} classes"
+    def _say_new(self, class_names: Sequence[str], given: ZooFile, outputs: int, *, teaches: bool) -> None:
+        counts = f"{given.outputs} outputs for classes, and {outputs} are needed for {len(class_names)} classes"
+        if given.outputs == outputs:
+            counts = f"outputs for other classes ({', '.join([*given.labels][:8])}), and {outputs} of these are needed"
         names = f"{', '.join(class_names[:8])}{', ...' if len(class_names) > 8 else ''}"
         if teaches:
             raise DrkdError(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from drkd.adapters.weights import read_checkpoint, shipped_checkpoint, state_in
+from drkd.adapters.weights import read_checkpoint, shipped_checkpoint, state_in, stored_labels
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,14 @@ class ZooFile:
         first_label: The model's label of its first class, where drkd wrote the file; None where nothing says it.
         batch_norm_eps: What its batch norms ran with, where drkd wrote the file and says it, or torchvision published
             it; None where nothing says it.
+        labels: The model's label of each class by name, where drkd wrote the file.
     """
 
     state: dict[str, Tensor]
     outputs: int | None
     first_label: int | None = None
     batch_norm_eps: float | None = None
+    labels: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_zoo_file(path: str, published: str = "") -> ZooFile:
@@ -49,7 +51,8 @@ def read_zoo_file(path: str, published: str = "") -> ZooFile:
     epsilon = build.get("batch_norm_eps") if isinstance(build, Mapping) else None
     if is_published(path, published):
         first, epsilon = 0, 0.0
-    return ZooFile(state, count_file_outputs(state), first, epsilon if isinstance(epsilon, float) else None)
+    epsilon = epsilon if isinstance(epsilon, float) else None
+    return ZooFile(state, count_file_outputs(state), first, epsilon, stored_labels(content))
 
 
 def is_published(path: str, address: str) -> bool:

@@ -106,7 +106,8 @@ class Distiller(nn.Module):
     Optimise ``distiller.trainable_parameters()``: the student's and the method's connectors.
 
     Args:
-        student: The detector to train.
+        student: The detector to train. One that comes in eval mode as a whole, as ``from_pretrained`` leaves it, is
+            set to training; for fixed norms set those to eval mode afterwards.
         teacher: The detector to learn from, or None to train the student alone. Several by name each get a method of
             their own; their terms are named ``kd/<teacher>.<term>``.
         method: A method, or what builds one from the two specs (``DRKD`` itself will do); None with no teacher. It is
@@ -186,6 +187,7 @@ class Distiller(nn.Module):
         self.unlabelled = unlabelled or UnlabelledImages()
         self._passes = 0
         self._told: tuple[int, bool] | None = None
+        self.wake_student()
 
     def train(self, mode: bool = True) -> Distiller:
         """Set the mode of the student and the method; the teacher stays in eval mode."""
