@@ -4,8 +4,9 @@
     python benchmarks/readme_tables.py --check  # exits with 1 where a page says something else
 
 A table stands between the lines ``<!-- scores:NAME -->`` and ``<!-- end -->``; NAME is ``means`` (mean, spread and
-paired difference to the lone student, over seeds), ``seeds`` (a row a seed), or ``effort``: of every method, how many
-committed runs were scored on `tune`, over all results.
+paired difference to the lone student, over seeds), ``seeds`` (a row a seed), ``rows`` (of one seed: a row for each of
+the comparison's file, best first), or ``effort``: of every method, how many committed runs were scored on `tune`, over
+all results.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ PAGES: Mapping[Path, Path | None] = {
     ROOT / "README.md": RESULTS / "leaderboard_6_epochs" / "table.json",
     RESULTS / "leaderboard_6_epochs" / "README.md": RESULTS / "leaderboard_6_epochs" / "table.json",
     RESULTS / "digits2" / "README.md": RESULTS / "digits2" / "table.json",
+    RESULTS / "tuning" / "README.md": RESULTS / "tuning" / "table.json",
     RESULTS / "trials" / "README.md": None,
 }
 PAIRS = {"faster_rcnn": "Faster R-CNN", "retinanet": "RetinaNet"}
@@ -87,6 +90,23 @@ def write_seeds(rows: list[Mapping[str, Any]]) -> str:
     return Table(("Pair", "Method", "Seed", "AP", "AP_S"), tuple(lines), words=2).markdown()
 
 
+def write_rows(rows: list[Mapping[str, Any]]) -> str:
+    """The rows of a comparison of one seed by its own names, best AP first, both pairs side by side."""
+    found = [
+        sorted((row for row in rows if row["pair"] == pair), key=lambda row: -row["scores"]["ap"]["mean"])
+        for pair in PAIRS
+    ]
+    lines = []
+    for sides in zip_longest(*found):
+        line: list[str] = []
+        for row in sides:
+            scores = () if row is None else (row["scores"][metric]["mean"] for metric in ("ap", "ap_small"))
+            line += ["", "", ""] if row is None else [f"`{row['method']}`", *map(format_score, scores)]
+        lines.append(tuple(line))
+    columns = [name for pair in PAIRS.values() for name in (pair, "AP", "AP_S")]
+    return Table(tuple(columns), tuple(lines), words=1).markdown()
+
+
 def write_effort(results: Path = RESULTS) -> str:
     """A row a method: its committed runs that were scored on `tune`, by detector; a sum counts for each part."""
     runs: dict[str, Counter[str]] = defaultdict(Counter)
@@ -135,6 +155,7 @@ def _numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
 WRITERS: Mapping[str, Callable[[list[Mapping[str, Any]]], str]] = {
     "means": write_means,
     "seeds": write_seeds,
+    "rows": write_rows,
     "effort": lambda _: write_effort(),
 }
 _BLOCK = re.compile(rf"(<!-- scores:({'|'.join(WRITERS)}) -->\n).*?(<!-- end -->)", re.DOTALL)

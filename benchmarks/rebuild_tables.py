@@ -28,6 +28,7 @@ COMPARISONS = {
     "digits2": ROOT / "benchmarks" / "comparisons" / "digits2.yaml",
     "half_schedule": ROOT / "benchmarks" / "comparisons" / "half_schedule.yaml",
     "ablation": ROOT / "benchmarks" / "comparisons" / "ablation.yaml",
+    "tuning": ROOT / "benchmarks" / "comparisons" / "tuning.yaml",
 }
 CHOSEN = {"pixel_distance": {"faster_rcnn": "mse", "retinanet": "rms"}}
 """Defaults of DRKD that go by stages since trial 23, by pair: cells of before have them written out."""
