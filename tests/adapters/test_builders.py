@@ -199,6 +199,8 @@ def test_bad_settings_are_refused_at_once(kind, arguments, message):
         ({"backbone": "timm/tf_efficientnet_lite0", "width": 0.5}, "only ResNets"),
         ({"backbone": "timm/vit_tiny_patch16_224"}, "no features at strides"),
         ({"anchor_sizes": ((8,),)}, "one tuple for each of the 3 levels"),
+        ({"anchor_sizes": ((8,), (16, 24), (32,)), "extra": "none"}, "as many sizes on each level"),
+        ({"width": 0.5, "backbone_weights": "imagenet"}, "those of width 1, got width 0.5"),
         ({"backbone_weights": "no_such_file.pth"}, "no such checkpoint"),
     ],
 )

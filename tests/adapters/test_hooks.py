@@ -143,6 +143,29 @@ def test_norms_with_children_keep_their_mode(make_batch):
     assert model.backbone.p3.seen == [True]
 
 
+def test_functions_of_dropout_drop_nothing_in_eval_mode(make_batch):
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.neck = nn.Conv2d(3, 4, 8, 8)
+
+        def forward(self, batch: DetectionBatch) -> Mapping[str, Any]:
+            maps = nn.functional.dropout(self.neck(batch.images), 0.5, training=self.training)
+            return {"loss": torch.dropout(maps, 0.5, self.training).square().mean()}
+
+    wrapped = wrap(("neck",), Dropping(), losses=lambda model, batch: model(batch), detections=None)
+    batch = make_batch([(64, 64)])
+
+    def look() -> set[float]:
+        return {float(wrapped(batch, want=LOSSES).losses["loss"]) for _ in range(3)}
+
+    assert len(look()) == 3
+    wrapped.eval()
+    assert len(look()) == 1
+    wrapped.train()
+    assert len(look()) == 3
+
+
 class _Own(nn.Sequential):
     def forward(self, images: Tensor) -> Tensor:
         self.seen = [self.training]

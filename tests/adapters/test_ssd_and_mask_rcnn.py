@@ -311,3 +311,11 @@ def test_the_classifiers_weights_fill_a_body(tmp_path):
 def test_bad_settings_are_refused(kind, arguments, message):
     with pytest.raises(DrkdError, match=message):
         kind(**arguments)
+
+
+def test_a_narrow_ssd300_of_half_precision_is_rebuilt_in_float32(tmp_path):
+    builder, file = SSD300Builder(width=0.125), tmp_path / "student.pt"
+    save_student(file, builder.build(("cat",)), builder=builder, image_settings=SETTINGS, half=True)
+    names = {}
+    exec(torch.load(file, weights_only=True)["code"].replace('"student.pt"', repr(str(file))), names)
+    assert {parameter.dtype for parameter in names["model"].parameters()} == {torch.float32}

@@ -73,3 +73,44 @@ def test_a_detector_of_one_size_is_measured_at_it():
     costs = [measure_cost(model, size, repeats=1, warmup=0) for size in ((200, 320), (640, 640))]
     assert costs[0].flops == costs[1].flops
     assert {cost.image_size for cost in costs} == {(256, 320)}
+
+
+class Attention(nn.Module):
+    """Learned queries look at the pixels: written with torch's fused function, or as two products."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.queries = nn.Parameter(torch.rand(1, 1, 5, 3))
+        self.project = nn.Linear(3, 3)
+
+    def forward(self, images):
+        pixels = images[0].flatten(1).T[None, None]
+        queries = self.project(self.queries)
+        if self.fused:
+            return nn.functional.scaled_dot_product_attention(queries, pixels, pixels)
+        return (queries @ pixels.transpose(-1, -2) / 3**0.5).softmax(dim=-1) @ pixels
+
+
+def test_fused_attention_counts_and_parameters_may_be_handed_to_layers():
+    fast = torch.backends.mha.get_fastpath_enabled()
+    costs = [measure_cost(Attention(fused).eval(), (8, 8), repeats=1, warmup=0).flops for fused in (True, False)]
+    assert costs == [2 * 5 * 3 * 3 + 2 * 2 * 5 * 64 * 3] * 2
+    model = Attention(True).eval()
+    measure_cost(model, (8, 8), repeats=1, warmup=0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+def test_whole_encoder_layers_count():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+
+        def forward(self, images):
+            return self.layer(images[0].new_ones(1, 6, 4))
+
+    # In-projection, output projection and the two of the feed-forward part; the products of queries, keys and values.
+    products = 6 * 4 * 12 + 6 * 4 * 4 + 2 * 6 * 4 * 8 + 2 * 6 * 6 * 4
+    assert measure_cost(Encoder().eval(), (4, 4), repeats=1, warmup=0).flops == 2 * products

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from drkd.adapters.box_precision import without_autocast
 from drkd.adapters.layer_outputs import LayerName, LayerRecorder
@@ -39,6 +41,11 @@ FeatureFunction = Callable[[nn.Module, DetectionBatch], object]
 _POSSIBLE = frozenset[Want]({"features", "losses"})
 # Bases that say nothing about what a module does.
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_DROPOUTS = (
+    torch.dropout,
+    *(getattr(functional, name) for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")),
+    functional.feature_alpha_dropout,
+)
 
 
 class HookedDetector(Detector):
@@ -330,6 +337,20 @@ def wrap_model(
     )
 
 
+class _NoDropout(TorchFunctionMode):
+    """Calls of dropout functions hand their input on: a user's block may ask for it by its own ``training``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch in place of each of its functions."""
+        del types
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is functional.scaled_dot_product_attention and len(args) < 5:
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def _as_in_training(model: nn.Module) -> Iterator[None]:
     """Let a model that decides by ``training`` what to return compute its losses; torch's own layers keep their mode.
@@ -342,10 +363,12 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if not module.training and any(True for _ in module.children()) and not _is_layer(module)
     ]
+    rests = not model.training
     try:
         for module in changed:
             module.training = True
-        yield
+        with _NoDropout() if rests else nullcontext():
+            yield
     finally:
         for module in changed:
             module.training = False

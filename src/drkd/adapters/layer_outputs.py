@@ -6,11 +6,14 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
@@ -173,7 +176,7 @@ def trace_layers(model: nn.Module, run: Callable[[], Any]) -> list[TracedLayer]:
     try:
         for name, module in modules.items():
             handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
-        with counter:
+        with _countable(model), counter:
             run()
     finally:
         for handle in handles:
@@ -189,6 +192,27 @@ def trace_layers(model: nn.Module, run: Callable[[], Any]) -> list[TracedLayer]:
         )
         for name, output in first.items()
     ]
+
+
+@contextmanager
+def _countable(model: nn.Module) -> Iterator[None]:
+    """Let FlopCounterMode count all of a model, which is put back afterwards.
+
+    It fails on parameters that are handed to a layer and want gradients, and knows neither the CPU's fused attention
+    nor torch's fast path through whole encoder layers.
+    """
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:

@@ -62,7 +62,8 @@ def _zoo_lines(plan: Mapping[str, Any]) -> list[str]:
     if plan.get("narrow"):
         lines += [
             'for name, value in saved["state_dict"].items():',
-            '    setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], nn.Parameter(value))',
+            '    layer, _, last = name.rpartition(".")',
+            "    setattr(model.get_submodule(layer), last, nn.Parameter(value.float()))",
         ]
     return lines
 

@@ -94,6 +94,10 @@ class PyramidBuilder(DetectorBuilder):
             raise DrkdError(
                 f"width and fpn_channels: expected positive numbers, got {self.width} and {self.fpn_channels}."
             )
+        if self.backbone_weights == "imagenet" and self.width != 1:
+            raise DrkdError(
+                f"backbone_weights: the published ImageNet weights are those of width 1, got width {self.width}."
+            )
         if not -1 <= self.frozen_stages <= 4:
             raise DrkdError(f"frozen_stages: expected -1 to 4, got {self.frozen_stages}.")
         if self._needs_groups() and self.fpn_channels % _GROUPS:
@@ -136,6 +140,11 @@ class PyramidBuilder(DetectorBuilder):
             raise DrkdError(
                 f"anchor_sizes: expected one tuple for each of the {len(pyramid.strides)} levels "
                 f"(strides {list(pyramid.strides)} px), got {len(sizes)}."
+            )
+        if len({len(level) for level in sizes}) != 1:
+            raise DrkdError(
+                "anchor_sizes: expected as many sizes on each level, since the head has one number of anchors a place, "
+                f"got {[list(level) for level in sizes]}."
             )
         ratios = list(self._ratios())
         plan: dict[str, Any] = {

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from drkd.contracts import Size
@@ -82,7 +83,7 @@ def measure_cost(
     image = torch.rand((3, *image_size), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode(), _keep_size(model, image_size), _use_threads(threads):
         counter = FlopCounterMode(display=False)
-        with counter:
+        with _countable(model), counter:
             model([image])
         for _ in range(warmup):
             model([image])
@@ -99,6 +100,27 @@ def measure_cost(
         image_size=_computed_size(model, image_size),
         device=f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
     )
+
+
+@contextmanager
+def _countable(model: nn.Module) -> Iterator[None]:
+    """Let FlopCounterMode count all of a model, which is put back afterwards.
+
+    It fails on parameters that are handed to a layer and want gradients, and knows neither the CPU's fused attention
+    nor torch's fast path through whole encoder layers.
+    """
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 def _time_call(model: nn.Module, image: torch.Tensor) -> float:
