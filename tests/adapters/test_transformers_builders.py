@@ -196,6 +196,16 @@ def test_a_teacher_with_a_new_head_is_refused_where_it_would_be_random(published
     assert PretrainedDetrBuilder(name=str(published)).build_teacher(["couch"]).label_ids == (1,)
 
 
+def test_a_student_keeps_what_the_outputs_of_as_many_classes_mean(published: Path) -> None:
+    builder = PretrainedDetrBuilder(name=str(published), head="new")
+    student = builder.build(["cup", "airplane", "couch", "person"])
+    assert student.label_ids == (3, 2, 1, 0)
+    model: Any = student.model
+    assert model.config.id2label == {0: "person", 1: "couch", 2: "airplane", 3: "cup"}
+    with pytest.warns(UserWarning, match=r"begin as those of its own \(person, sofa, aeroplane, cup\)"):
+        assert builder.build(["a", "b", "c", "d"]).label_ids == (0, 1, 2, 3)
+
+
 def test_a_folder_that_does_not_hold_its_model_is_refused(published: Path, tmp_path: Path) -> None:
     with pytest.raises(DrkdError, match="none of the classes zebra"):
         PretrainedDetrBuilder(name=str(published)).build(["zebra"])

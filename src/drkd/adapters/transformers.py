@@ -226,9 +226,11 @@ class PretrainedDetrBuilder(DetectorBuilder):
         if new and not new_layers:
             # As many classes as the file's: nothing of it is new, and what its outputs mean is what they were.
             own = [str(name) for _, name in sorted(named.items())]
-            if set(own) == set(class_names):
-                label_ids = [own.index(name) for name in class_names]
-                for entry, value in _classes(own).items():
+            found = self._labels_of(class_names, named)
+            if sorted(found) == list(range(len(class_names))):
+                label_ids = found
+                ordered = [name for _, name in sorted(zip(found, class_names, strict=True))]
+                for entry, value in _classes(ordered).items():
                     setattr(model.config, entry, value)
             else:
                 warnings.warn(
@@ -267,12 +269,16 @@ class PretrainedDetrBuilder(DetectorBuilder):
             )
         return other
 
+    def _labels_of(self, class_names: Sequence[str], id2label: dict[int, str]) -> list[int]:
+        """The file's label of each class, -1 where it knows it not; empty where it knows none."""
+        try:
+            return list(find_labels(id2label, class_names, source=self.name))
+        except DrkdError:
+            return []
+
     def _check_taught(self, class_names: Sequence[str], id2label: dict[int, str], new_layers: Sequence[str]) -> None:
         """A new head is for a teacher only where nothing of it is new: the file's classes, in the file's order."""
-        try:
-            labels = find_labels(id2label, class_names, source=self.name)
-        except DrkdError:
-            labels = []
+        labels = self._labels_of(class_names, id2label)
         named = [str(name) for _, name in sorted(id2label.items())]
         own = ", or head: own, which finds those that it knows" if labels else ""
         advice = (
