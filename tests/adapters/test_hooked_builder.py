@@ -132,3 +132,19 @@ def test_the_documents_recipe_is_one(tmp_path):
     for builder in (recipe.student, recipe.teacher):
         assert isinstance(builder, DetectorBuilder)
         assert builder.build(CLASSES).spec.levels[0].stride == 8
+
+
+def test_weights_of_a_file_keep_what_their_outputs_mean(tmp_path, make_batch):
+    detector, path = BUILDER.build(CLASSES).eval(), tmp_path / "student.pt"
+    save_student(path, detector, builder=BUILDER, image_settings=SETTINGS)
+    turned = replace(BUILDER, weights=str(path)).build(("cup", "cat", "dog")).eval()
+    assert turned.label_ids == tuple(detector.label_ids[place] for place in (2, 0, 1))
+    batch = make_batch([(64, 96)])
+    ours, theirs = detector.detect(batch)[0], turned.detect(batch)[0]
+    assert torch.equal(ours.boxes, theirs.boxes) and torch.equal((ours.labels + 1) % 3, theirs.labels)
+    with pytest.raises(DrkdError, match="was trained on cat, dog, cup, and not on cow"):
+        replace(BUILDER, weights=str(path)).build(("cup", "cat", "cow"))
+    # Saved again it is the same file to the next reader.
+    save_student(tmp_path / "again.pt", turned, builder=BUILDER, image_settings=SETTINGS)
+    again = load_detector(tmp_path / "again.pt", class_names=CLASSES, trust_code=True).detect(batch)[0]
+    assert torch.equal(ours.boxes, again.boxes) and torch.equal(ours.labels, again.labels)
