@@ -257,6 +257,7 @@ def compare_parser(description: str, **settings: Any) -> ArgumentParser:
         "--only",
         type=str,
         nargs="+",
+        action="extend",  # given twice, both count
         default=[],
         metavar="PAIR[/METHOD[/SEED]]",
         help="Measure these cells only; * stands for anything, as in '*/hint'.",

@@ -587,6 +587,13 @@ def test_dry_run_lists_and_runs_nothing(
     assert len(_files(tmp_path)) == 2
 
 
+def test_only_given_twice_counts_twice(fake: None, comparison_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compare", "--config", str(comparison_file), "--dry-run"]
+    assert main([*command, "--only", "tiny/hint/0", "--only=tiny/drkd/1", "--only", "tiny/teacher"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["tiny/teacher", "tiny/hint/0", "tiny/drkd/1"]
+
+
 def test_dry_run_names_what_is_not_there(
     fake: None, comparison_file: Path, tiny_coco: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
