@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from drkd import cli_inspect, cli_ship
 from drkd import cli_verbs as verbs
 from drkd.cli_errors import FAILED, INTERRUPTED, WRONG, explain
+from drkd.recipes.home import expand_home
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,7 +112,7 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> Any:
     if takes_files:
         spelled = _files_first(spelled)
     try:
-        return parser.parse_args(spelled)
+        return expand_home(parser.parse_args(spelled))
     except (argparse.ArgumentError, TypeError, KeyError) as error:
         recipe = takes_files and "--config" not in " ".join(spelled)
         hint = "Name a file with --config, or see" if recipe else "See"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -17,13 +18,13 @@ from torch.utils.data import DataLoader
 from drkd.contracts import LARGEST_SIDE, DetectionBatch, DrkdError, ImageRecord, Size
 from drkd.data.dataset import DetectionDataset, find_splits, load_split
 from drkd.data.digits import EMBEDDED, build_digits
-from drkd.data.formats.reading import FormatChoice
+from drkd.data.formats.reading import FormatChoice, find_sources
 from drkd.data.mixed_sampler import MixedBatchSampler
 from drkd.data.problem import LeaveOut
 from drkd.data.records import PackedRecords
 from drkd.data.sampler import EvaluationBatchSampler, TrainBatchSampler, aspect_group
 from drkd.data.split import DatasetSplit
-from drkd.data.transforms import Photometric, collate, eval_transforms, train_transforms
+from drkd.data.transforms import Photometric, collate, eval_transforms, several, train_transforms
 from drkd.data.unlabelled import put_labels_aside, read_unlabelled
 
 REST = "rest"
@@ -74,6 +75,12 @@ def _check_numbers(limits: Mapping[str, tuple[float | None, int, int | None]]) -
         if value is not None and not (least <= value and (largest is None or value <= largest)):
             expected = f"at least {least}" if largest is None else f"{least} to {largest}"
             raise DrkdError(f"data.{name}: expected {expected}, got {value}.")
+
+
+def _is_data_set(folder: Path) -> bool:
+    with suppress(DrkdError, OSError):
+        return bool(find_sources(folder))
+    return False
 
 
 class DetectionData:
@@ -156,8 +163,14 @@ class DetectionData:
                 "zoom_out": (zoom_out, 0, 1),
                 "random_crop": (random_crop, 0, 1),
             }
+            | {f"min_size[{place}]": (side, 1, LARGEST_SIDE) for place, side in enumerate(several(min_size))}
             | {f"pad_to[{place}]": (side, 1, LARGEST_SIDE) for place, side in enumerate(pad_to or ())}
         )
+        if max(several(min_size), default=0) > max_size or not several(min_size):
+            raise DrkdError(
+                f"data.min_size and data.max_size: expected a short side (or several) of at most the limit of the long "
+                f"one, got {min_size} and {max_size}."
+            )
         self._left_out: dict[Path, None] = {}
         self._others: dict[str, DatasetSplit] = {}
         self._substitutes = _MOST_SUBSTITUTES if unreadable == "skip" else 0
@@ -198,8 +211,19 @@ class DetectionData:
 
     @property
     def root(self) -> Path:
-        """The data set's folder; builds the embedded one on first use."""
-        return build_digits(config=EMBEDDED[self._root]) if self._root in EMBEDDED else Path(self._root)
+        """The data set's folder; builds the embedded one on first use.
+
+        Raises:
+            DrkdError: If the name of an embedded one is that of a data set here too.
+        """
+        if self._root not in EMBEDDED:
+            return Path(self._root)
+        if _is_data_set(Path(self._root)):
+            raise DrkdError(
+                f"data.root: '{self._root}' is the embedded data set, and there is a folder of that name with another "
+                f"one here: write './{self._root}' for the folder, or call it otherwise."
+            )
+        return build_digits(config=EMBEDDED[self._root])
 
     @property
     def class_names(self) -> tuple[str, ...]:

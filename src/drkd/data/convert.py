@@ -99,8 +99,9 @@ def convert(
     place = as_shown if writer.shown else as_stored
     splits = [replace(split, records=tuple(place(record) for record in split.records)) for split in splits]
     if to != "voc":
-        # No other format has a split of that name.
-        splits = [replace(split, name="train") if split.name == "trainval" else split for split in splits]
+        # No other format has a split of that name; and none trains on what it validates on.
+        splits, shared = _part_trainval(splits)
+        lost += shared
     kind = next(iter(chosen.values())).format
     for split in splits:
         lost += [f"{split.name}: {line}" for line in writer.losses(split)]
@@ -113,6 +114,23 @@ def convert(
         {split.name: sum(len(record.labels) for record in split.records) for split in splits},
         (_BESIDE_BOXES[kind], *lost),
     )
+
+
+def _part_trainval(splits: Sequence[DatasetSplit]) -> tuple[list[DatasetSplit], list[str]]:
+    """VOC's trainval as the split train, without the images that other splits have; and what was left out."""
+    elsewhere = {record.path for split in splits if split.name != "trainval" for record in split.records}
+    parted, lost = [], []
+    for split in splits:
+        if split.name != "trainval":
+            parted.append(split)
+            continue
+        kept = tuple(record for record in split.records if record.path not in elsewhere)
+        if not kept:
+            raise DrkdError("trainval: every image of it is in another split too, so there is nothing to train on.")
+        if left := len(split.records) - len(kept):
+            lost.append(f"train: {left} of the {len(split.records)} images of trainval, which other splits have too")
+        parted.append(replace(split, name="train", records=kept))
+    return parted, lost
 
 
 def _check_target(source: Path, target: Path) -> None:
@@ -134,7 +152,8 @@ def _read(sources: Mapping[str, SplitSource], classes: Sequence[str] | None) -> 
             lost.append(
                 f"{name}: {scan.dropped} boxes without area; what {scan.clipped} boxes overhang their images by"
             )
-        split = scan.split if classes is None else keep_classes(scan.split, classes, source=entry.file)
+        known = splits[0].class_names if splits else ()
+        split = scan.split if classes is None else keep_classes(scan.split, classes, source=entry.file, known=known)
         splits.append(split if not splits else map_classes(split, splits[0].class_names, source=entry.file))
     if damaged:
         raise_errors(damaged, file=damaged[0].file, shown=_SHOWN)

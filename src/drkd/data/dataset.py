@@ -77,8 +77,8 @@ def load_split(
             then left out. By default it is an error.
 
     Raises:
-        DrkdError: If the split is not there, cannot be used, has a class that ``class_names`` lacks, or lacks all of
-            ``classes``.
+        DrkdError: If the split is not there, cannot be used, has a class that ``class_names`` lacks, or lacks one of
+            ``classes`` that ``class_names`` lacks too.
     """
     sources = find_sources(root, format=format)
     if split not in sources:
@@ -86,23 +86,26 @@ def load_split(
     source = sources[split]
     loaded = read_source(source, masks=masks, leave_out=leave_out)
     if classes is not None:
-        loaded = keep_classes(loaded, classes, source=source.file)
+        loaded = keep_classes(loaded, classes, source=source.file, known=class_names or ())
     return loaded if class_names is None else map_classes(loaded, class_names, source=source.file)
 
 
-def keep_classes(split: DatasetSplit, classes: Sequence[str], *, source: Path) -> DatasetSplit:
+def keep_classes(
+    split: DatasetSplit, classes: Sequence[str], *, source: Path, known: Sequence[str] = ()
+) -> DatasetSplit:
     """Leave out the boxes of all but some classes; images that have none of them stay, without boxes.
 
     Args:
         split: The split.
         classes: The classes to keep; they become labels 0, 1, ... in this order.
         source: The split's file, for the message.
+        known: Classes that another split has; this one may lack them.
 
     Raises:
         DrkdError: If a class is not there, or is given twice.
     """
     names = tuple(classes)
-    if unknown := [name for name in names if name not in split.class_names]:
+    if unknown := [name for name in names if name not in split.class_names and name not in known]:
         raise DrkdError(
             f"{source}: data.classes: there is no class {_listing(unknown)}; the data has "
             f"{_listing(split.class_names)}."
@@ -111,7 +114,8 @@ def keep_classes(split: DatasetSplit, classes: Sequence[str], *, source: Path) -
         raise DrkdError(f"data.classes: expected at least one class and each once, got {list(names)}.")
     table = torch.full((len(split.class_names),), -1, dtype=torch.int64)
     for label, name in enumerate(names):
-        table[split.class_names.index(name)] = label
+        if name in split.class_names:
+            table[split.class_names.index(name)] = label
     records = []
     for record in split.records:
         labels = table[record.labels]
@@ -129,7 +133,7 @@ def keep_classes(split: DatasetSplit, classes: Sequence[str], *, source: Path) -
             )
         )
     ids = dict(zip(split.class_names, split.category_ids, strict=False))
-    return DatasetSplit(split.name, tuple(records), names, tuple(ids[name] for name in names) if ids else ())
+    return DatasetSplit(split.name, tuple(records), names, tuple(ids.get(name, -1) for name in names) if ids else ())
 
 
 def map_classes(split: DatasetSplit, class_names: Sequence[str], *, source: Path) -> DatasetSplit:

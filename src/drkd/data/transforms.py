@@ -26,6 +26,14 @@ class _KeepChannels(v2.RandomPhotometricDistort):
         return {**super().make_params(flat_inputs), "channel_permutation": None}
 
 
+class _Crop(v2.RandomIoUCrop):
+    """Torchvision's crop, but for images a pixel high or wide: of one it would make a part without extent."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the part (called by torchvision); nothing of an image that has none."""
+        return super().make_params(flat_inputs) if min(v2.query_size(flat_inputs)) > 1 else {}
+
+
 class ResizeKeepRatio(v2.Transform):
     """Scales so that the short side has one of the given lengths, unless the long side would become too long.
 
@@ -94,10 +102,10 @@ def train_transforms(
         steps.append(v2.RandomZoomOut(fill=fill, side_range=(1.0, 2.0), p=zoom_out))
     if random_crop > 0:
         # Boxes outside become empty, which the data set drops.
-        steps.append(v2.RandomApply([v2.RandomIoUCrop(min_scale=0.5)], p=random_crop))
+        steps.append(v2.RandomApply([_Crop(min_scale=0.5)], p=random_crop))
     if horizontal_flip > 0:
         steps.append(v2.RandomHorizontalFlip(horizontal_flip))
-    steps.append(ResizeKeepRatio(_several(min_size), max_size))
+    steps.append(ResizeKeepRatio(several(min_size), max_size))
     steps.append(v2.ToDtype(torch.float32, scale=True))
     return v2.Compose(steps)
 
@@ -109,10 +117,11 @@ def eval_transforms(*, min_size: int | Sequence[int] = 800, max_size: int = 1333
         min_size: Short side, px; of several the largest, as is the custom after multi-scale training.
         max_size: Limit of the long side, px.
     """
-    return v2.Compose([ResizeKeepRatio([max(_several(min_size))], max_size), v2.ToDtype(torch.float32, scale=True)])
+    return v2.Compose([ResizeKeepRatio([max(several(min_size))], max_size), v2.ToDtype(torch.float32, scale=True)])
 
 
-def _several(min_size: int | Sequence[int]) -> list[int]:
+def several(min_size: int | Sequence[int]) -> list[int]:
+    """The short sides, one or more."""
     return [min_size] if isinstance(min_size, int) else list(min_size)
 
 

@@ -19,6 +19,7 @@ from drkd.data.dataset import Sample, load_split
 from drkd.data.digits import build_digits
 from drkd.data.formats.reading import FormatChoice
 from drkd.data.image import decode_image
+from drkd.data.image_files import find_image_files
 from drkd.data.transforms import collate, eval_transforms
 from drkd.export.agreement import BOX_BOUND_PX, SCORE_BOUND, Agreement, compare
 from drkd.export.onnx_detector import OnnxDetector
@@ -312,6 +313,8 @@ def _read_images(
 ) -> Iterator[tuple[str, DetectionBatch]]:
     if limit < 1:
         raise DrkdError(f"image_limit: expected at least 1, got {limit}.")
+    if source == "digits" and find_image_files(Path(source)):
+        raise DrkdError("images: 'digits' is the embedded data set, and a folder here too: write './digits' for that.")
     folder = build_digits() / "val" if source == "digits" else Path(source)
     if source == "digits" and not folder.is_dir():
         folder = build_digits()

@@ -17,6 +17,7 @@ import yaml
 from drkd.adapters.backbones import check_backbone
 from drkd.contracts import DrkdError
 from drkd.data.dataset import DatasetSplit, find_splits, load_split
+from drkd.data.digits import EMBEDDED
 from drkd.data.formats.reading import FormatChoice
 from drkd.recipes.run_folder import write_text
 from drkd.recipes.teacher import Teacher, look_at_teacher
@@ -287,6 +288,7 @@ teacher: # only used in training
   class_path: drkd.methods.DRKD
 {_HEAD if student != "faster_rcnn" else ""}
 """
+    named_root = f"./{root}" if str(root) in EMBEDDED else str(root)  # alone it would name the embedded data set
     return f"""\
 # Written by `drkd init` for {root}{beside}.
 # Every key can be overridden: drkd {verb} --config THIS_FILE --training.epochs=5. All keys: drkd {verb} --help
@@ -301,7 +303,7 @@ student: # this is what you get: {run}/student.pt
     frozen_stages: {frozen} # the first stages keep their weights; -1: none
 
 {teaching}data:
-  root: {_quoted(str(root))}{named}
+  root: {_quoted(named_root)}{named}
   train_split: {facts.train_split}
   val_split: {facts.val_split}
   batch_size: {batch} # fewer if memory runs out; then lower the learning rate in proportion

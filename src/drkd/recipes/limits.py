@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING
 
 import torch
 
 from drkd.contracts import Detector, DrkdError
+from drkd.data.split import DatasetSplit
 from drkd.engine.unlabelled import choose_labeller
+from drkd.recipes.run_folder import is_first_process
 
 if TYPE_CHECKING:
     from drkd.recipes.recipe import Recipe, Training
@@ -103,16 +106,31 @@ def check_splits(recipe: Recipe) -> None:
     """
     training, evaluated = recipe.training, recipe.evaluation.split
     if evaluated is not None:
-        recipe.data.split(evaluated)
+        _warn_of_shared(recipe.data.train_split, recipe.data.split(evaluated))
     if not training.validate_every:
         return
     validation = recipe.data.val_split
+    if validation.name != evaluated:
+        _warn_of_shared(recipe.data.train_split, validation)
     if training.keeps_best and not any((~record.crowd).any() for record in validation.records):
         wanted = "training.keep=best" if training.patience is None else "training.patience"
         raise DrkdError(
             f"data.val_split: none of the {len(validation)} images of '{validation.name}' that are validated on has a "
             f"box of these classes, so there is no AP for {wanted} to go by. Expected some: see data.val_limit and "
             "data.classes, or leave it out."
+        )
+
+
+def _warn_of_shared(train: DatasetSplit, other: DatasetSplit) -> None:
+    """VOC's trainval has the images of val in it; whoever trains on it measures on another split."""
+    if train.name != "trainval" or not is_first_process():
+        return
+    shared = len({record.path for record in train.records} & {record.path for record in other.records})
+    if shared:
+        print(
+            f"drkd: data: {shared} of the {len(other)} images of '{other.name}' are in 'trainval' too, which is "
+            "trained on: AP on them says nothing about new images.",
+            file=sys.stderr,
         )
 
 

@@ -11,7 +11,7 @@ from drkd.contracts import DrkdError
 from drkd.engine.distiller import Distiller
 from drkd.recipes.doctor import Diagnosis, Finding, examine, examine_briefly
 from drkd.recipes.loading import choose_device
-from drkd.recipes.recipe import Recipe
+from drkd.recipes.recipe import Recipe, Training
 from drkd.recipes.run_folder import RunFolder, check_folder, write_json
 
 REPORT = "doctor.json"
@@ -44,9 +44,20 @@ def doctor(recipe: Recipe, *, images: int | None = 200, steps: int = 8) -> Diagn
             # Classes that differ, weights that do not fit: whatever keeps the run from being built at all.
             diagnosis = Diagnosis((Finding("stop", "build", str(error)),), {})
         else:
-            diagnosis = examine(recipe, distiller, images=images, steps=steps, device=device)
+            processes = _count_processes(recipe.training, device)
+            diagnosis = examine(recipe, distiller, images=images, steps=steps, device=device, processes=processes)
     write_json(recipe.output / REPORT, diagnosis.as_json())
     return diagnosis
+
+
+def _count_processes(training: Training, device: torch.device) -> int:
+    """How many the run will have; of "auto" and -1 as many as this machine has GPUs."""
+    number = str(training.devices)
+    if number in ("auto", "-1"):
+        here = torch.cuda.device_count() if device.type == "cuda" else 1
+    else:
+        here = int(number) if number.isdecimal() else len(number.strip(",").split(","))
+    return max(1, here) * training.num_nodes
 
 
 def preflight(recipe: Recipe, distiller: Distiller, folder: RunFolder, *, device: torch.device) -> None:

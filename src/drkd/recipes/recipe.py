@@ -14,6 +14,7 @@ from drkd.contracts import DetectorBuilder, DetectorSpec, DrkdError, KDMethod
 from drkd.data.module import DetectionDataModule
 from drkd.engine.module import Optimization
 from drkd.engine.unlabelled import UnlabelledImages
+from drkd.recipes.home import expand_home
 from drkd.recipes.limits import check_training, check_validation
 from drkd.recipes.null_values import refuse_nulls
 from drkd.recipes.recipe_error import readable
@@ -234,6 +235,7 @@ def instantiate(parser: ArgumentParser, config: Namespace) -> Recipe:
         DrkdError: If a value is out of its range, or null where it must not be.
     """
     refuse_nulls(parser, config)
+    expand_home(config)
     # Parsed a moment ago: what is valid needs no second look.
     resolved = parser.dump(config, skip_unset=False, skip_validation=True)
     try:

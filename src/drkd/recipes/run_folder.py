@@ -25,7 +25,7 @@ import yaml
 
 from drkd.contracts import DrkdError
 from drkd.recipes.lock import lock_folder, unlock
-from drkd.recipes.setting_changes import differences, without_folder
+from drkd.recipes.setting_changes import differences, leaves, without_folder
 
 # Removed in this order: as long as run.json is there, the folder is taken.
 _WRITTEN = (
@@ -51,7 +51,9 @@ def write_text(path: Path, text: str, *, lasting: bool = True) -> None:
     written: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as aside:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as aside:
             written = Path(aside.name)
             aside.write(text)
             aside.flush()
@@ -142,14 +144,15 @@ class RunFolder:
         path: The folder.
         resume: Go on in a folder that has a checkpoint, or in which a run began and was ended before its first one;
             "auto" starts where there is neither.
-        overwrite: Remove what an earlier run left.
+        overwrite: Remove what an earlier run left, as soon as this one starts: until then anything may be refused.
 
     Attributes:
         resumes: Whether there is a checkpoint to go on from and that was asked for.
 
     Raises:
         DrkdError: If the folder holds a run and neither resume nor overwrite was said, or both were, or there is
-            nothing to resume, or another run is at work in the folder.
+            nothing to resume, or another run is at work in the folder, or the run has ended and is to go on without
+            its checkpoint.
     """
 
     def __init__(self, path: Path, *, resume: bool | Literal["auto"] = False, overwrite: bool = False) -> None:
@@ -161,6 +164,7 @@ class RunFolder:
         self.path = path
         self._run: dict[str, Any] = {}
         self._before: dict[Path, str] = {}
+        self._replaces = False
         self._part: Path | None = None
         self._clock = time.monotonic()
         self._lock: int | None = None
@@ -184,9 +188,14 @@ class RunFolder:
                     f"{self.path} already holds a run. Go on with it (--resume=true), replace it (--overwrite=true), "
                     "or choose another folder (--output)."
                 )
+            if resume and self.student.exists() and not self.last_checkpoint.exists():
+                raise DrkdError(
+                    f"{self.path}: the run has ended ({self.student.name} is there), and what it would go on from is "
+                    f"gone ({self.last_checkpoint}). Train anew (--resume=false --overwrite=true), or choose another "
+                    "folder (--output)."
+                )
             # A folder of something else may have `checkpoints` and `logs` of its own.
-            if overwrite and taken:
-                self._clear()
+            self._replaces = overwrite and taken
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             remove_asides(self.path, _WRITTEN)
             # A session that was killed left its own, which is not where this one is.
@@ -253,6 +262,13 @@ class RunFolder:
         """Write the recipe and where the run comes from; of a run that goes on, also which settings changed."""
         if not self.writes:
             return
+        if self._replaces:
+            self._refuse_inputs(yaml.safe_load(resolved))
+            self._clear()
+            for folder in (self.checkpoints, self._part):
+                if folder is not None:
+                    folder.mkdir(parents=True, exist_ok=True)
+            self._replaces = False
         changed = self._changes(resolved) if self.resumes else []
         if self.resumes:
             for file in (self.path / "recipe.yaml", self.path / "run.json"):
@@ -274,6 +290,24 @@ class RunFolder:
             self._run["changed_settings"] = changed
         self._clock = time.monotonic()
         write_json(self.path / "run.json", self._run)
+
+    def _refuse_inputs(self, settings: Any) -> None:
+        """A run that replaces another must not read what it removes, a teacher say."""
+        folder = self.path.resolve()
+        removed = [self.checkpoints, self.path / "logs", *(self.path / name for name in _WRITTEN)]
+        doomed = {path.resolve() for path in removed}
+        for name, value in leaves(settings).items():
+            if not isinstance(value, str) or name.split(".")[0] in ("output", "data"):
+                continue
+            try:
+                path = Path(value).resolve(strict=True)
+            except (OSError, ValueError):
+                continue  # no path, most likely
+            if path == folder or doomed & {path, *path.parents}:
+                raise DrkdError(
+                    f"{name}: {value} is of the run that --overwrite would replace, and this one reads it. Choose "
+                    "another folder with --output."
+                )
 
     def _changes(self, resolved: str) -> list[str]:
         """Which settings are not those that the run went on with until now; says so, since its results mix both."""
@@ -300,7 +334,7 @@ class RunFolder:
         if not file.exists():
             return []
         try:
-            earlier = json.loads(file.read_text())
+            earlier = json.loads(file.read_text(encoding="utf-8"))
             return [*earlier.pop("sessions", []), earlier] if earlier else []
         except (OSError, ValueError, AttributeError, TypeError) as error:
             print(
@@ -339,7 +373,7 @@ class RunFolder:
     def next_log(self) -> Path:
         """Folder for this session's raw logs; a resumed run gets one of its own."""
         logs = self.path / "logs"
-        count = len(list(logs.glob("part-*"))) if logs.exists() else 0
+        count = len(list(logs.glob("part-*"))) if logs.exists() and not self._replaces else 0
         self._part = logs / f"part-{count:03d}"
         return self._part
 

@@ -270,10 +270,15 @@ class _Scanner:
         if "\\" in name and name not in files and not is_file(self._folder / name):
             name = name.replace("\\", "/")  # written on Windows
         path = self._folder / name
-        if len(name) > 4096 or max(map(len, Path(name).parts), default=0) > 255:
+        try:
+            parts = [len(os.fsencode(part)) for part in Path(name).parts]
+        except UnicodeEncodeError:
+            self._report(record, "file_name", f"expected a file name, got characters that none can have: {name!a}")
+            return None
+        if sum(parts) > 4096 or max(parts, default=0) > 255:
             self._report(record, "file_name", f"the name is too long for a file: '{name[:40]}...'")
             return None
-        if name not in files and not path.is_file():
+        if name not in files and not is_file(path):
             self._report(record, "file_name", f"there is no image file {path}")
         return path
 

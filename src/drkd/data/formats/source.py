@@ -35,6 +35,7 @@ class SplitSource:
         images: The folder of its images; of several, the first.
         absent: What of a split that one need not have (tune or test) is not there, so that nothing is; empty where
             something is. Such a split is an error only where it is asked for.
+        class_file: The file of VOC that lists the classes, where there is one.
     """
 
     format: FormatName
@@ -43,6 +44,7 @@ class SplitSource:
     file: Path
     images: Path
     absent: str = ""
+    class_file: Path | None = None
 
 
 @dataclass(frozen=True)

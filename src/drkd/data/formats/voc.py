@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -31,7 +32,7 @@ def find(root: Path) -> dict[str, SplitSource]:
     ``SPLIT/*.xml`` beside the images (Roboflow). SPLIT is train, tune, val, test or trainval.
 
     Raises:
-        DrkdError: If there are several years below the folder.
+        DrkdError: If there are several years below the folder, or two lists or folders of one split.
     """
     if not root.is_dir():
         return {}
@@ -42,17 +43,25 @@ def find(root: Path) -> dict[str, SplitSource]:
         )
     base = years[0] if years and not (root / "ImageSets").is_dir() else root
     found: dict[str, SplitSource] = {}
+    classes = next((file for place in (base, root) for name in _CLASS_FILES if (file := place / name).is_file()), None)
     for file in sorted((base / "ImageSets" / "Main").glob("*.txt")):
         name = _split_name(file.stem)
-        if name is not None and name not in found:
-            found[name] = SplitSource("voc", name, base, file, base / "JPEGImages")
+        if name is not None:
+            _refuse_second(found, name, file)
+            found[name] = SplitSource("voc", name, base, file, base / "JPEGImages", class_file=classes)
     if found:
         return found
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         name = _split_name(folder.name)
-        if name is not None and name not in found and _list_xml(folder):
-            found[name] = SplitSource("voc", name, root, folder, folder)
+        if name is not None and _list_xml(folder):
+            _refuse_second(found, name, folder)
+            found[name] = SplitSource("voc", name, root, folder, folder, class_file=classes)
     return found
+
+
+def _refuse_second(found: Mapping[str, SplitSource], name: str, file: Path) -> None:
+    if name in found:
+        raise DrkdError(f"{found[name].file} and {file} are both the split '{name}'; expected one of them.")
 
 
 def _split_name(stem: str) -> str | None:
@@ -64,8 +73,8 @@ def scan(source: SplitSource) -> SplitScan:
 
     Pixel coordinates count from 1 and include the last one: ``xmin`` 1 and ``xmax`` W are an image of width W. They
     may be fractions. Objects that are ``difficult`` neither train nor count, as in VOC's own evaluation; they are
-    matched as COCO matches crowds. Classes are those of ``classes.txt`` (or ``labels.txt``) in the data set's folder,
-    a name a line, or else all that its splits name, sorted.
+    matched as COCO matches crowds. Classes are those of ``classes.txt`` (or ``labels.txt``) in the data set's folder
+    (the one that was named, or the ``VOC*`` in it), a name a line, or else all that its splits name, sorted.
     """
     return _Scanner(source).scan()
 
@@ -94,7 +103,7 @@ class _Scanner:
     def scan(self) -> SplitScan:
         source, found = self._source, self._found
         annotations = [annotation for file in self.list_files() if (annotation := self._parse(file)) is not None]
-        listed = _read_classes(source.root)
+        listed = None if source.class_file is None else _read_classes(source.class_file)
         names = listed if listed is not None else self._collect_names(annotations)
         labels = {name: label for label, name in enumerate(names)}
         paths: list[Path] = []
@@ -310,11 +319,8 @@ def _read_list(file: Path) -> list[tuple[int, str]]:
     return [(number, line.strip()) for number, line in enumerate(_read_lines(file), start=1) if line.strip()]
 
 
-def _read_classes(root: Path) -> tuple[str, ...] | None:
-    """The classes of the data set's class file; None where there is none."""
-    file = next((root / name for name in _CLASS_FILES if (root / name).is_file()), None)
-    if file is None:
-        return None
+def _read_classes(file: Path) -> tuple[str, ...]:
+    """The classes of the data set's class file."""
     names = [line.strip() for line in _read_lines(file) if line.strip()]
     if not names or len(set(names)) != len(names):
         twice = next((name for name in names if names.count(name) > 1), None)

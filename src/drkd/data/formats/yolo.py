@@ -44,6 +44,7 @@ class DataYaml:
         names: Class name by class number, ascending.
         splits: By split, its entries: folders and text files of image paths.
         keypoint_values: Numbers that follow each box of a key-point data set; 0 where there are none.
+        lost_path: What ``path`` says where that leads nowhere, so that ``base`` is the file's own folder.
     """
 
     file: Path
@@ -51,6 +52,7 @@ class DataYaml:
     names: dict[int, str]
     splits: dict[str, list[str]]
     keypoint_values: int = 0
+    lost_path: str = ""
 
 
 def find(root: Path) -> dict[str, SplitSource]:
@@ -120,7 +122,8 @@ def read_data_yaml(file: Path) -> DataYaml:
         splits[name] = [entry.replace("\\", "/") for entry in entries]
     if not splits:
         raise DrkdError(f"{file}: names no split; expected 'train' and 'val'.")
-    return DataYaml(file, _base_folder(file, content), names, splits, _keypoint_values(file, content))
+    base, lost = _base_folder(file, content)
+    return DataYaml(file, base, names, splits, _keypoint_values(file, content), lost)
 
 
 def scan(source: SplitSource) -> SplitScan:
@@ -210,19 +213,20 @@ def _keypoint_values(file: Path, content: dict[Any, Any]) -> int:
     return int(shape[0] * shape[1])
 
 
-def _base_folder(file: Path, content: dict[Any, Any]) -> Path:
+def _base_folder(file: Path, content: dict[Any, Any]) -> tuple[Path, str]:
+    """The folder that entries are relative to, and ``path`` where it leads nowhere."""
     path = content.get("path")
     if path is None or path == "":
-        return file.parent
+        return file.parent, ""
     if not isinstance(path, str):
         raise DrkdError(f"{file}: field 'path': expected a folder, got {shorten(path)}.")
     folder = file.parent / path.replace("\\", "/")
     if is_folder(folder):
-        return folder
+        return folder, ""
     if Path(path).is_absolute():
         raise DrkdError(f"{file}: field 'path': there is no folder {path}.")
     # Ultralytics looks in a folder of its settings, which we do not know.
-    return file.parent
+    return file.parent, path
 
 
 def _resolve(data: DataYaml, entry: str) -> Path:
@@ -239,7 +243,11 @@ def _name_absent(data: DataYaml, name: str, entries: list[str]) -> str:
     """Of a split beside train and val that leads nowhere, where: exports of Roboflow name a test that may not be."""
     if name in ("train", "val") or any(_is_there(_resolve(data, entry)) for entry in entries):
         return ""
-    return f"there is no folder or text file {_resolve(data, entries[0])}"
+    return f"there is no folder or text file {_resolve(data, entries[0])}{_why(data)}"
+
+
+def _why(data: DataYaml) -> str:
+    return f"; the field 'path' ({data.lost_path}) leads nowhere too" if data.lost_path else ""
 
 
 def _image_folder(data: DataYaml, entries: list[str]) -> Path:
@@ -281,6 +289,9 @@ class _Scanner:
     def scan(self) -> SplitScan:
         data = self._data
         images = self.list_images()
+        if images and data.lost_path:
+            text = f"there is no folder {data.lost_path}; the file's own, {data.base}, is taken for it"
+            self._found.report(data.file, "", "path", text, severity="warning")
         paths: list[Path] = []
         sizes: list[Size] = []
         label_files: dict[Path, Path] = {}
@@ -325,7 +336,7 @@ class _Scanner:
             elif path.suffix.lower() == ".txt" and is_file(path):
                 listed = self._read_list(path)
             else:
-                found.report(data.file, "", self._name, f"there is no folder or text file {path}")
+                found.report(data.file, "", self._name, f"there is no folder or text file {path}{_why(data)}")
                 continue
             for image in listed:
                 if image in images:

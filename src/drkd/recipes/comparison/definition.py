@@ -15,6 +15,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from drkd.contracts import DrkdError
 from drkd.recipes.builtin import builtin_recipe
+from drkd.recipes.home import expand_home
 from drkd.recipes.null_values import refuse_nulls
 from drkd.recipes.recipe_error import readable
 from drkd.recipes.recipe_file import find_recipe, recipe_chain
@@ -176,6 +177,7 @@ def instantiate(parser: ArgumentParser, config: Namespace) -> Comparison:
         refuse_nulls(parser, config)
     except DrkdError as error:
         raise DrkdError(f"{source_of(config)}: {error}") from None
+    expand_home(config)
     built = parser.instantiate(config)
     comparison = Comparison(**{item.name: built[item.name] for item in fields(Comparison)})
     comparison = replace(

@@ -12,6 +12,10 @@ from drkd.contracts import DetectionBatch, DrkdError
 from drkd.recipes.recipe import Recipe
 
 
+class UnreadableBatch(DrkdError):
+    """An image cannot be read, which is no fault of the detector that was to see it."""
+
+
 class ValidationBatches:
     """The first validation images, decoded and moved batch by batch, anew at each pass: one batch is in memory.
 
@@ -44,9 +48,19 @@ class ValidationBatches:
         )
 
     def __iter__(self) -> Iterator[DetectionBatch]:
-        """Batches of the recipe's size."""
-        batch: DetectionBatch
-        for batch in self._loader:
+        """Batches of the recipe's size.
+
+        Raises:
+            UnreadableBatch: If an image cannot be read.
+        """
+        batches: Iterator[DetectionBatch] = iter(self._loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except DrkdError as error:
+                raise UnreadableBatch(str(error)) from error
             yield batch.to(self._device)
 
     def first(self) -> DetectionBatch:

@@ -15,7 +15,7 @@ from drkd.contracts import DetectionBatch, Detector, DrkdError
 from drkd.data.split import DatasetSplit
 from drkd.engine.distiller import Distiller
 from drkd.engine.teachers import PerTeacher, TeacherGroup
-from drkd.recipes.doctor.batches import ValidationBatches
+from drkd.recipes.doctor.batches import UnreadableBatch, ValidationBatches
 from drkd.recipes.doctor.classes import compare_classes, count_boxes
 from drkd.recipes.doctor.features import look_at_features
 from drkd.recipes.doctor.finding import Diagnosis, Finding
@@ -33,7 +33,13 @@ BRIEF_IMAGES = 16
 
 
 def examine(
-    recipe: Recipe, distiller: Distiller, *, images: int | None = 200, steps: int = 8, device: torch.device
+    recipe: Recipe,
+    distiller: Distiller,
+    *,
+    images: int | None = 200,
+    steps: int = 8,
+    device: torch.device,
+    processes: int = 1,
 ) -> Diagnosis:
     """The whole preflight. The distiller is changed: take one that will not be trained.
 
@@ -43,6 +49,7 @@ def examine(
         images: Validation images to measure the teacher on; None takes all.
         steps: Training steps to take, at least two.
         device: Where to run.
+        processes: How many the run will have; they share an epoch's images.
 
     Raises:
         DrkdError: If there is no teacher, or a number is out of range.
@@ -54,13 +61,13 @@ def examine(
         findings, numbers = _look(recipe, distiller, images=images, device=device)
         batch = ValidationBatches(recipe, 1, device=device).first()
         detect = _detect_seconds(distiller.student, batch)
-    taken = take_steps(recipe, distiller, steps=steps, device=device)
+    taken = take_steps(recipe, distiller, steps=steps, device=device, processes=processes)
     weights = distiller.method.weights if distiller.method is not None else {}
     findings += judge_gradients(taken, weights)
     numbers["gradients"] = {"ratio_to_task": taken.ratios, "share": shares(taken), "steps": max(1, steps // 2)}
     if not taken.error:
-        passes = len(recipe.data.train_dataloader())
-        plan = forecast(recipe, taken, detect_seconds=detect, passes=passes)
+        passes = max(1, len(recipe.data.train_dataloader()) // processes)
+        plan = forecast(recipe, taken, detect_seconds=detect, passes=passes, processes=processes)
         findings.append(judge_cost(plan))
         numbers["cost"] = {**plan, "detect_seconds_an_image": detect, "steps_taken": asdict(taken)}
     return Diagnosis(tuple(findings), numbers)
@@ -136,6 +143,8 @@ def _measure(
     """The teacher's AP as it is and under other preprocessings; one that cannot detect is left at that."""
     try:
         others = average_precision(teacher, batches, split, preprocessing_changes(teacher, student))
+    except UnreadableBatch:
+        raise  # so would the run's validation
     except DrkdError as error:
         return [Finding("ok", "teacher", f"The teacher's AP was not measured. {error}")], {"teacher": None}
     own = others.pop("")

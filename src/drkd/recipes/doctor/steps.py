@@ -49,7 +49,9 @@ class StepNumbers:
     has_spans: bool = False
 
 
-def take_steps(recipe: Recipe, distiller: Distiller, *, steps: int, device: torch.device) -> StepNumbers:
+def take_steps(
+    recipe: Recipe, distiller: Distiller, *, steps: int, device: torch.device, processes: int = 1
+) -> StepNumbers:
     """Train for a few steps at the warm-up's first learning rate; the distiller is changed.
 
     Gradient ratios are measured in the first half, and time in the second, where nothing is measured. Every step is
@@ -60,6 +62,7 @@ def take_steps(recipe: Recipe, distiller: Distiller, *, steps: int, device: torc
         distiller: Student, teacher and method, on ``device``.
         steps: At least two.
         device: Where to run.
+        processes: How many share an epoch's images in the run.
     """
     numbers = StepNumbers()
     settings = recipe.training.optimization
@@ -70,7 +73,7 @@ def take_steps(recipe: Recipe, distiller: Distiller, *, steps: int, device: torc
     found: dict[str, list[float]] = {}
     compute, wait = [], []
     loader = recipe.data.train_dataloader()
-    distiller.total_steps = run_length(recipe, passes=len(loader))
+    distiller.total_steps = run_length(recipe, passes=max(1, len(loader) // processes))
     batches = _endless(loader)
     numbers.has_spans = method is not None and any(
         part.needs_run_length for part in method.modules() if isinstance(part, KDMethod)
@@ -162,22 +165,26 @@ def _steps_an_epoch(recipe: Recipe, passes: int) -> int:
     return max(1, math.ceil(passes / recipe.training.accumulate))
 
 
-def forecast(recipe: Recipe, numbers: StepNumbers, *, detect_seconds: float, passes: int) -> dict[str, Any]:
+def forecast(
+    recipe: Recipe, numbers: StepNumbers, *, detect_seconds: float, passes: int, processes: int = 1
+) -> dict[str, Any]:
     """Steps, seconds and finish of the whole run.
 
     Args:
         recipe: The recipe.
         numbers: Of the steps that were taken.
         detect_seconds: The student's, for one validation image.
-        passes: Batches an epoch.
+        passes: Batches an epoch, of each process.
+        processes: How many there are; they share the validation too.
     """
     settings = recipe.training
     steps = run_length(recipe, passes=passes)
     epochs = steps / _steps_an_epoch(recipe, passes)
     validations = int(epochs // settings.validate_every) if settings.validate_every else 0
     validations += recipe.evaluation.split is not None
+    scored = math.ceil(len(recipe.data.val_split) / processes) if validations else 0
     step = settings.accumulate * (numbers.compute_seconds + numbers.wait_seconds)
-    seconds = steps * step + (validations * len(recipe.data.val_split) * detect_seconds if validations else 0)
+    seconds = steps * step + validations * scored * detect_seconds
     return {
         "steps": steps,
         "seconds_per_step": step,
