@@ -133,6 +133,8 @@ _ERRORS: list[tuple[str, Change, str, str, str]] = [
     ("climbs out", _set("images", 0, "file_name", "../x/a.png"), "image 7", "file_name", "leads out"),
     ("climbs out, backslash", _set("images", 0, "file_name", "..\\a.png"), "image 7", "file_name", "leads out"),
     ("absolute path", _set("images", 0, "file_name", "/etc/passwd"), "image 7", "file_name", "leads out"),
+    ("too long in bytes", _set("images", 0, "file_name", "\u4e2d" * 100 + ".png"), "image 7", "file_name", "too long"),
+    ("half a character", _set("images", 0, "file_name", "\ud800.png"), "image 7", "file_name", "that none can have"),
     ("null byte", _set("images", 0, "file_name", "a\0.png"), "image 7", "file_name", "leads out"),
     (
         "file name is a number",

@@ -310,3 +310,27 @@ def test_files_of_several_formats_need_a_choice(source: Path, tmp_path: Path) ->
     assert len(load_split(source, "train", format="coco")) == 3
     with pytest.raises(DrkdError, match="no VOC annotations found"):
         load_split(source, "train", format="voc")
+
+
+def test_trainval_does_not_take_the_images_of_val_along(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "voc", to="voc")
+    lists = tmp_path / "voc/ImageSets/Main"
+    own, other = (lists / "train.txt").read_text(), (lists / "val.txt").read_text()
+    (lists / "train.txt").unlink()
+    (lists / "trainval.txt").write_text(own + other)
+    converted = convert(tmp_path / "voc", tmp_path / "yolo", to="yolo")
+    assert dict(converted.images) == {"train": 3, "val": 3}
+    assert "train: 3 of the 6 images of trainval, which other splits have too" in converted.lost
+    (lists / "trainval.txt").write_text(other)
+    with pytest.raises(DrkdError, match="every image of it is in another split too"):
+        convert(tmp_path / "voc", tmp_path / "coco", to="coco")
+
+
+def test_a_split_may_lack_a_class_that_is_kept(source: Path, tmp_path: Path) -> None:
+    file = source / "annotations/instances_val.json"
+    document = json.loads(file.read_text())
+    document["categories"] = [entry for entry in document["categories"] if entry["name"] != "dog"]
+    document["annotations"] = [entry for entry in document["annotations"] if entry["category_id"] != 18]
+    file.write_text(json.dumps(document))
+    convert(source, tmp_path / "new", to="yolo", classes=["dog", "brush"])
+    assert load_split(tmp_path / "new", "val").class_names == ("dog", "brush")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,8 +14,6 @@ from drkd.data.digits import DigitsConfig, build_digits
 from drkd.data.module import DetectionDataModule
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.data.conftest import CocoFolder
 
 _SMALL = DigitsConfig(train=12, tune=2, val=5, long_side=64, max_size=30)
@@ -225,3 +224,38 @@ def test_a_want_of_shared_memory_ends_a_pass_and_is_not_waited_out(
     with pytest.raises(RuntimeError, match="unable to write to file") as caught:
         next(iter(loader))
     assert "Original Traceback" in str(caught.value)
+
+
+def test_a_split_may_lack_a_class_that_is_chosen(coco: CocoFolder) -> None:
+    coco.document["categories"] = [{"id": 90, "name": "brush"}]
+    coco.document["annotations"] = [{"id": 1, "image_id": 3, "category_id": 90, "bbox": [1, 2, 3, 4]}]
+    coco.write(split="val")
+    coco.write_image("a.png", split="val")
+    coco.write_image("b.png", split="val")
+    data = _module(coco.root, classes=["dog", "brush"])
+    assert data.train_split.class_names == data.val_split.class_names == ("dog", "brush")
+    assert data.val_split.records[1].labels.tolist() == [1] and data.val_split.category_ids == (-1, 90)
+    with pytest.raises(DrkdError, match=r"instances_train\.json: data\.classes: there is no class 'cat'"):
+        _ = _module(coco.root, classes=["cat", "brush"]).train_split
+
+
+@pytest.mark.parametrize(("short", "long"), [(1600, 1333), ([480, 800], 640), ([], 640)])
+def test_a_short_side_longer_than_the_long_one_is_refused(short: int | list[int], long: int, digits: Path) -> None:
+    with pytest.raises(DrkdError, match=r"data\.min_size and data\.max_size: expected .*, got .+ and (1333|640)\."):
+        _module(digits, min_size=short, max_size=long)
+    with pytest.raises(DrkdError, match=r"data\.min_size\[1\]: expected 1 to 32768, got 0"):
+        _module(digits, min_size=[64, 0])
+
+
+def test_a_folder_called_as_the_embedded_data_is_not_passed_over(
+    coco: CocoFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(coco.root.parent)
+    (coco.root.parent / "digits").mkdir()
+    monkeypatch.setattr("drkd.data.batches.build_digits", lambda config: Path("built"))
+    assert DetectionDataModule("digits").root == Path("built")  # a folder of something else
+    (coco.root.parent / "digits").rmdir()
+    coco.root.rename(coco.root.parent / "digits")
+    with pytest.raises(DrkdError, match=r"'digits' is the embedded data set, and .*: write '\./digits' for the folder"):
+        _ = DetectionDataModule("digits").root
+    assert DetectionDataModule("./digits").class_names == ("bicycle", "dog", "brush")

@@ -195,3 +195,13 @@ def test_wrong_arguments() -> None:
 def test_an_image_may_become_a_single_px():
     image, _ = _apply(eval_transforms(min_size=1, max_size=1), [[10.0, 8.0, 30.0, 24.0]])
     assert image.shape == (3, 1, 1)
+
+
+@pytest.mark.parametrize("size", [(1, 50), (50, 1)])
+def test_random_crop_leaves_lines_alone(size: tuple[int, int]) -> None:
+    transforms = train_transforms(min_size=1, max_size=60, horizontal_flip=0.0, random_crop=1.0)
+    boxes = tv_tensors.BoundingBoxes([[0, 0, size[1], size[0]]], format="XYXY", canvas_size=size)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        image, kept = transforms(tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8)), boxes)
+        assert image.shape[-2:] == size and kept.tolist() == boxes.tolist()

@@ -284,3 +284,26 @@ def test_a_name_too_long_for_a_file_is_no_file(voc: Path) -> None:
     (voc / "ImageSets/Main/train.txt").write_text(f"a\nb\n{'c' * 3000}\n")
     found = [problem.message for problem in scan(voc).problems]
     assert len(found) == 1 and "there is no annotation file" in found[0]
+
+
+def test_two_lists_of_one_split_are_refused(voc: Path) -> None:
+    (voc / "ImageSets/Main/validation.txt").write_text("b\n")
+    with pytest.raises(DrkdError, match=r"val\.txt and .*validation\.txt are both the split 'val'"):
+        find_sources(voc)
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path: Path) -> None:
+    for name in ("train", "val", "valid"):
+        (tmp_path / name).mkdir()
+        write_image(tmp_path / name / "a.jpg")
+        (tmp_path / name / "a.xml").write_text(document("a.jpg"))
+    with pytest.raises(DrkdError, match=r"val and .*valid are both the split 'val'"):
+        find_sources(tmp_path)
+
+
+def test_the_class_file_may_lie_in_the_folder_that_was_named(voc: Path) -> None:
+    (voc.parent / "kit").mkdir()
+    voc.rename(voc.parent / "kit/VOC2012")
+    (voc.parent / "kit/classes.txt").write_text("dog\nowl\ncat\n")
+    assert load_split(voc.parent / "kit", "train").class_names == ("dog", "owl", "cat")
+    assert load_split(voc.parent / "kit/VOC2012", "train").class_names == ("cat", "dog")

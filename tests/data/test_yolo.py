@@ -424,3 +424,24 @@ def test_a_data_set_of_a_name_too_long_for_a_file_is_none(tmp_path: Path) -> Non
 def test_a_split_of_no_folder_is_none(yolo: Path) -> None:
     (yolo / "data.yaml").write_text(_YAML.replace("images/val", "[]"))
     assert list(find_sources(yolo)) == ["train"]
+
+
+def test_folders_that_are_links_count_too_and_each_once(yolo: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "disk"
+    write_image(elsewhere / "images" / "d.png")
+    (yolo / "images/train/part").symlink_to(elsewhere / "images", target_is_directory=True)
+    (yolo / "labels/train/part").mkdir()
+    (yolo / "labels/train/part/d.txt").write_text("0 0.5 0.5 1 1\n")
+    (elsewhere / "images" / "back").symlink_to(yolo / "images/train", target_is_directory=True)
+    names = [record.path.relative_to(yolo / "images/train").as_posix() for record in load_split(yolo, "train").records]
+    assert names == ["a.png", "b.png", "part/d.png"]
+
+
+def test_a_path_that_leads_nowhere_is_said(yolo: Path) -> None:
+    (yolo / "data.yaml").write_text("path: ../datasets/birds\n" + _YAML)
+    (problem,) = scan(yolo).problems
+    assert (problem.severity, problem.field) == ("warning", "path")
+    assert "there is no folder ../datasets/birds; the file's own" in problem.message
+    (yolo / "data.yaml").write_text("path: ../datasets/birds\n" + _YAML.replace("images/train", "images/trai"))
+    with pytest.raises(DrkdError, match=r"no folder or text .*images/trai; the field 'path' \(\.\./datasets/birds\)"):
+        load_split(yolo, "train")

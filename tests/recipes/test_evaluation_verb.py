@@ -87,6 +87,15 @@ def test_image_sizes_come_from_the_checkpoint_unless_given(tiny_detector: Path) 
         open_detector(tiny_detector, min_size=64, max_size=32)
 
 
+def test_a_student_that_was_trained_with_a_short_side_above_the_limit_opens(
+    tiny_detector: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"min_size": 1600, "max_size": 96, "size_divisor": 32}
+    monkeypatch.setattr("drkd.recipes.loading.read_preprocessing", lambda file: settings)
+    own = open_detector(tiny_detector)
+    assert (own.min_size, own.max_size) == (96, 96)  # which the limit of the long side made of it
+
+
 def test_classes_are_matched_by_name_whatever_their_order(tiny_coco: Path, tmp_path: Path) -> None:
     swapped = write_coco(tmp_path / "coco", classes=("dog", "cat"))
     detector = write_detector(tmp_path / "student.pt", classes=("bird", "cat", "dog"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tests.conftest import write_coco, write_detector
+from tests.conftest import TINY_CLASSES, write_coco, write_detector
 from torchvision.models import resnet18
 
 from drkd.adapters import ZooBuilder
@@ -285,3 +285,21 @@ def test_a_teacher_of_mmdetection_is_recognised(tiny_coco: Path, tmp_path: Path)
     assert content["teacher"]["init_args"] == {"path": str(tmp_path / "a.pth"), "part": "features"}
     assert any("MMDetection" in line for line in written.findings)
     assert load_recipe([written.recipe]).teacher is not None
+
+
+def test_a_folder_called_as_the_embedded_data_is_named_as_a_folder(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "digits").symlink_to(tiny_coco, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    written = initialize(Path("digits"), output=tmp_path / "recipe.yaml")
+    assert yaml.safe_load(written.recipe.read_text())["data"]["root"] == "./digits"
+    assert load_recipe([written.recipe]).data.class_names == TINY_CLASSES
+
+
+def test_a_leading_tilde_is_the_home_folder(tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").symlink_to(tiny_coco, target_is_directory=True)
+    recipe = load_recipe(["digits/retinanet"], ["--data.root=~/data", "--output=~/run", "--teacher.path=~/teacher.pt"])
+    assert recipe.output == tmp_path / "run" and recipe.data.root == tmp_path / "data"
+    assert f"path: {tmp_path}/teacher.pt" in recipe.resolved

@@ -12,6 +12,7 @@ from tests.adapters.point_adapter import build, losses
 from drkd.adapters import FasterRCNNBuilder, MaskRCNNBuilder, wrap_model
 from drkd.adapters.resized import ResizedDetector
 from drkd.contracts import DetectionBatch, Detector, DrkdError
+from drkd.data.convert import convert
 from drkd.engine import Distiller
 from drkd.engine.unlabelled import UnlabelledImages
 from drkd.methods import FeatureHint
@@ -136,3 +137,18 @@ def test_a_model_of_your_own_without_detections_says_so() -> None:
     for detector, expected in ((silent, False), (plain, True)):
         assert detector.can_detect is expected
         assert ResizedDetector(detector, scale=2.0).can_detect is expected
+
+
+def test_validating_on_images_of_trainval_is_said(
+    tiny_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(tiny_coco, tmp_path / "voc", to="voc")
+    lists = tmp_path / "voc" / "ImageSets" / "Main"
+    text = (lists / "train.txt").read_text() + (lists / "val.txt").read_text()
+    (lists / "trainval.txt").write_text(text)
+    for split, said in (("trainval", True), ("train", False)):
+        recipe = load_recipe(["digits/retinanet"], [f"--data.root={tmp_path}/voc", f"--data.train_split={split}"])
+        recipe.data.setup("fit")
+        limits.check_splits(replace(recipe, evaluation=replace(recipe.evaluation, split="val")))
+        shown = capsys.readouterr().err
+        assert ("3 of the 3 images of 'val' are in 'trainval' too" in shown) is said

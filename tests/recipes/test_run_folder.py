@@ -179,6 +179,7 @@ def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path: Path, monkeypatch: 
     first.student.write_bytes(b"")
     with pytest.raises(DrkdError, match="already holds a run"):
         RunFolder(tmp_path / "run")
+    first.last_checkpoint.write_bytes(b"")
     with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "run", resume="auto"):
         assert not half.exists()
         raise ZeroDivisionError
@@ -283,13 +284,22 @@ def _left(path: Path) -> None:
         (path / name).write_text("{}")
 
 
+def _replace(path: Path, resolved: str = "") -> None:
+    """Start a run in place of another."""
+    with RunFolder(path, overwrite=True) as folder:
+        folder.start(resolved=resolved, seed=0, kind="train")
+
+
 def test_overwriting_cleans_also_where_the_record_is_gone(tmp_path: Path) -> None:
     path = tmp_path / "run"
     _left(path)
     (path / "run.json").unlink()
     (path / "notes.txt").write_text("mine")
-    RunFolder(path, overwrite=True).close()
-    assert sorted(file.name for file in path.iterdir()) == [".lock", "checkpoints", "notes.txt"]
+    _replace(path)
+    assert sorted(file.name for file in path.iterdir()) == [
+        *(".lock", "checkpoints", "notes.txt", "recipe.yaml", "run.json")
+    ]
+    assert (path / "recipe.yaml").read_text() == ""
     assert not list((path / "checkpoints").iterdir())
 
 
@@ -320,14 +330,14 @@ def test_overwriting_that_is_cut_short_is_seen_and_nothing_of_the_old_run_goes_o
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", cut)
         with pytest.raises(KeyboardInterrupt):
-            RunFolder(path, overwrite=True)
+            _replace(path)
     assert removed[0] == "last.ckpt"
     with pytest.raises(DrkdError, match="already holds a run"):
         RunFolder(path)
     with RunFolder(path, resume="auto") as folder:
         assert not folder.resumes
-    RunFolder(path, overwrite=True).close()
-    assert sorted(file.name for file in path.iterdir()) == [".lock", "checkpoints"]
+    _replace(path)
+    assert sorted(file.name for file in path.iterdir()) == [".lock", "checkpoints", "recipe.yaml", "run.json"]
 
 
 def test_checkpoints_that_cannot_be_removed_are_no_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,8 +349,48 @@ def test_checkpoints_that_cannot_be_removed_are_no_new_run(tmp_path: Path, monke
 
     monkeypatch.setattr(shutil, "rmtree", fail)
     with pytest.raises(DrkdError, match=r"checkpoints: cannot be removed \(Device or resource busy\), so the earlier"):
-        RunFolder(tmp_path / "run", overwrite=True)
+        _replace(tmp_path / "run")
     assert (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_run_is_replaced_when_the_new_one_starts_and_not_before(tmp_path: Path) -> None:
+    """What the new one is refused for, its data or its teacher, costs the old one nothing."""
+    path = tmp_path / "run"
+    _left(path)
+    before = sorted(file.relative_to(path) for file in path.rglob("*"))
+    with RunFolder(path, overwrite=True) as folder:
+        assert folder.next_log() == path / "logs" / "part-000"
+    assert sorted(file.relative_to(path) for file in path.rglob("*") if file.name != ".lock") == before
+
+
+@pytest.mark.parametrize("name", ["", "student.pt", "checkpoints/last.ckpt", "logs/part-000/metrics.csv"])
+def test_a_run_does_not_replace_what_it_reads(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    _left(path)
+    resolved = yaml.safe_dump({"output": str(path), "teacher": {"init_args": {"path": str(path / name)}}})
+    with pytest.raises(DrkdError, match=r"teacher\.path: .* is of the run that --overwrite would replace"):
+        _replace(path, resolved)
+    assert (path / "checkpoints" / "best.ckpt").exists() and (path / "run.json").exists()
+    (path / "teacher.pt").write_text("")
+    _replace(path, yaml.safe_dump({"output": str(path), "data": {"root": str(path)}, "weights": f"{path}/teacher.pt"}))
+    assert not (path / "checkpoints" / "best.ckpt").exists() and (path / "teacher.pt").exists()
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_a_finished_run_whose_checkpoints_are_gone_does_not_begin_anew(resume: bool | str, tmp_path: Path) -> None:
+    _left(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(DrkdError, match=r"the run has ended \(student\.pt is there\), and what .* is gone"):
+        RunFolder(tmp_path / "run", resume=resume)  # type: ignore[arg-type]
+    assert (tmp_path / "run" / "student.pt").exists()
+
+
+def test_files_are_utf8_whatever_the_locale_says(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from drkd.recipes.run_folder import write_text; "
+    code += "write_text(Path(sys.argv[1]), 'V\\xf6gel\\n')"
+    plain = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")], env=plain, check=True)
+    assert (tmp_path / "file").read_bytes() == "V\xf6gel\n".encode()
 
 
 @pytest.mark.parametrize("resume", [True, "auto"])

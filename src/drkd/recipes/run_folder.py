@@ -199,7 +199,8 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             remove_asides(self.path, _WRITTEN)
             # A session that was killed left its own, which is not where this one is.
-            (self.path / "progress.json").unlink(missing_ok=True)
+            if not self._replaces:
+                (self.path / "progress.json").unlink(missing_ok=True)
             from drkd.engine.checkpoint_io import remove_leftovers  # with Lightning, see is_first_process
 
             remove_leftovers(self.checkpoints)
@@ -263,7 +264,7 @@ class RunFolder:
         if not self.writes:
             return
         if self._replaces:
-            self._refuse_inputs(yaml.safe_load(resolved))
+            self._refuse_inputs(yaml.safe_load(resolved) or {})
             self._clear()
             for folder in (self.checkpoints, self._part):
                 if folder is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from drkd.recipes import preflight as preflight_module
 from drkd.recipes.doctor import Diagnosis, examination
 from drkd.recipes.doctor.batches import ValidationBatches
 from drkd.recipes.doctor.preprocessing import average_precision, judge_preprocessing, preprocessing_changes
-from drkd.recipes.doctor.steps import _autocast
+from drkd.recipes.doctor.steps import StepNumbers, _autocast, forecast
 from drkd.recipes.preflight import doctor
 from drkd.recipes.recipe import Recipe, load_recipe
 from drkd.recipes.run_folder import RunFolder
@@ -264,3 +265,28 @@ def test_a_run_shorter_than_the_examination_with_weights_that_fall(
     diagnosis = doctor(recipe, images=2, steps=8)
     ratios = diagnosis.numbers["gradients"]["ratio_to_task"]
     assert ratios and all(ratio > 0 for ratio in ratios.values())
+
+
+def test_an_image_that_cannot_be_read_is_no_fault_of_the_teacher(
+    tiny_coco: Path, tiny_detector: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(tiny_coco, root)
+    last = sorted((root / "val").iterdir())[-1]
+    last.write_bytes(last.read_bytes()[:-40])
+    with pytest.raises(DrkdError, match=last.name):
+        doctor(_recipe(root, tiny_detector, tmp_path / "run"), images=3, steps=2)
+
+
+@pytest.mark.parametrize(("devices", "nodes", "processes"), [("1", 1, 1), ("4", 2, 8), ("auto", 2, 2), ("0,1,", 1, 2)])
+def test_several_processes_share_an_epoch(
+    devices: str, nodes: int, processes: int, tiny_coco: Path, tiny_detector: Path, tmp_path: Path
+) -> None:
+    options = (f"--training.devices={devices}", f"--training.num_nodes={nodes}", "--training.epochs=24")
+    recipe = _recipe(tiny_coco, tiny_detector, tmp_path / "run", "--data.batch_size=1", *options)
+    recipe.data.setup("fit")
+    assert preflight_module._count_processes(recipe.training, torch.device("cpu")) == processes
+    numbers = StepNumbers(compute_seconds=2.0)
+    passes = max(1, len(recipe.data.train_dataloader()) // processes)
+    plan = forecast(recipe, numbers, detect_seconds=1.0, passes=passes, processes=processes)
+    assert plan["steps"] == 24 * max(1, 6 // processes) and plan["seconds"] == 2.0 * plan["steps"]
