@@ -41,6 +41,7 @@ METHODS = {
     "cwd": "CWD",
     "cwd_3": "CWD, 3 times as loud as the task",
     "fgfi": "FGFI",
+    "fgfi_scaled_identity": "FGFI, regions to scale, adapter from the identity",
     "crosskd": "CrossKD",
     "crosskd_3": "CrossKD, 3 times as loud as the task",
     "pkd": "PKD",
