@@ -70,6 +70,12 @@ def _start(adapter: nn.Conv2d | nn.Linear, init: AdapterInit, *, equal: bool) ->
             nn.init.zeros_(adapter.bias)
     elif init != "default":
         raise ValueError(f"Expected an adapter init out of identity, default, none, got {init!r}")
+    adapter.random_start = equal and init == "default"  # type: ignore[assignment]  # a note, no parameter
+
+
+def starts_at_random(module: nn.Module) -> bool:
+    """Whether this is an adapter that began as a random basis where it could have let all pass, see `make_adapter`."""
+    return bool(getattr(module, "random_start", False))
 
 
 def adapt(adapter: nn.Module, feature: Tensor) -> Tensor:

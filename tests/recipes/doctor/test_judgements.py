@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from torch import nn
 
 from drkd.contracts import DetectorSpec, FeatureLevel, FeatureMap, ImageRecord
 from drkd.data.split import DatasetSplit
-from drkd.methods import CWD, DRKD, PKD, Combination
+from drkd.methods import CWD, DRKD, FGFI, NLD, PKD, Combination, DeFeat
+from drkd.recipes.doctor.adapters import judge_adapters
 from drkd.recipes.doctor.classes import compare_classes, count_boxes
 from drkd.recipes.doctor.features import judge_features
 from drkd.recipes.doctor.finding import Diagnosis, Finding
@@ -192,3 +194,26 @@ def test_a_two_stage_teachers_small_objects_are_not_forgotten(
 
 def test_a_method_without_levels_has_none_to_judge() -> None:
     assert judge_levels(_pyramid("retinanet", 8), _pyramid("faster_rcnn", 4, 8), nn.Identity()) == []
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (FGFI, "FGFI"),
+        (lambda *specs: FGFI(*specs, adapter_init="identity"), None),
+        (DRKD, None),
+        (PKD, None),
+        (lambda *specs: Combination(*specs, methods={"one": DRKD, "two": NLD, "three": DeFeat}), "NLD and DeFeat"),
+    ],
+)
+def test_a_random_basis_beside_an_inherited_head_is_named(build: Callable[..., nn.Module], named: str | None) -> None:
+    method = build(_pyramid("retinanet", 8, 16), _pyramid("retinanet", 8, 16))
+    findings = judge_adapters(method, inherits=True)
+    assert [finding.severity for finding in findings] == ([] if named is None else ["careful"])
+    assert named is None or findings[0].text.startswith(f"The adapters of {named} start as a random basis")
+    assert judge_adapters(method, inherits=False) == [] == judge_adapters(None, inherits=True)
+
+
+def test_where_the_widths_differ_nothing_could_pass_as_it_is() -> None:
+    wide = DetectorSpec((FeatureLevel("p3", 16, 8.0),), ("cat",), "retinanet")
+    assert judge_adapters(FGFI(_pyramid("retinanet", 8), wide), inherits=True) == []

@@ -15,6 +15,7 @@ from drkd.contracts import DetectionBatch, Detector, DrkdError
 from drkd.data.split import DatasetSplit
 from drkd.engine.distiller import Distiller
 from drkd.engine.teachers import PerTeacher, TeacherGroup
+from drkd.recipes.doctor.adapters import judge_adapters
 from drkd.recipes.doctor.batches import UnreadableBatch, ValidationBatches
 from drkd.recipes.doctor.classes import compare_classes, count_boxes
 from drkd.recipes.doctor.features import look_at_features
@@ -127,6 +128,7 @@ def _look(
         alive, found["features"] = look_at_features("teacher", member, first)
         method = distiller.method.members[name] if isinstance(distiller.method, PerTeacher) else distiller.method
         more += [*measured, *alive, *judge_levels(student.spec, member.spec, method)]
+        more += judge_adapters(method, inherits=recipe.inherit)
         findings += [replace(entry, text=f"{name}: {entry.text}") for entry in more] if group else more
         if group:
             numbers.setdefault("teachers", {})[name] = found

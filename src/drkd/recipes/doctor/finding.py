@@ -16,7 +16,7 @@ class Finding:
 
     Args:
         severity: ok; careful: the run works but look at it; stop: the run would be wasted as it is.
-        check: What was looked at: classes, preprocessing, teacher, features, gradients, cost.
+        check: What was looked at: classes, preprocessing, teacher, features, levels, adapters, gradients, cost.
         text: In plain words.
     """
 
