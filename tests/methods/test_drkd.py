@@ -112,6 +112,34 @@ def test_forward_equals_from_features():
         assert term.equal(direct[name])
 
 
+def test_an_adapter_of_nine_cells_starts_as_one_of_a_single_cell():
+    student, teacher = pyramid(16, (8, 16)), pyramid(16, (8, 16), seed=1)
+    terms, sizes = [], []
+    for size in (1, 3):
+        torch.manual_seed(2)
+        kd = DRKD.for_features(student, teacher, image_size=SIZE, relation_filter="off", adapter_size=size)
+        sizes.append(sum(entry.numel() for entry in kd.adapters.parameters()))
+        torch.manual_seed(3)  # what is drawn for an adapter is not what the graph's modules are compared by
+        for entry in [*kd.pixel_losses.parameters(), *kd.relation_losses.parameters()]:
+            torch.nn.init.normal_(entry, std=0.1)
+        terms.append(kd.from_features(student, teacher, [MANY, ONE], image_size=SIZE))
+    assert sizes == [2 * (16 * 16 + 16), 2 * (16 * 16 * 9 + 16)]
+    for name, term in terms[0].items():
+        torch.testing.assert_close(terms[1][name], term)
+    sum(terms[1].values()).backward()
+    assert all(entry.grad is not None and entry.grad.any() for entry in kd.adapters.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"adapter_size": 2}, {"shared_adapter": False}, {"adapter_init": "none"}])
+def test_an_adapter_size_that_is_none_is_refused(options):
+    student = pyramid(16, (8, 16))
+    if options:
+        with pytest.raises(ValueError, match="Expected an odd adapter_size"):
+            DRKD.for_features(student, student, image_size=SIZE, **{"adapter_size": 3, **options})
+    else:
+        DRKD.for_features(student, student, image_size=SIZE, adapter_size=5)
+
+
 @pytest.mark.parametrize("off", ["pixel_weight", "relation_weight", "instance_weight"])
 def test_a_term_of_weight_zero_is_not_built(off):
     kd, student, teacher = build(**{off: 0.0})

@@ -106,7 +106,9 @@ class DRKD(KDMethod):
         normalise_features: `standardise` every map over batch and space once; all terms then read that.
         teacher_side: See `TeacherSide` (released: joint). Of the pixel relations and of the embeddings of the instance
             relations; the relation filter is learned in any case.
-        adapter_init: Start of the 1x1 adapters on the student's side, see `make_adapter`.
+        adapter_init: Start of the adapters on the student's side, see `make_adapter`.
+        adapter_size: Cells a side of these convolutions, odd (paper, released: 1); more than 1 for a
+            ``shared_adapter`` only.
         shared_adapter: One adapter a level, before everything else, for all three terms; False gives each term its own
             (paper, released).
         pixel_reasoning: See `PixelRelationLoss`: the paper's ``graph``, or for an ablation ``non_local`` or ``none``.
@@ -163,6 +165,7 @@ class DRKD(KDMethod):
         normalise_features: bool = True,
         teacher_side: TeacherSide = "fixed",
         adapter_init: AdapterInit = "identity",
+        adapter_size: int = 1,
         shared_adapter: bool = True,
         pixel_reasoning: PixelReasoning = "graph",
         nodes: int | Sequence[int] = 32,
@@ -229,11 +232,14 @@ class DRKD(KDMethod):
         used = {pair.name: pair for pair in (*self.pixel_pairs, *self.instance_pairs)}.values()
         self.adapters = nn.ModuleDict()
         own: AdapterInit = adapter_init
+        shared = shared_adapter and adapter_init != "none"
+        if adapter_size < 1 or adapter_size % 2 == 0 or (adapter_size > 1 and not shared):
+            raise ValueError(f"Expected an odd adapter_size, and 1 without a shared adapter, got {adapter_size}")
         if shared_adapter:
             own = "none"
             for pair in used:
                 self.adapters[_key(pair.name)] = make_adapter(
-                    pair.student.channels, pair.teacher.channels, init=adapter_init
+                    pair.student.channels, pair.teacher.channels, init=adapter_init, kernel_size=adapter_size
                 )
 
         def student_channels(pair: LevelPair) -> int:
