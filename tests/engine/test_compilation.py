@@ -19,7 +19,7 @@ from drkd.adapters import RetinaNetBuilder
 from drkd.contracts import BoxTargets, DetectionBatch, KDMethod
 from drkd.engine.compilation import compile_distiller
 from drkd.engine.distiller import Distiller, MethodFactory
-from drkd.methods import DRKD, MismatchedTeacher
+from drkd.methods import DRKD, FGD, FGFI, DeFeat, MismatchedTeacher
 
 
 def step(distiller: Distiller, batch: DetectionBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -65,6 +65,20 @@ def test_a_compiled_step_equals_the_eager_one(method: MethodFactory) -> None:
     # Two backbones and a pixel loss, each in one piece, and none anew for other numbers of boxes.
     assert counters["stats"]["unique_graphs"] == 3
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("method", [FGD, FGFI, DeFeat])
+def test_what_reads_boxes_stays_eager(method: MethodFactory) -> None:
+    eager = small_distiller(method)
+    compiled = copy.deepcopy(eager)
+    compile_distiller(compiled, backend="eager")
+    torch._dynamo.reset()
+    counters.clear()
+    for boxes in (2, 3, 5):
+        for ours, theirs in zip(step(eager, small_batch(boxes)), step(compiled, small_batch(boxes)), strict=True):
+            for name, value in ours.items():
+                torch.testing.assert_close(theirs[name], value, rtol=2e-4, atol=1e-5, msg=name)
+    assert counters["stats"]["unique_graphs"] == 2  # the two backbones, once
 
 
 @torch._dynamo.config.patch(recompile_limit=8)

@@ -245,6 +245,15 @@ def test_a_teacher_stays_in_eval_mode_though_somebody_trains_it() -> None:
     assert all(torch.equal(value, before[name]) for name, value in distiller.teacher.state_dict().items())
 
 
+def test_so_it_does_where_the_model_within_is_trained() -> None:
+    distiller = make()
+    before = copy.deepcopy(distiller.teacher.state_dict())
+    distiller.teacher.model.train()  # by a loop that holds the bare model
+    distiller(toy_batch())
+    assert not any(module.training for module in distiller.teacher.modules())
+    assert all(torch.equal(value, before[name]) for name, value in distiller.teacher.state_dict().items())
+
+
 def test_all_processes_judge_silence_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     # One that stopped alone would leave the others waiting for it.
     told = []

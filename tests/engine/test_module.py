@@ -307,6 +307,17 @@ def test_the_average_equals_its_definition(tmp_path: object) -> None:
     torch.testing.assert_close(average.state_dict()["average"]["module.model.head.bias"], expected)
 
 
+def test_whole_numbers_are_copied_into_the_average(tmp_path: object) -> None:
+    """Their mean, cut off, is the number below: a table of indices (Swin's) was wrong after a few steps."""
+    ours, average = module(), StudentAverage(0.999)
+    table = torch.arange(3000)
+    ours.distiller.student.register_buffer("table", table.clone())
+    trainer(tmp_path, average, max_epochs=3).fit(ours, loader())
+    assert torch.equal(average.state_dict()["average"]["module.table"], table)
+    counts = [value for name, value in average.average.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts and all(int(count) == 18 for count in counts)
+
+
 def test_an_infinite_mask_stays_one_in_the_average(tmp_path: object) -> None:
     ours, average = module(), StudentAverage(0.5)
     mask = torch.tensor([0.0, float("-inf")])

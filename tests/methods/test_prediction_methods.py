@@ -766,6 +766,23 @@ def test_ld_on_predictions_by_hand(boxes):
     assert bool(feature.grad.abs().sum() > 0) == (boxes is BOXES)
 
 
+def test_ld_has_no_boxes_to_teach_of_a_class_that_the_teacher_does_not_know():
+    torch.manual_seed(0)
+    kd = LD(bins_spec(), bins_spec(classes=("cat", "cow", "cup")))
+    feature, theirs = torch.randn(1, 4, 8, 8, requires_grad=True), torch.randn(1, 4, 8, 8)
+    box = torch.tensor([[8.0, 8.0, 40.0, 40.0]])
+    assignment = torch.full((1, 64), -1)
+    assignment[0, 27] = 0
+    found = {}
+    for label in (0, 1):
+        batch = DetectionBatch.from_lists([torch.rand(3, 64, 64)], [{"boxes": box, "labels": torch.tensor([label])}])
+        teacher = bins_output(theirs, seed=2)
+        with NoHostSync():
+            found[label] = kd(bins_output(feature, seed=1, assignment=assignment), teacher, batch)["valuable_region"]
+        assert (kd.compared_counts()["valuable_region"] > 0) == (label == 0)
+    assert found[0].item() > 0 and found[1].item() == 0
+
+
 def ld_terms(feature, theirs, *, assignment, batch):
     """Of predictions made from the two maps, at their precision."""
     kd = LD(bins_spec(), bins_spec())

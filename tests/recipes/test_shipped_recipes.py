@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from timm.optim import create_optimizer_v2
 
 from drkd.contracts import DrkdError, NotApplicableError
 from drkd.engine.module import scale_rates
@@ -100,7 +102,9 @@ def test_coco_recipes_keep_the_papers_schedule(name: str) -> None:
     recipe = load_recipe([name], overrides)
     settings, optimization = recipe.training, recipe.training.optimization
     assert settings.epochs == 24 and settings.steps is None
-    assert optimization.optimizer == "sgd" and optimization.momentum == 0.9
+    assert optimization.optimizer == "momentum" and optimization.momentum == 0.9
+    made = create_optimizer_v2([torch.nn.Parameter(torch.zeros(1))], opt=optimization.optimizer, lr=0.1, momentum=0.9)
+    assert isinstance(made, torch.optim.SGD) and not made.defaults["nesterov"]  # which timm's sgd has
     assert optimization.weight_decay == 1e-4 and optimization.decay_all
     assert optimization.learning_rate == (0.02 if "faster_rcnn" in name else 0.01)
     # At the paper's 16 images a step the rates are the paper's; whoever adds devices gets them in proportion.

@@ -54,7 +54,12 @@ class StudentAverage(Callback):
             self._average.load_state_dict(self._saved)
             self._saved = None
         ours = dict(self._average.module.named_buffers())
-        self._copied = [(ours[name], value) for name, value in student.named_buffers() if not value.isfinite().all()]
+        # Indices and counts have no mean: cut off to whole numbers it would be the one below, for ever.
+        self._copied = [
+            (ours[name], value)
+            for name, value in student.named_buffers()
+            if not value.is_floating_point() or not value.isfinite().all()
+        ]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

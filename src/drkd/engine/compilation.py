@@ -60,12 +60,12 @@ def _backbone(detector: Detector) -> nn.Module:
 
 
 def _parts(method: KDMethod) -> Iterator[nn.Module]:
-    """The modules that read maps of fixed sizes, of all inner methods; a whole method where it does not say which."""
+    """The modules that read maps of fixed sizes, of all inner methods; a whole method that reads no boxes."""
     inner, parts = method.inner_methods(), getattr(method, "pixel_losses", None)
     if isinstance(parts, nn.ModuleList):
         yield from parts  # of a response beside them, a detector's head does nearly all
     elif inner:
         for member in inner.values():
             yield from _parts(member)
-    else:
+    elif not getattr(method, "reads_boxes", False):
         yield method

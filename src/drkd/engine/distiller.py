@@ -254,8 +254,8 @@ class Distiller(nn.Module):
                 )
             output = self.student(batch, want=frozenset[Want]({"losses"}))
             return {f"task/{name}": value for name, value in output.losses.items()}
-        if self.teacher.training:
-            # Somebody called train() on the teacher itself: its batch norms would follow the student's images.
+        if any(module.training for module in self.teacher.modules()):
+            # Somebody called train() on it, or on the model within: its norms would follow the student's images.
             self.teacher.eval()
         training = self.training and torch.is_grad_enabled()
         measuring = training and self._measures

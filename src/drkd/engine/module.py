@@ -44,7 +44,8 @@ class Optimization:
     """How the weights move.
 
     Args:
-        optimizer: Any name that timm's optimizer factory knows: sgd, adamw, ...
+        optimizer: Any name that timm's optimizer factory knows: sgd (there with Nesterov's momentum), momentum (SGD
+            with the plain one), adamw, ...
         learning_rate: Peak learning rate of the student.
         backbone_learning_rate: Peak learning rate of the student's backbone, its neck excluded; None = the student's.
             DETRs take a tenth of the rest's.

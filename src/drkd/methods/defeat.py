@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +57,8 @@ class DeFeat(KDMethod):
         DrkdError: If pyramids or classes do not match, or regions are asked of detectors that have none.
         ValueError: If an argument is out of range.
     """
+
+    reads_boxes: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -110,10 +110,16 @@ class LD(KDMethod):
         ours, theirs, assignment = student.predictions, teacher.predictions, student.assignment
         if ours is None or theirs is None or assignment is None or ours.bins is None or theirs.bins is None:
             raise ValueError("Expected a student with predictions, bins and assignment, and a teacher with bins")
-        positive = self.classes.positives(assignment, [target.labels for target in batch.targets]).float()
+        labels = [target.labels for target in batch.targets]
+        positive = self.classes.positives(assignment, labels).float()
+        # Of a class that the teacher does not know it has no box to teach: such a box is put far from everything.
+        taught = batch.boxes
+        if not self.classes.complete:
+            known = [self.classes.known(own).unsqueeze(1) for own in labels]
+            taught = [torch.where(kept, boxes, -1e6) for kept, boxes in zip(known, batch.boxes, strict=True)]
         with full_precision(ours.logits):
             confidence = positive * at_least_float32(ours.logits.detach()).sigmoid().amax(dim=2)
-            value = (1.0 - positive) * self._value(ours.anchors.float(), batch.boxes)
+            value = (assignment < 0).float() * self._value(ours.anchors.float(), taught)
         count = positive.sum()
         self._compared = {
             "localization": count,
