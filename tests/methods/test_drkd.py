@@ -112,18 +112,21 @@ def test_forward_equals_from_features():
         assert term.equal(direct[name])
 
 
-def test_an_adapter_of_nine_cells_starts_as_one_of_a_single_cell():
+@pytest.mark.parametrize("separable", [False, True])
+def test_an_adapter_of_nine_cells_starts_as_one_of_a_single_cell(separable):
     student, teacher = pyramid(16, (8, 16)), pyramid(16, (8, 16), seed=1)
     terms, sizes = [], []
     for size in (1, 3):
         torch.manual_seed(2)
-        kd = DRKD.for_features(student, teacher, image_size=SIZE, relation_filter="off", adapter_size=size)
+        kd = DRKD.for_features(
+            student, teacher, image_size=SIZE, relation_filter="off", adapter_size=size, adapter_separable=separable
+        )
         sizes.append(sum(entry.numel() for entry in kd.adapters.parameters()))
         torch.manual_seed(3)  # what is drawn for an adapter is not what the graph's modules are compared by
         for entry in [*kd.pixel_losses.parameters(), *kd.relation_losses.parameters()]:
             torch.nn.init.normal_(entry, std=0.1)
         terms.append(kd.from_features(student, teacher, [MANY, ONE], image_size=SIZE))
-    assert sizes == [2 * (16 * 16 + 16), 2 * (16 * 16 * 9 + 16)]
+    assert sizes == [2 * (16 * 16 + 16), 2 * (16 * 16 + 16 + 16 * 9 if separable else 16 * 16 * 9 + 16)]
     for name, term in terms[0].items():
         torch.testing.assert_close(terms[1][name], term)
     sum(terms[1].values()).backward()

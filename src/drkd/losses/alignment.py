@@ -18,7 +18,12 @@ FeatureScale = Literal["none", "teacher_rms"]
 
 
 def make_adapter(
-    student_channels: int, teacher_channels: int, *, init: AdapterInit = "identity", kernel_size: int = 1
+    student_channels: int,
+    teacher_channels: int,
+    *,
+    init: AdapterInit = "identity",
+    kernel_size: int = 1,
+    separable: bool = False,
 ) -> nn.Module:
     """A convolution from the student's channels to the teacher's, the ``f`` of the paper.
 
@@ -29,11 +34,24 @@ def make_adapter(
             variance, bias zero; ``default`` is torch's; ``none`` has no adapter at all, for maps that are adapted
             already.
         kernel_size: Cells a side, odd; the map is padded with zeros to keep its size.
+        separable: More than one cell a side as a convolution of each channel by itself and one of a single cell
+            across channels, which costs little more than the latter alone. A kernel of one cell is the same either way.
     """
     if init == "none":
         if student_channels != teacher_channels:
             raise ValueError(f"Expected equal channels without an adapter, got {student_channels}, {teacher_channels}")
         return nn.Identity()
+    if separable and kernel_size > 1:
+        spatial = nn.Conv2d(
+            student_channels,
+            student_channels,
+            kernel_size,
+            padding=kernel_size // 2,
+            groups=student_channels,
+            bias=False,
+        )
+        _start(spatial, init, equal=True)
+        return nn.Sequential(spatial, make_adapter(student_channels, teacher_channels, init=init))
     adapter = nn.Conv2d(student_channels, teacher_channels, kernel_size=kernel_size, padding=kernel_size // 2)
     _start(adapter, init, equal=student_channels == teacher_channels)
     return adapter
@@ -65,7 +83,7 @@ def _start(adapter: nn.Conv2d | nn.Linear, init: AdapterInit, *, equal: bool) ->
         elif isinstance(adapter, nn.Linear):
             nn.init.eye_(adapter.weight)
         else:
-            nn.init.dirac_(adapter.weight)
+            nn.init.dirac_(adapter.weight, groups=adapter.groups)
         if adapter.bias is not None:
             nn.init.zeros_(adapter.bias)
     elif init != "default":
@@ -80,7 +98,7 @@ def starts_at_random(module: nn.Module) -> bool:
 
 def adapt(adapter: nn.Module, feature: Tensor) -> Tensor:
     """Apply an adapter to a map, in the precision of the adapter's weights."""
-    weight = getattr(adapter, "weight", None)
+    weight = next(adapter.parameters(), None)
     adapted: Tensor = adapter(feature if weight is None else feature.to(weight.dtype))
     return adapted
 

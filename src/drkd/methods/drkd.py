@@ -109,6 +109,8 @@ class DRKD(KDMethod):
         adapter_init: Start of the adapters on the student's side, see `make_adapter`.
         adapter_size: Cells a side of these convolutions, odd (paper, released: 1); more than 1 for a
             ``shared_adapter`` only.
+        adapter_separable: Of more than one cell a side: each channel by itself, then one cell across channels, see
+            `make_adapter`; False is one dense convolution, of as many times the price as it has cells.
         shared_adapter: One adapter a level, before everything else, for all three terms; False gives each term its own
             (paper, released).
         pixel_reasoning: See `PixelRelationLoss`: the paper's ``graph``, or for an ablation ``non_local`` or ``none``.
@@ -166,6 +168,7 @@ class DRKD(KDMethod):
         teacher_side: TeacherSide = "fixed",
         adapter_init: AdapterInit = "identity",
         adapter_size: int = 1,
+        adapter_separable: bool = False,
         shared_adapter: bool = True,
         pixel_reasoning: PixelReasoning = "graph",
         nodes: int | Sequence[int] = 32,
@@ -239,7 +242,11 @@ class DRKD(KDMethod):
             own = "none"
             for pair in used:
                 self.adapters[_key(pair.name)] = make_adapter(
-                    pair.student.channels, pair.teacher.channels, init=adapter_init, kernel_size=adapter_size
+                    pair.student.channels,
+                    pair.teacher.channels,
+                    init=adapter_init,
+                    kernel_size=adapter_size,
+                    separable=adapter_separable,
                 )
 
         def student_channels(pair: LevelPair) -> int:
