@@ -49,6 +49,7 @@ METHODS = {
     "pkd_cross_head": "PKD, 3 times as loud as the task, with CrossKD",
     "pkd_adapter": "PKD with DRKD's adapter",
     "drkd": "DRKD",
+    "drkd_adapter_3": "DRKD with an adapter of 3x3 cells",
     "drkd_cross_head": "DRKD with `response: cross_head`",
 }
 COUNTS = ("no", "one", "two", "three", "four", "five")
