@@ -322,7 +322,7 @@ def test_trainval_does_not_take_the_images_of_val_along(source: Path, tmp_path: 
     assert dict(converted.images) == {"train": 3, "val": 3}
     assert "train: 3 of the 6 images of trainval, which other splits have too" in converted.lost
     (lists / "trainval.txt").write_text(other)
-    with pytest.raises(DrkdError, match="every image of it is in another split too"):
+    with pytest.raises(DrkdError, match=r"/voc: every image of its list trainval is in another split too"):
         convert(tmp_path / "voc", tmp_path / "coco", to="coco")
 
 

@@ -259,3 +259,15 @@ def test_a_folder_called_as_the_embedded_data_is_not_passed_over(
     with pytest.raises(DrkdError, match=r"'digits' is the embedded data set, and .*: write '\./digits' for the folder"):
         _ = DetectionDataModule("digits").root
     assert DetectionDataModule("./digits").class_names == ("bicycle", "dog", "brush")
+
+
+def test_a_faulty_folder_called_as_the_embedded_data_is_not_passed_over_either(
+    coco: CocoFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data set of two formats is one, and so is that which is damaged."""
+    monkeypatch.chdir(coco.root.parent)
+    coco.root.rename(coco.root.parent / "digits")
+    Path("digits/data.yaml").write_text("train: images/train\nnames: [cat]\n")
+    for format in ("auto", "coco"):
+        with pytest.raises(DrkdError, match=r"'digits' is the embedded data set, and there is a folder of that name"):
+            _ = DetectionDataModule("digits", format=format).root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -445,3 +446,25 @@ def test_a_path_that_leads_nowhere_is_said(yolo: Path) -> None:
     (yolo / "data.yaml").write_text("path: ../datasets/birds\n" + _YAML.replace("images/train", "images/trai"))
     with pytest.raises(DrkdError, match=r"no folder or text .*images/trai; the field 'path' \(\.\./datasets/birds\)"):
         load_split(yolo, "train")
+
+
+def test_images_behind_a_link_have_the_labels_that_lie_there(yolo: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "disk" / "set"
+    (elsewhere / "images").mkdir(parents=True)
+    (elsewhere / "labels").mkdir()
+    image = next((yolo / "images/train").iterdir())
+    shutil.copy(image, elsewhere / "images" / f"far{image.suffix}")
+    (elsewhere / "labels" / "far.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (yolo / "images/train/extra").symlink_to(elsewhere / "images", target_is_directory=True)
+    (record,) = (record for record in scan(yolo).split.records if record.path.stem == "far")
+    assert len(record.labels) == 1
+
+
+def test_a_lost_path_does_not_hide_that_nothing_is_labelled(yolo: Path) -> None:
+    for file in (yolo / "labels/train").iterdir():
+        file.write_text("")
+    text = (yolo / "data.yaml").read_text()
+    (yolo / "data.yaml").write_text("path: ../datasets/birds\n" + text)
+    messages = [problem.message for problem in scan(yolo).problems]
+    assert any("there is no folder" in message for message in messages)
+    assert "no image of the split has a box" in messages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import signal
 from collections.abc import Iterator
@@ -316,6 +317,25 @@ def test_whole_numbers_are_copied_into_the_average(tmp_path: object) -> None:
     assert torch.equal(average.state_dict()["average"]["module.table"], table)
     counts = [value for name, value in average.average.named_buffers() if name.endswith("num_batches_tracked")]
     assert counts and all(int(count) == 18 for count in counts)
+
+
+def test_an_average_with_means_of_whole_numbers_is_mended_where_it_is_read(tmp_path: object) -> None:
+    """One that was saved before they were copied: the student has its own table whichever way it comes back."""
+    ours, average = module(), StudentAverage(0.9)
+    table = torch.arange(30)
+    ours.distiller.student.register_buffer("table", table.clone())
+    trainer(tmp_path, average, max_epochs=1).fit(ours, loader())
+    state = copy.deepcopy(average.state_dict())
+    state["average"]["module.table"] -= 1
+    StudentAverage.put_saved(state, ours)
+    assert torch.equal(ours.distiller.student.table, table)  # type: ignore[arg-type]
+    average.load_state_dict(state)
+    average.apply_to(ours)
+    assert torch.equal(ours.distiller.student.table, table)  # type: ignore[arg-type]
+    resumed = StudentAverage(0.9)
+    resumed.load_state_dict(state)
+    trainer(tmp_path, resumed, max_epochs=0).fit(ours, loader())
+    assert torch.equal(resumed.state_dict()["average"]["module.table"], table)
 
 
 def test_an_infinite_mask_stays_one_in_the_average(tmp_path: object) -> None:

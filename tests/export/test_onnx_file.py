@@ -122,6 +122,19 @@ def test_the_pages_example_shows_the_image_as_the_check_does(
     assert torch.from_numpy(found["images"]).sub(batch.images).abs().mean() < 0.01
 
 
+def test_the_embedded_images_are_the_default_beside_a_folder_of_their_name(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "digits").symlink_to(tiny_coco / "val", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(exporting, "build_digits", lambda: tiny_coco)
+    read = lambda source: next(exporting._read_images(source, 1, SIZE, "none", tmp_path / "a.onnx"))  # noqa: E731
+    (own, _), (named, _) = read(None), read("./digits")
+    assert Path(own).name == Path(named).name
+    with pytest.raises(DrkdError, match=r"write '\./digits' for the folder, or leave it out for the embedded one"):
+        read("digits")
+
+
 def test_the_int8_file_is_quantised_and_detects(shipped: Path) -> None:
     import onnx
 

@@ -981,3 +981,13 @@ def test_defeat_puts_boxes_on_levels_by_their_size_in_strides():
     assert len(changed) >= 2 and next(iter(plain)) in changed
     with pytest.raises(ValueError, match="size_per_stride above 0"):
         DeFeat(student.spec, teacher.spec, size_per_stride=0.0)
+
+
+def test_what_reads_labels_image_by_image_says_so() -> None:
+    """It is not compiled: each number of boxes would be compiled anew."""
+    layout = PredictionLayout("anchors", (((32.0, 32.0),),), box_bins=BINS, head_channels=4, head_depth=4)
+    own, fewer = (
+        DetectorSpec((FeatureLevel("p3", 4, 8.0),), classes, "toy", layout) for classes in (CLASSES, CLASSES[:-1])
+    )
+    for method, expected in ((LD, [True, True]), (CrossKD, [False, True]), (LogitKD, [False, True])):
+        assert [method(own, teacher).reads_boxes for teacher in (own, fewer)] == expected

@@ -284,10 +284,10 @@ def _left(path: Path) -> None:
         (path / name).write_text("{}")
 
 
-def _replace(path: Path, resolved: str = "") -> None:
+def _replace(path: Path, resolved: str = "", *, kind: str = "distill") -> None:
     """Start a run in place of another."""
     with RunFolder(path, overwrite=True) as folder:
-        folder.start(resolved=resolved, seed=0, kind="train")
+        folder.start(resolved=resolved, seed=0, kind=kind)
 
 
 def test_overwriting_cleans_also_where_the_record_is_gone(tmp_path: Path) -> None:
@@ -412,3 +412,65 @@ def test_a_note_of_progress_ends_no_run(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(run_folder.tempfile, "NamedTemporaryFile", full)
         folder.note_progress({"step": 2})
     assert json.loads((tmp_path / "run" / "progress.json").read_text()) == {"step": 1}
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew_by_itself(replaced: bool, tmp_path: Path) -> None:
+    """Also where it began in place of another, or beside a student alone."""
+    path = tmp_path / "run"
+    _left(path)
+    if not replaced:
+        for file in [file for file in path.rglob("*") if file.is_file() and file.name != "student.pt"]:
+            file.unlink()
+        (path / "evaluation.json").write_text("{}")
+    _replace(path)
+    assert not (path / "student.pt").exists() and not (path / "evaluation.json").exists()
+    with RunFolder(path, resume="auto") as folder:
+        assert not folder.resumes
+
+
+def test_a_student_alone_that_the_run_reads_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "student.pt").write_text("mine")
+    with pytest.raises(DrkdError, match=r"student\.path: .* is of the run that --overwrite would replace"):
+        _replace(tmp_path, yaml.safe_dump({"student": {"init_args": {"path": str(tmp_path / "student.pt")}}}))
+    assert (tmp_path / "student.pt").read_text() == "mine"
+
+
+def test_rows_that_cannot_be_removed_are_not_taken_for_the_new_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    _left(path)
+    (path / "logs" / "part-001").mkdir()
+    (path / "logs" / "part-001" / "metrics.csv").write_text("step,epoch,loss\n6,0,9.0\n")
+    remove = shutil.rmtree
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else remove(path)
+    )  # held open by whoever watches the curves
+    with RunFolder(path, overwrite=True) as folder:
+        log = folder.next_log()
+        folder.start(resolved="", seed=0, kind="train")
+        (log / "metrics.csv").write_text("step,epoch,loss\n5,0,1.0\n7,0,1.0\n")
+        folder.merge_metrics()
+    assert (path / "metrics.csv").read_text() == "step,epoch,loss\n5,0,1.0\n7,0,1.0\n"
+
+
+@pytest.mark.parametrize("inherit", [True, False])
+def test_training_alone_replaces_the_teacher_that_it_does_not_read(inherit: bool, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    _left(path)
+    settings = {"inherit": inherit, "teacher": {"init_args": {"path": str(path / "student.pt")}}, "class_map": ""}
+    if inherit:
+        with pytest.raises(DrkdError, match=r"teacher\.path: .* is of the run"):
+            _replace(path, yaml.safe_dump(settings), kind="train")
+    else:
+        _replace(path, yaml.safe_dump(settings), kind="train")
+
+
+def test_a_file_in_a_list_is_seen_and_an_empty_text_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run"
+    _left(path)
+    monkeypatch.chdir(path)
+    with pytest.raises(DrkdError, match=r"student\.files\[1\]: student\.pt is of the run"):
+        _replace(path, yaml.safe_dump({"student": {"init_args": {"files": ["", "student.pt"]}}}))
+    _replace(path, yaml.safe_dump({"student": {"init_args": {"files": [""]}}}))

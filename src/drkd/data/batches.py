@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader
 from drkd.contracts import LARGEST_SIDE, DetectionBatch, DrkdError, ImageRecord, Size
 from drkd.data.dataset import DetectionDataset, find_splits, load_split
 from drkd.data.digits import EMBEDDED, build_digits
-from drkd.data.formats.reading import FormatChoice, find_sources
+from drkd.data.formats.reading import FormatChoice, holds_data_set
 from drkd.data.mixed_sampler import MixedBatchSampler
 from drkd.data.problem import LeaveOut
 from drkd.data.records import PackedRecords
@@ -77,10 +76,13 @@ def _check_numbers(limits: Mapping[str, tuple[float | None, int, int | None]]) -
             raise DrkdError(f"data.{name}: expected {expected}, got {value}.")
 
 
-def _is_data_set(folder: Path) -> bool:
-    with suppress(DrkdError, OSError):
-        return bool(find_sources(folder))
-    return False
+def check_embedded(root: str, *, format: FormatChoice = "auto") -> None:
+    """Raise a DrkdError if the name of an embedded data set is that of a folder with another one here too."""
+    if holds_data_set(Path(root), format=format):
+        raise DrkdError(
+            f"data.root: '{root}' is the embedded data set, and there is a folder of that name with another one here: "
+            f"write './{root}' for the folder, or call it otherwise."
+        )
 
 
 class DetectionData:
@@ -169,7 +171,7 @@ class DetectionData:
         if max(several(min_size), default=0) > max_size or not several(min_size):
             raise DrkdError(
                 f"data.min_size and data.max_size: expected a short side (or several) of at most the limit of the long "
-                f"one, got {min_size} and {max_size}."
+                f"one, got {min_size} and {max_size}. A side above it was taken for the limit: write that."
             )
         self._left_out: dict[Path, None] = {}
         self._others: dict[str, DatasetSplit] = {}
@@ -218,11 +220,7 @@ class DetectionData:
         """
         if self._root not in EMBEDDED:
             return Path(self._root)
-        if _is_data_set(Path(self._root)):
-            raise DrkdError(
-                f"data.root: '{self._root}' is the embedded data set, and there is a folder of that name with another "
-                f"one here: write './{self._root}' for the folder, or call it otherwise."
-            )
+        check_embedded(self._root, format=self._format)
         return build_digits(config=EMBEDDED[self._root])
 
     @property

@@ -100,7 +100,7 @@ def convert(
     splits = [replace(split, records=tuple(place(record) for record in split.records)) for split in splits]
     if to != "voc":
         # No other format has a split of that name; and none trains on what it validates on.
-        splits, shared = _part_trainval(splits)
+        splits, shared = _part_trainval(splits, source)
         lost += shared
     kind = next(iter(chosen.values())).format
     for split in splits:
@@ -116,7 +116,7 @@ def convert(
     )
 
 
-def _part_trainval(splits: Sequence[DatasetSplit]) -> tuple[list[DatasetSplit], list[str]]:
+def _part_trainval(splits: Sequence[DatasetSplit], source: Path) -> tuple[list[DatasetSplit], list[str]]:
     """VOC's trainval as the split train, without the images that other splits have; and what was left out."""
     elsewhere = {record.path for split in splits if split.name != "trainval" for record in split.records}
     parted, lost = [], []
@@ -126,7 +126,9 @@ def _part_trainval(splits: Sequence[DatasetSplit]) -> tuple[list[DatasetSplit], 
             continue
         kept = tuple(record for record in split.records if record.path not in elsewhere)
         if not kept:
-            raise DrkdError("trainval: every image of it is in another split too, so there is nothing to train on.")
+            raise DrkdError(
+                f"{source}: every image of its list trainval is in another split too, so there is nothing to train on."
+            )
         if left := len(split.records) - len(kept):
             lost.append(f"train: {left} of the {len(split.records)} images of trainval, which other splits have too")
         parted.append(replace(split, name="train", records=kept))

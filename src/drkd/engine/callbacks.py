@@ -54,12 +54,9 @@ class StudentAverage(Callback):
             self._average.load_state_dict(self._saved)
             self._saved = None
         ours = dict(self._average.module.named_buffers())
-        # Indices and counts have no mean: cut off to whole numbers it would be the one below, for ever.
-        self._copied = [
-            (ours[name], value)
-            for name, value in student.named_buffers()
-            if not value.is_floating_point() or not value.isfinite().all()
-        ]
+        self._copied = [(ours[name], value) for name, value in student.named_buffers() if not _has_mean(value)]
+        for own, value in self._copied:
+            own.copy_(value)  # an average of before this was seen to has means of them
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -106,14 +103,14 @@ class StudentAverage(Callback):
         saved = state["average"]
         if int(saved["n_averaged"]) > 0:
             own = {name.removeprefix(_WITHIN): value for name, value in saved.items() if name.startswith(_WITHIN)}
-            _student(pl_module).load_state_dict(own)
+            _student(pl_module).load_state_dict(_with_means(_student(pl_module), own))
 
     def _swap_in(self, pl_module: LightningModule) -> None:
         if self._average is None or int(self._average.n_averaged) == 0:
             return
         student = _student(pl_module)
         self._swapped = {name: value.detach().clone() for name, value in student.state_dict().items()}
-        student.load_state_dict(self._average.module.state_dict())
+        student.load_state_dict(_with_means(student, self._average.module.state_dict()))
 
     def state_dict(self) -> dict[str, Any]:
         """Saved with the checkpoint."""
@@ -122,6 +119,19 @@ class StudentAverage(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Taken over when fitting starts."""
         self._saved = state_dict.get("average")
+
+
+def _has_mean(buffer: Tensor) -> bool:
+    """Indices and counts have none: cut off to whole numbers it would be the one below, for ever; nor has infinity."""
+    return buffer.is_floating_point() and bool(buffer.isfinite().all())
+
+
+def _with_means(student: nn.Module, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The average's state, with the student's own buffers where those have no mean."""
+    own = student.state_dict()
+    return {**average} | {
+        name: own[name] for name, value in student.named_buffers() if name in own and not _has_mean(value)
+    }
 
 
 class FiniteLossGuard(Callback):

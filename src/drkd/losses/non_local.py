@@ -174,6 +174,9 @@ class NonLocalLoss(nn.Module):
         self.feature_adapter = make_adapter(student_channels, teacher_channels, init=adapter_init)
         self.channel_adapter = make_linear_adapter(student_channels, teacher_channels, init=adapter_init)
         self.spatial_adapter = make_adapter(1, 1, init=adapter_init, kernel_size=3)
+        if student_channels != teacher_channels:
+            # The others must be drawn then, so this one is not what stands in the way.
+            self.spatial_adapter.random_start = False  # type: ignore[assignment]
         self.relation_adapter = make_adapter(student_channels, teacher_channels, init=adapter_init)
         self.student_block = block(student_channels)
         self.teacher_block = block(teacher_channels)

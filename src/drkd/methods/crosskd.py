@@ -108,6 +108,7 @@ class CrossKD(KDMethod):
             )
         require_same_grid(student, teacher, method="CrossKD")
         self.classes = TeacherClasses(student, teacher, method="CrossKD")
+        self.reads_boxes = not self.classes.complete  # labels, image by image
         self.decode = decode_offsets if ours.kind == "anchors" else decode_distances
         self.beta = beta
         self.align = align

@@ -237,7 +237,10 @@ class DRKD(KDMethod):
         own: AdapterInit = adapter_init
         shared = shared_adapter and adapter_init != "none"
         if adapter_size < 1 or adapter_size % 2 == 0 or (adapter_size > 1 and not shared):
-            raise ValueError(f"Expected an odd adapter_size, and 1 without a shared adapter, got {adapter_size}")
+            raise ValueError(
+                "Expected an odd adapter_size, and 1 where shared_adapter is false or adapter_init 'none', got "
+                f"{adapter_size} with shared_adapter {shared_adapter} and adapter_init {adapter_init!r}"
+            )
         if shared_adapter:
             own = "none"
             for pair in used:

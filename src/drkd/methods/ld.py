@@ -88,6 +88,7 @@ class LD(KDMethod):
         self.points = ours.kind == "points"
         require_same_grid(student, teacher, method="LD")
         self.classes = TeacherClasses(student, teacher, method="LD")
+        self.reads_boxes = True  # image by image, of as many as each has
         self.temperature = temperature
         self.class_temperature = class_temperature
         self.positive_overlap = positive_overlap

@@ -87,6 +87,7 @@ class LogitKD(KDMethod):
             if not self.images.everything and theirs.head_depth > 0:
                 self.teacher_needs = frozenset[Want]({"features", "head_tail"})
         self.classes = TeacherClasses(student, teacher, method="LogitKD")
+        self.reads_boxes = not self.classes.complete  # labels, image by image
         self.temperature = temperature
         self.weights = {
             "classification": choose_weight(class_weight, balanced=balanced, plain=1.0),

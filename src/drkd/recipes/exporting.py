@@ -48,7 +48,7 @@ def export(
     checkpoint: Path,
     *,
     output: Path,
-    images: str = "digits",
+    images: str | None = None,
     image_limit: int = 16,
     nms: Literal["inside", "outside"] = "inside",
     dynamic: Dynamic = "all",
@@ -68,7 +68,7 @@ def export(
     Args:
         checkpoint: A student.pt, or a run folder that holds one.
         output: The ONNX file, which ends in .onnx; its report is written beside it, as OUTPUT.json.
-        images: Check on these: an image, a folder of images, or ``digits`` for the embedded ones.
+        images: Check on these: an image or a folder of images; the embedded ones by default.
         image_limit: Check on the first so many images.
         nms: Suppression inside the graph, or outside: raw boxes and scores, for a runtime with its own.
         dynamic: What the graph leaves open: all (batch and image size), the batch, or none.
@@ -96,7 +96,11 @@ def export(
     report_file, int8_file = output.with_name(f"{output.name}.json"), output.with_name(f"{output.stem}.int8.onnx")
     if output.suffix.lower() != ".onnx":
         raise DrkdError(f"{output}: expected an --output that ends in .onnx; the report is named after it.")
-    inputs = [find_checkpoint(checkpoint), Path(images), *([] if calibration is None else [Path(calibration)])]
+    inputs = [
+        find_checkpoint(checkpoint),
+        *([] if images is None else [Path(images)]),
+        *([] if calibration is None else [Path(calibration)]),
+    ]
     for file, suffix in ((output, ".onnx"), (report_file, ".json"), *([(int8_file, ".onnx")] if int8 else [])):
         check_output(file, suffix, inputs=inputs)
     loaded = open_detector(checkpoint, min_size=min_size, max_size=max_size)
@@ -309,14 +313,18 @@ def _quantize(
 
 
 def _read_images(
-    source: str, limit: int, size: ImageSize, dynamic: Dynamic, output: Path
+    source: str | None, limit: int, size: ImageSize, dynamic: Dynamic, output: Path
 ) -> Iterator[tuple[str, DetectionBatch]]:
     if limit < 1:
         raise DrkdError(f"image_limit: expected at least 1, got {limit}.")
     if source == "digits" and find_image_files(Path(source)):
-        raise DrkdError("images: 'digits' is the embedded data set, and a folder here too: write './digits' for that.")
-    folder = build_digits() / "val" if source == "digits" else Path(source)
-    if source == "digits" and not folder.is_dir():
+        raise DrkdError(
+            "images: 'digits' is the embedded data set, and a folder here too: write './digits' for the folder, or "
+            "leave it out for the embedded one."
+        )
+    embedded = source is None or source == "digits"
+    folder = build_digits() / "val" if source is None or embedded else Path(source)
+    if embedded and not folder.is_dir():
         folder = build_digits()
     files = find_images(folder, output=output)
     transforms = eval_transforms(min_size=size.min_size, max_size=size.max_size)

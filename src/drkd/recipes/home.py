@@ -7,6 +7,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from drkd.contracts import DrkdError
+
 
 def expand_home(value: Any) -> Any:
     """Put the home folder for a leading ``~/`` of every path and text of what was parsed; namespaces are changed."""
@@ -19,5 +21,14 @@ def expand_home(value: Any) -> Any:
     if isinstance(value, list):
         return [expand_home(item) for item in value]
     if isinstance(value, str):
-        return str(Path(value).expanduser()) if value == "~" or value.startswith("~/") else value
-    return value.expanduser() if isinstance(value, Path) and value.parts[:1] == ("~",) else value
+        return str(_expanded(Path(value))) if value == "~" or value.startswith("~/") else value
+    return _expanded(value) if isinstance(value, Path) and value.parts[:1] == ("~",) else value
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # a container's user without an entry of its own
+        raise DrkdError(
+            f"{path}: the home folder is not known ({error}). Set HOME, or write the whole path."
+        ) from error

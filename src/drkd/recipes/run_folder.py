@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -25,8 +25,10 @@ import yaml
 
 from drkd.contracts import DrkdError
 from drkd.recipes.lock import lock_folder, unlock
-from drkd.recipes.setting_changes import differences, leaves, without_folder
+from drkd.recipes.setting_changes import differences, plain_key, without_folder
 
+# Top-level settings that a run without a teacher does not read.
+_OF_DISTILLATION = ("teacher", "teachers", "method", "class_map", "teacher_size")
 # Removed in this order: as long as run.json is there, the folder is taken.
 _WRITTEN = (
     *("student.pt", "doctor.json", "metrics.csv", "evaluation.json", "cost.json", "training.json", "progress.json"),
@@ -165,6 +167,7 @@ class RunFolder:
         self._run: dict[str, Any] = {}
         self._before: dict[Path, str] = {}
         self._replaces = False
+        self._replaces_student = False
         self._part: Path | None = None
         self._clock = time.monotonic()
         self._lock: int | None = None
@@ -196,6 +199,7 @@ class RunFolder:
                 )
             # A folder of something else may have `checkpoints` and `logs` of its own.
             self._replaces = overwrite and taken
+            self._replaces_student = overwrite and not taken and self.student.exists()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             remove_asides(self.path, _WRITTEN)
             # A session that was killed left its own, which is not where this one is.
@@ -217,10 +221,14 @@ class RunFolder:
         """Remove an earlier run: first what one would go on from, last the record that the folder is taken."""
         try:
             self.last_checkpoint.unlink(missing_ok=True)
+            # Without the checkpoint it says that the run has ended, which a --resume=auto takes for the last word.
+            self.student.unlink(missing_ok=True)
             if self.checkpoints.exists():
                 shutil.rmtree(self.checkpoints)
             # Whoever watches the curves may hold them open, which some network file systems cannot remove.
             shutil.rmtree(self.path / "logs", ignore_errors=True)
+            for rows in (self.path / "logs").glob("part-*/metrics.csv"):
+                rows.unlink()  # they would be taken for rows of the new run
             for name in _WRITTEN:
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
@@ -263,8 +271,13 @@ class RunFolder:
         """Write the recipe and where the run comes from; of a run that goes on, also which settings changed."""
         if not self.writes:
             return
+        if self._replaces or self._replaces_student:
+            self._refuse_inputs(yaml.safe_load(resolved) or {}, kind=kind)
+        if self._replaces_student:
+            for file in (self.student, self.path / "evaluation.json"):
+                file.unlink(missing_ok=True)
+            self._replaces_student = False
         if self._replaces:
-            self._refuse_inputs(yaml.safe_load(resolved) or {})
             self._clear()
             for folder in (self.checkpoints, self._part):
                 if folder is not None:
@@ -292,13 +305,15 @@ class RunFolder:
         self._clock = time.monotonic()
         write_json(self.path / "run.json", self._run)
 
-    def _refuse_inputs(self, settings: Any) -> None:
+    def _refuse_inputs(self, settings: Mapping[str, Any], *, kind: str) -> None:
         """A run that replaces another must not read what it removes, a teacher say."""
+        alone = kind == "train" and not settings.get("inherit")
+        unread = {"output", "data", *(_OF_DISTILLATION if alone else ())}
         folder = self.path.resolve()
         removed = [self.checkpoints, self.path / "logs", *(self.path / name for name in _WRITTEN)]
         doomed = {path.resolve() for path in removed}
-        for name, value in leaves(settings).items():
-            if not isinstance(value, str) or name.split(".")[0] in ("output", "data"):
+        for name, value in _texts(settings):
+            if not value or name.split(".")[0] in unread:
                 continue
             try:
                 path = Path(value).resolve(strict=True)
@@ -395,6 +410,18 @@ class RunFolder:
         lines = [",".join(["step", "epoch", *names])]
         lines += [",".join(row.get(name) or "" for name in ["step", "epoch", *names]) for row in rows]
         write_text(self.path / "metrics.csv", "\n".join(lines) + "\n")
+
+
+def _texts(settings: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text among settings, in lists too, with its dotted key."""
+    if isinstance(settings, Mapping):
+        for key, value in settings.items():
+            yield from _texts(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(settings, list | tuple):
+        for place, value in enumerate(settings):
+            yield from _texts(value, f"{name}[{place}]")
+    elif isinstance(settings, str):
+        yield plain_key(name), settings
 
 
 def is_first_process() -> bool:

@@ -622,6 +622,16 @@ def test_what_a_function_of_the_users_own_takes_is_not_looked_for(tmp_path: Path
     assert find_absent([cell]) == ["a: student.init_args.weights: there is no mine.pth"]
 
 
+def test_a_folder_called_as_the_embedded_data_is_named_before_any_cell_runs(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "digits").symlink_to(tiny_coco, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    settings = {"data": {"root": "digits"}}
+    (line,) = find_absent([cells.Cell("a", "m", 0, "train", (), settings, frozenset(), tmp_path)])
+    assert line.startswith("a: data.root: 'digits' is the embedded data set, and there is a folder of that name")
+
+
 @pytest.mark.slow
 def test_a_small_comparison_from_one_command(comparison_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "drkd", "compare", "--config", str(comparison_file)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -275,7 +277,11 @@ def test_an_image_that_cannot_be_read_is_no_fault_of_the_teacher(
     last = sorted((root / "val").iterdir())[-1]
     last.write_bytes(last.read_bytes()[:-40])
     with pytest.raises(DrkdError, match=last.name):
-        doctor(_recipe(root, tiny_detector, tmp_path / "run"), images=3, steps=2)
+        doctor(_recipe(root, tiny_detector, tmp_path / "run", "--training.validate_every=1"), images=3, steps=2)
+    never = ("--training.validate_every=0", "--evaluation.split=null", "--data.batch_size=1")
+    diagnosis = doctor(_recipe(root, tiny_detector, tmp_path / "run", *never), images=3, steps=2)
+    (finding,) = (entry for entry in diagnosis.findings if "was not measured" in entry.text)
+    assert finding.severity == "careful" and last.name in finding.text and diagnosis.numbers["gradients"]
 
 
 @pytest.mark.parametrize(("devices", "nodes", "processes"), [("1", 1, 1), ("4", 2, 8), ("auto", 2, 2), ("0,1,", 1, 2)])
@@ -290,3 +296,7 @@ def test_several_processes_share_an_epoch(
     passes = max(1, len(recipe.data.train_dataloader()) // processes)
     plan = forecast(recipe, numbers, detect_seconds=1.0, passes=passes, processes=processes)
     assert plan["steps"] == 24 * max(1, 6 // processes) and plan["seconds"] == 2.0 * plan["steps"]
+    validating = replace(recipe, training=replace(recipe.training, validate_every=6))
+    scored = forecast(validating, numbers, detect_seconds=1.0, passes=passes, processes=processes)
+    images = math.ceil(len(recipe.data.val_split) / processes)
+    assert scored["validations"] == 4 and scored["seconds"] == plan["seconds"] + 4 * images

@@ -217,3 +217,4 @@ def test_a_random_basis_beside_an_inherited_head_is_named(build: Callable[..., n
 def test_where_the_widths_differ_nothing_could_pass_as_it_is() -> None:
     wide = DetectorSpec((FeatureLevel("p3", 16, 8.0),), ("cat",), "retinanet")
     assert judge_adapters(FGFI(_pyramid("retinanet", 8), wide), inherits=True) == []
+    assert judge_adapters(NLD(_pyramid("retinanet", 8), wide), inherits=True) == []

@@ -30,6 +30,10 @@ _FORMATS: Mapping[FormatName, tuple[Find, Scan, LabelFiles]] = {
 _EXPECTED: Mapping[FormatName, str] = {"coco": coco_layout.EXPECTED, "yolo": yolo.EXPECTED, "voc": voc.EXPECTED}
 
 
+class NoAnnotations(DrkdError):
+    """A folder holds nothing that looks like a data set; any other fault is of one that is there."""
+
+
 def find_sources(root: Path, *, format: FormatChoice = "auto") -> dict[str, SplitSource]:
     """Find the splits of a data set.
 
@@ -63,8 +67,20 @@ def find_sources(root: Path, *, format: FormatChoice = "auto") -> dict[str, Spli
         expected = "; ".join(_EXPECTED[name] for name in chosen)
         *others, last = (name.upper() for name in chosen)
         kinds = f"{', '.join(others)} or {last}" if others else last
-        raise DrkdError(f"{root}: no {kinds} annotations found. Expected {expected}.")
+        raise NoAnnotations(f"{root}: no {kinds} annotations found. Expected {expected}.")
     return next(iter(found.values()))
+
+
+def holds_data_set(folder: Path, *, format: FormatChoice = "auto") -> bool:
+    """Whether there is a data set, also one that is faulty or of several formats."""
+    if not is_folder(folder):
+        return False
+    try:
+        return bool(find_sources(folder, format=format))
+    except NoAnnotations:
+        return False
+    except DrkdError:
+        return True
 
 
 def scan_source(source: SplitSource) -> SplitScan:

@@ -258,13 +258,16 @@ def _image_folder(data: DataYaml, entries: list[str]) -> Path:
 def _label_file(data: DataYaml, image: Path) -> Path:
     """``labels`` in place of the last folder called ``images``; beside the image where there is none.
 
-    Folders above the data set count only where that leads to a file: the data set may lie in any folder.
+    Folders above the data set count only where that leads to a file: the data set may lie in any folder. So do those
+    that a link leads to.
     """
     inside = image.is_relative_to(data.base)
     path = label_path(image.relative_to(data.base) if inside else image)
     path = data.base / path if inside else path
-    other = label_path(Path(os.path.abspath(image)))  # noqa: PTH100
-    return other if other != path and not is_file(path) and is_file(other) else path
+    if is_file(path):
+        return path
+    others = (label_path(Path(os.path.abspath(image))), label_path(Path(os.path.realpath(image))))  # noqa: PTH100
+    return next((other for other in others if other != path and is_file(other)), path)
 
 
 def label_path(image: Path) -> Path:
@@ -316,7 +319,7 @@ class _Scanner:
                 f"none of the {len(images)} images has a label file; of {self._show(images[0])} it would be "
                 f"{_label_file(self._data, images[0])}",
             )
-        elif images and not self._rows.images and not self._found.problems:
+        elif images and not self._rows.images and all(entry.severity == "warning" for entry in self._found.problems):
             self._found.report(data.file, "", self._name, "no image of the split has a box", severity="warning")
         records = self._found.make_records(paths, sizes, self._rows, box_field="box", turned=True)
         split = DatasetSplit(self._name, records, tuple(data.names.values()), tuple(data.names))

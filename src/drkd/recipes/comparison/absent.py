@@ -8,6 +8,7 @@ from typing import Any
 
 from drkd.adapters.weights import shipped_checkpoint
 from drkd.contracts import DrkdError
+from drkd.data.batches import check_embedded
 from drkd.data.digits import EMBEDDED
 from drkd.data.formats.reading import find_sources
 from drkd.recipes.comparison.cell import Cell
@@ -38,7 +39,13 @@ def find_absent(cells: Iterable[Cell]) -> list[str]:
 
 def _absent_data(settings: Mapping[str, Any]) -> Iterator[str]:
     root = settings.get("data.root")
-    if not isinstance(root, str) or root in EMBEDDED:
+    if not isinstance(root, str):
+        return
+    if root in EMBEDDED:
+        try:
+            check_embedded(root, format=settings.get("data.format") or "auto")
+        except DrkdError as error:
+            yield str(error)
         return
     try:
         found = find_sources(Path(root), format=settings.get("data.format") or "auto")

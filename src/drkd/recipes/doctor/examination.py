@@ -119,12 +119,13 @@ def _look(
     batches = ValidationBatches(recipe, images, device=device)
     first = batches.first()
     numbers: dict[str, Any] = {"classes": counts}
+    validates = bool(recipe.training.validate_every) or recipe.evaluation.split is not None
     group = isinstance(teacher, TeacherGroup)
     members: Mapping[str, Any] = dict(teacher.members) if isinstance(teacher, TeacherGroup) else {"": teacher}
     for name, member in members.items():
         missing = getattr(member, "missing_classes", ())
         more = compare_classes(student.spec, member.spec, recipe.data.class_names, missing=missing)
-        measured, found = _measure(member, student, batches, val)
+        measured, found = _measure(member, student, batches, val, validates=validates)
         alive, found["features"] = look_at_features("teacher", member, first)
         method = distiller.method.members[name] if isinstance(distiller.method, PerTeacher) else distiller.method
         more += [*measured, *alive, *judge_levels(student.spec, member.spec, method)]
@@ -140,13 +141,15 @@ def _look(
 
 
 def _measure(
-    teacher: Detector, student: Detector, batches: ValidationBatches, split: DatasetSplit
+    teacher: Detector, student: Detector, batches: ValidationBatches, split: DatasetSplit, *, validates: bool
 ) -> tuple[list[Finding], dict[str, Any]]:
     """The teacher's AP as it is and under other preprocessings; one that cannot detect is left at that."""
     try:
         others = average_precision(teacher, batches, split, preprocessing_changes(teacher, student))
-    except UnreadableBatch:
-        raise  # so would the run's validation
+    except UnreadableBatch as error:
+        if validates:
+            raise  # so would the run
+        return [Finding("careful", "teacher", f"The teacher's AP was not measured: {error}")], {"teacher": None}
     except DrkdError as error:
         return [Finding("ok", "teacher", f"The teacher's AP was not measured. {error}")], {"teacher": None}
     own = others.pop("")
