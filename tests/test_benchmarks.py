@@ -235,3 +235,14 @@ def test_sensitivity_says_what_is_silent(tmp_path: Path, monkeypatch: pytest.Mon
     assert lines[3] == "| cwd | balanced | 1 |  |  | 1.0 |"
     draw(found, tmp_path / "ratios.png")
     assert (tmp_path / "ratios.png").stat().st_size > 5000
+
+
+def test_the_table_of_sensitivity_is_that_of_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from sensitivity import read, table
+
+    folder = BENCHMARKS / "results" / "sensitivity"
+    found = read(folder)
+    assert json.loads((folder / "table.json").read_text()) == found
+    assert (folder / "table.md").read_text() == table(found)
+    assert {len(own) for kinds in found.values() for own in kinds.values()} == {6}
