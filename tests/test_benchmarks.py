@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,6 +108,8 @@ def test_effort_counts_the_runs_on_tune_by_method(monkeypatch: pytest.MonkeyPatc
             verb = "train" if method is None else "distill"
             cell = {"pair": pair, "seed": 0, "metrics": {}, "command": ["drkd", verb, f"--evaluation.split={split}"]}
             (tmp_path / f"{pair}-{name}.json").write_text(json.dumps({**cell, "recipe": {"method": method}}))
+    (tmp_path / "sensitivity").mkdir()
+    shutil.copy(tmp_path / "retinanet-pkd.json", tmp_path / "sensitivity")
     (tmp_path / "table.json").write_text(json.dumps({"rows": []}))
     lines = write_effort(tmp_path).split("\n")
     assert lines[2:] == ["| PKD | 0 | 2 | 0 |", "| CrossKD | 0 | 1 | 0 |", "| student alone | 0 | 1 | 0 |", ""]

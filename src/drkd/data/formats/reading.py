@@ -79,7 +79,7 @@ def holds_data_set(folder: Path, *, format: FormatChoice = "auto") -> bool:
         return bool(find_sources(folder, format=format))
     except NoAnnotations:
         return False
-    except DrkdError:
+    except (DrkdError, OSError):
         return True
 
 
