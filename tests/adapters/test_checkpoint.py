@@ -76,6 +76,8 @@ def test_of_several_short_sides_the_largest_is_saved(tmp_path):
     path = tmp_path / "student.pt"
     save_student(path, SMALL.build(CLASSES), builder=SMALL, image_settings={**SETTINGS, "min_size": [48, 64, 56]})
     assert read_preprocessing(path)["min_size"] == 64
+    save_student(path, SMALL.build(CLASSES), builder=SMALL, image_settings={**SETTINGS, "min_size": 800})
+    assert read_preprocessing(path)["min_size"] == 64  # the limit of the long side, as in the images
     with pytest.raises(ValueError, match=r"\['max_size'\] are missing"):
         save_student(path, SMALL.build(CLASSES), builder=SMALL, image_settings={"min_size": 1, "size_divisor": 1})
 

@@ -271,3 +271,14 @@ def test_a_faulty_folder_called_as_the_embedded_data_is_not_passed_over_either(
     for format in ("auto", "coco"):
         with pytest.raises(DrkdError, match=r"'digits' is the embedded data set, and there is a folder of that name"):
             _ = DetectionDataModule("digits", format=format).root
+
+
+@pytest.mark.parametrize("text", ["root: ./mnist\nbatch_size: 3\n", "a: [1]\n"])
+def test_a_folder_with_a_data_yaml_of_another_kind_is_no_data_set(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "data.yaml").write_text(text)
+    monkeypatch.setattr("drkd.data.batches.build_digits", lambda config: Path("built"))
+    assert DetectionDataModule("digits").root == Path("built")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +127,14 @@ def test_the_pages_example_shows_the_image_as_the_check_does(
 def test_the_embedded_images_are_the_default_beside_a_folder_of_their_name(
     tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "digits").symlink_to(tiny_coco / "val", target_is_directory=True)
+    (tmp_path / "digits").mkdir()
+    shutil.copy(tiny_coco / "val" / "1.png", tmp_path / "digits" / "mine.png")
     monkeypatch.chdir(tmp_path)
+    assert inspect.signature(exporting.export).parameters["images"].default is None
     monkeypatch.setattr(exporting, "build_digits", lambda: tiny_coco)
     read = lambda source: next(exporting._read_images(source, 1, SIZE, "none", tmp_path / "a.onnx"))  # noqa: E731
     (own, _), (named, _) = read(None), read("./digits")
-    assert Path(own).name == Path(named).name
+    assert Path(named).name == "mine.png" and Path(own).name != "mine.png"
     with pytest.raises(DrkdError, match=r"write '\./digits' for the folder, or leave it out for the embedded one"):
         read("digits")
 

@@ -118,9 +118,8 @@ def test_an_adapter_of_nine_cells_starts_as_one_of_a_single_cell(separable):
     terms, sizes = [], []
     for size in (1, 3):
         torch.manual_seed(2)
-        kd = DRKD.for_features(
-            student, teacher, image_size=SIZE, relation_filter="off", adapter_size=size, adapter_separable=separable
-        )
+        more = {"adapter_size": size, "adapter_separable": separable and size > 1}
+        kd = DRKD.for_features(student, teacher, image_size=SIZE, relation_filter="off", **more)
         sizes.append(sum(entry.numel() for entry in kd.adapters.parameters()))
         torch.manual_seed(3)  # what is drawn for an adapter is not what the graph's modules are compared by
         for entry in [*kd.pixel_losses.parameters(), *kd.relation_losses.parameters()]:
@@ -131,6 +130,12 @@ def test_an_adapter_of_nine_cells_starts_as_one_of_a_single_cell(separable):
         torch.testing.assert_close(terms[1][name], term)
     sum(terms[1].values()).backward()
     assert all(entry.grad is not None and entry.grad.any() for entry in kd.adapters.parameters())
+
+
+def test_an_adapter_of_one_cell_cannot_be_parted():
+    student = pyramid(16, (8, 16))
+    with pytest.raises(ValueError, match="Expected an adapter_size above 1 with adapter_separable"):
+        DRKD.for_features(student, student, image_size=SIZE, adapter_separable=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"adapter_size": 2}, {"shared_adapter": False}, {"adapter_init": "none"}])

@@ -88,11 +88,12 @@ def test_image_sizes_come_from_the_checkpoint_unless_given(tiny_detector: Path) 
 
 
 def test_a_student_that_was_trained_with_a_short_side_above_the_limit_opens(
-    tiny_detector: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_detector: Path, tmp_path: Path
 ) -> None:
-    settings = {"min_size": 1600, "max_size": 96, "size_divisor": 32}
-    monkeypatch.setattr("drkd.recipes.loading.read_preprocessing", lambda file: settings)
-    own = open_detector(tiny_detector)
+    content = torch.load(tiny_detector, weights_only=True)
+    content["preprocessing"]["min_size"] = 1600
+    torch.save(content, tmp_path / "student.pt")
+    own = open_detector(tmp_path / "student.pt")
     assert (own.min_size, own.max_size) == (96, 96)  # which the limit of the long side made of it
 
 

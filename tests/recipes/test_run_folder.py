@@ -350,7 +350,28 @@ def test_checkpoints_that_cannot_be_removed_are_no_new_run(tmp_path: Path, monke
     monkeypatch.setattr(shutil, "rmtree", fail)
     with pytest.raises(DrkdError, match=r"checkpoints: cannot be removed \(Device or resource busy\), so the earlier"):
         _replace(tmp_path / "run")
-    assert (tmp_path / "run" / "run.json").exists()
+    assert (tmp_path / "run" / "run.json").exists() and (tmp_path / "run" / "student.pt").read_text() == "{}"
+    assert not list((tmp_path / "run").glob(".student.pt*"))
+
+
+def test_rows_that_cannot_be_removed_keep_the_run_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    _left(path)
+    (path / "logs" / "part-000" / "metrics.csv").write_text("step\n1\n")
+    unlink, remove = Path.unlink, shutil.rmtree
+
+    def held(self: Path, missing_ok: bool = False) -> None:
+        if self.name == "metrics.csv":
+            raise OSError(errno.EBUSY, "Device or resource busy", str(self))
+        unlink(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", held)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else remove(path))
+    with pytest.raises(DrkdError, match=r"metrics\.csv: cannot be removed \(Device or resource busy\), so the earlier"):
+        _replace(path)
+    assert all((path / name).exists() for name in ("student.pt", "checkpoints/last.ckpt", "checkpoints/best.ckpt"))
 
 
 def test_a_run_is_replaced_when_the_new_one_starts_and_not_before(tmp_path: Path) -> None:
@@ -434,6 +455,10 @@ def test_a_student_alone_that_the_run_reads_is_not_replaced(tmp_path: Path) -> N
     with pytest.raises(DrkdError, match=r"student\.path: .* is of the run that --overwrite would replace"):
         _replace(tmp_path, yaml.safe_dump({"student": {"init_args": {"path": str(tmp_path / "student.pt")}}}))
     assert (tmp_path / "student.pt").read_text() == "mine"
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    (tmp_path / "checkpoints" / "teacher.pth").write_text("kept")
+    _replace(tmp_path, yaml.safe_dump({"teacher": {"path": str(tmp_path / "checkpoints" / "teacher.pth")}}))
+    assert (tmp_path / "checkpoints" / "teacher.pth").exists() and not (tmp_path / "student.pt").exists()
 
 
 def test_rows_that_cannot_be_removed_are_not_taken_for_the_new_runs(

@@ -185,10 +185,15 @@ def load_detector(
 def read_preprocessing(path: str | Path) -> dict[str, Any]:
     """Mean, std, min_size, max_size, size_divisor and colour order of a saved detector.
 
+    A ``min_size`` above ``max_size``, in files from before both were checked, is the latter: the images are the same.
+
     Raises:
         DrkdError: If the file cannot be read or was not written by drkd.
     """
-    return dict(_read(path)["preprocessing"])
+    found = dict(_read(path)["preprocessing"])
+    if found["min_size"] > found["max_size"]:
+        found["min_size"] = found["max_size"]
+    return found
 
 
 def read_category_ids(path: str | Path) -> dict[str, int]:

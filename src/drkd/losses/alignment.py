@@ -50,7 +50,7 @@ def make_adapter(
             groups=student_channels,
             bias=False,
         )
-        _start(spatial, init, equal=True)
+        _start(spatial, init, equal=student_channels == teacher_channels, square=True)
         return nn.Sequential(spatial, make_adapter(student_channels, teacher_channels, init=init))
     adapter = nn.Conv2d(student_channels, teacher_channels, kernel_size=kernel_size, padding=kernel_size // 2)
     _start(adapter, init, equal=student_channels == teacher_channels)
@@ -75,10 +75,10 @@ def make_linear_adapter(student_channels: int, teacher_channels: int, *, init: A
     return adapter
 
 
-def _start(adapter: nn.Conv2d | nn.Linear, init: AdapterInit, *, equal: bool) -> None:
-    """Give an adapter that torch has filled its start."""
+def _start(adapter: nn.Conv2d | nn.Linear, init: AdapterInit, *, equal: bool, square: bool = False) -> None:
+    """Give an adapter that torch has filled its start; ``square`` is of a part that keeps the channels anyway."""
     if init == "identity":
-        if not equal:
+        if not equal and not square:
             nn.init.normal_(adapter.weight, std=adapter.weight[0].numel() ** -0.5)
         elif isinstance(adapter, nn.Linear):
             nn.init.eye_(adapter.weight)

@@ -241,6 +241,10 @@ class DRKD(KDMethod):
                 "Expected an odd adapter_size, and 1 where shared_adapter is false or adapter_init 'none', got "
                 f"{adapter_size} with shared_adapter {shared_adapter} and adapter_init {adapter_init!r}"
             )
+        if adapter_separable and adapter_size == 1:
+            raise ValueError(
+                "Expected an adapter_size above 1 with adapter_separable, which parts one of several cells"
+            )
         if shared_adapter:
             own = "none"
             for pair in used:

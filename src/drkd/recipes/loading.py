@@ -96,9 +96,7 @@ def open_detector(
             detector = load_detector(file, trust_code=trust_code)
             settings = read_preprocessing(file)
             known = read_category_ids(file)
-            # Of a file from before both were checked the long side was the limit.
-            long = int(settings["max_size"])
-            own = (min(int(settings["min_size"]), long), long, int(settings["size_divisor"]))
+            own = (int(settings["min_size"]), int(settings["max_size"]), int(settings["size_divisor"]))
     short = min_size or own[0]
     long = max_size or (own[1] if min_size is None else round(own[1] * short / own[0]))
     if short < 1 or long < short:

@@ -218,20 +218,25 @@ class RunFolder:
             raise
 
     def _clear(self) -> None:
-        """Remove an earlier run: first what one would go on from, last the record that the folder is taken."""
+        """Remove an earlier run: what one would go on from before its files, last the record that the folder is taken."""
+        aside = self.path / f".{self.student.name}.replaced"  # as `remove_asides` knows them
         try:
-            self.last_checkpoint.unlink(missing_ok=True)
-            # Without the checkpoint it says that the run has ended, which a --resume=auto takes for the last word.
-            self.student.unlink(missing_ok=True)
-            if self.checkpoints.exists():
-                shutil.rmtree(self.checkpoints)
             # Whoever watches the curves may hold them open, which some network file systems cannot remove.
             shutil.rmtree(self.path / "logs", ignore_errors=True)
             for rows in (self.path / "logs").glob("part-*/metrics.csv"):
                 rows.unlink()  # they would be taken for rows of the new run
+            self.last_checkpoint.unlink(missing_ok=True)
+            # Without the checkpoint it says that the run has ended, which a --resume=auto takes for the last word.
+            if self.student.exists():
+                self.student.rename(aside)
+            if self.checkpoints.exists():
+                shutil.rmtree(self.checkpoints)
+            aside.unlink(missing_ok=True)
             for name in _WRITTEN:
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
+            if aside.exists():
+                aside.rename(self.student)
             raise DrkdError(
                 f"{error.filename or self.checkpoints}: cannot be removed ({error.strerror or error}), so the earlier "
                 "run is not replaced. Remove it yourself, or choose another folder with --output."
@@ -272,10 +277,18 @@ class RunFolder:
         if not self.writes:
             return
         if self._replaces or self._replaces_student:
-            self._refuse_inputs(yaml.safe_load(resolved) or {}, kind=kind)
+            removed = [self.checkpoints, self.path / "logs", *(self.path / name for name in _WRITTEN)]
+            alone = [self.student, self.path / "evaluation.json"]
+            doomed = removed if self._replaces else alone
+            self._refuse_inputs(yaml.safe_load(resolved) or {}, doomed, kind=kind)
         if self._replaces_student:
-            for file in (self.student, self.path / "evaluation.json"):
-                file.unlink(missing_ok=True)
+            try:
+                for file in alone:
+                    file.unlink(missing_ok=True)
+            except OSError as error:
+                raise DrkdError(
+                    f"{file}: cannot be removed ({error.strerror or error}). Choose another folder with --output."
+                ) from error
             self._replaces_student = False
         if self._replaces:
             self._clear()
@@ -305,12 +318,11 @@ class RunFolder:
         self._clock = time.monotonic()
         write_json(self.path / "run.json", self._run)
 
-    def _refuse_inputs(self, settings: Mapping[str, Any], *, kind: str) -> None:
+    def _refuse_inputs(self, settings: Mapping[str, Any], removed: Iterable[Path], *, kind: str) -> None:
         """A run that replaces another must not read what it removes, a teacher say."""
         alone = kind == "train" and not settings.get("inherit")
         unread = {"output", "data", *(_OF_DISTILLATION if alone else ())}
         folder = self.path.resolve()
-        removed = [self.checkpoints, self.path / "logs", *(self.path / name for name in _WRITTEN)]
         doomed = {path.resolve() for path in removed}
         for name, value in _texts(settings):
             if not value or name.split(".")[0] in unread:

@@ -218,3 +218,6 @@ def test_where_the_widths_differ_nothing_could_pass_as_it_is() -> None:
     wide = DetectorSpec((FeatureLevel("p3", 16, 8.0),), ("cat",), "retinanet")
     assert judge_adapters(FGFI(_pyramid("retinanet", 8), wide), inherits=True) == []
     assert judge_adapters(NLD(_pyramid("retinanet", 8), wide), inherits=True) == []
+    parted = {"adapter_init": "default", "adapter_size": 3, "adapter_separable": True}
+    assert judge_adapters(DRKD(_pyramid("retinanet", 8), wide, **parted), inherits=True) == []
+    assert judge_adapters(DRKD(_pyramid("retinanet", 8), _pyramid("retinanet", 8), **parted), inherits=True)

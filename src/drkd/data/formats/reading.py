@@ -73,14 +73,15 @@ def find_sources(root: Path, *, format: FormatChoice = "auto") -> dict[str, Spli
 
 def holds_data_set(folder: Path, *, format: FormatChoice = "auto") -> bool:
     """Whether there is a data set, also one that is faulty or of several formats."""
-    if not is_folder(folder):
+    if not is_folder(folder) or format not in ("auto", *_FORMATS):
         return False
     try:
         return bool(find_sources(folder, format=format))
     except NoAnnotations:
         return False
     except (DrkdError, OSError):
-        return True
+        # A data.yaml of another kind is found too, and refused for what it lacks.
+        return not yolo.means_something_else(folder)
 
 
 def scan_source(source: SplitSource) -> SplitScan:

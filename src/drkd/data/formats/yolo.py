@@ -259,14 +259,17 @@ def _label_file(data: DataYaml, image: Path) -> Path:
     """``labels`` in place of the last folder called ``images``; beside the image where there is none.
 
     Folders above the data set count only where that leads to a file: the data set may lie in any folder. So do those
-    that a link leads to.
+    that a linked folder leads to, where the data set has no labels for it of its own.
     """
     inside = image.is_relative_to(data.base)
     path = label_path(image.relative_to(data.base) if inside else image)
     path = data.base / path if inside else path
     if is_file(path):
         return path
-    others = (label_path(Path(os.path.abspath(image))), label_path(Path(os.path.realpath(image))))  # noqa: PTH100
+    others = [label_path(Path(os.path.abspath(image)))]  # noqa: PTH100
+    if not path.parent.is_dir():
+        # A link of a single image leads elsewhere too, and what lies there are other labels.
+        others.append(label_path(Path(os.path.realpath(image.parent)) / image.name))
     return next((other for other in others if other != path and is_file(other)), path)
 
 
