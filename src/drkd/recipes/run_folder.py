@@ -218,7 +218,7 @@ class RunFolder:
             raise
 
     def _clear(self) -> None:
-        """Remove an earlier run: what one would go on from before its files, last the record that the folder is taken."""
+        """Remove an earlier run: what one would go on from before its files, last the record that it is one."""
         aside = self.path / f".{self.student.name}.replaced"  # as `remove_asides` knows them
         try:
             # Whoever watches the curves may hold them open, which some network file systems cannot remove.
