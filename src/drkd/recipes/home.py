@@ -7,8 +7,6 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from drkd.contracts import DrkdError
-
 
 def expand_home(value: Any) -> Any:
     """Put the home folder for a leading ``~/`` of every path and text of what was parsed; namespaces are changed."""
@@ -29,6 +27,8 @@ def _expanded(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError as error:  # a container's user without an entry of its own
+        from drkd.contracts import DrkdError  # with torch, which help does not wait for
+
         raise DrkdError(
             f"{path}: the home folder is not known ({error}). Set HOME, or write the whole path."
         ) from error
