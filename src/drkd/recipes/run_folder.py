@@ -166,8 +166,7 @@ class RunFolder:
         self.path = path
         self._run: dict[str, Any] = {}
         self._before: dict[Path, str] = {}
-        self._replaces = False
-        self._replaces_student = False
+        self._replaced: tuple[Path, ...] = ()
         self._part: Path | None = None
         self._clock = time.monotonic()
         self._lock: int | None = None
@@ -197,13 +196,15 @@ class RunFolder:
                     f"gone ({self.last_checkpoint}). Train anew (--resume=false --overwrite=true), or choose another "
                     "folder (--output)."
                 )
-            # A folder of something else may have `checkpoints` and `logs` of its own.
-            self._replaces = overwrite and taken
-            self._replaces_student = overwrite and not taken and self.student.exists()
+            if overwrite and taken:
+                self._replaced = (self.checkpoints, self.path / "logs", *(self.path / name for name in _WRITTEN))
+            elif overwrite and self.student.exists():
+                # A folder of something else may have `checkpoints` and `logs` of its own.
+                self._replaced = (self.student, self.path / "evaluation.json")
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             remove_asides(self.path, _WRITTEN)
             # A session that was killed left its own, which is not where this one is.
-            if not self._replaces:
+            if not self._replaces_run:
                 (self.path / "progress.json").unlink(missing_ok=True)
             from drkd.engine.checkpoint_io import remove_leftovers  # with Lightning, see is_first_process
 
@@ -221,19 +222,21 @@ class RunFolder:
         """Remove an earlier run: what one would go on from before its files, last the record that it is one."""
         aside = self.path / f".{self.student.name}.replaced"  # as `remove_asides` knows them
         try:
-            # Whoever watches the curves may hold them open, which some network file systems cannot remove.
-            shutil.rmtree(self.path / "logs", ignore_errors=True)
-            for rows in (self.path / "logs").glob("part-*/metrics.csv"):
-                rows.unlink()  # they would be taken for rows of the new run
-            self.last_checkpoint.unlink(missing_ok=True)
-            # Without the checkpoint it says that the run has ended, which a --resume=auto takes for the last word.
-            if self.student.exists():
-                self.student.rename(aside)
-            if self.checkpoints.exists():
-                shutil.rmtree(self.checkpoints)
-            aside.unlink(missing_ok=True)
-            for name in _WRITTEN:
-                (self.path / name).unlink(missing_ok=True)
+            if self._replaces_run:
+                # Whoever watches the curves may hold them open, which some network file systems cannot remove.
+                shutil.rmtree(self.path / "logs", ignore_errors=True)
+                for rows in (self.path / "logs").glob("part-*/metrics.csv"):
+                    rows.unlink()  # they would be taken for rows of the new run
+                self.last_checkpoint.unlink(missing_ok=True)
+                # Without the checkpoint it says that the run has ended, which a --resume=auto takes for the last word.
+                if self.student.exists():
+                    self.student.rename(aside)
+                if self.checkpoints.exists():
+                    shutil.rmtree(self.checkpoints)
+                aside.unlink(missing_ok=True)
+            for file in self._replaced:
+                if not file.is_dir():
+                    file.unlink(missing_ok=True)
         except OSError as error:
             if aside.exists():
                 aside.rename(self.student)
@@ -258,6 +261,11 @@ class RunFolder:
         self.close()
 
     @property
+    def _replaces_run(self) -> bool:
+        """Whether a run is replaced, and not a student alone."""
+        return self.checkpoints in self._replaced
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the Lightning checkpoints."""
         return self.path / "checkpoints"
@@ -276,26 +284,13 @@ class RunFolder:
         """Write the recipe and where the run comes from; of a run that goes on, also which settings changed."""
         if not self.writes:
             return
-        if self._replaces or self._replaces_student:
-            removed = [self.checkpoints, self.path / "logs", *(self.path / name for name in _WRITTEN)]
-            alone = [self.student, self.path / "evaluation.json"]
-            doomed = removed if self._replaces else alone
-            self._refuse_inputs(yaml.safe_load(resolved) or {}, doomed, kind=kind)
-        if self._replaces_student:
-            try:
-                for file in alone:
-                    file.unlink(missing_ok=True)
-            except OSError as error:
-                raise DrkdError(
-                    f"{file}: cannot be removed ({error.strerror or error}). Choose another folder with --output."
-                ) from error
-            self._replaces_student = False
-        if self._replaces:
+        if self._replaced:
+            self._refuse_inputs(yaml.safe_load(resolved) or {}, kind=kind)
             self._clear()
             for folder in (self.checkpoints, self._part):
                 if folder is not None:
                     folder.mkdir(parents=True, exist_ok=True)
-            self._replaces = False
+            self._replaced = ()
         changed = self._changes(resolved) if self.resumes else []
         if self.resumes:
             for file in (self.path / "recipe.yaml", self.path / "run.json"):
@@ -318,12 +313,12 @@ class RunFolder:
         self._clock = time.monotonic()
         write_json(self.path / "run.json", self._run)
 
-    def _refuse_inputs(self, settings: Mapping[str, Any], removed: Iterable[Path], *, kind: str) -> None:
+    def _refuse_inputs(self, settings: Mapping[str, Any], *, kind: str) -> None:
         """A run that replaces another must not read what it removes, a teacher say."""
         alone = kind == "train" and not settings.get("inherit")
         unread = {"output", "data", *(_OF_DISTILLATION if alone else ())}
         folder = self.path.resolve()
-        doomed = {path.resolve() for path in removed}
+        doomed = {path.resolve() for path in self._replaced}
         for name, value in _texts(settings):
             if not value or name.split(".")[0] in unread:
                 continue
@@ -401,7 +396,7 @@ class RunFolder:
     def next_log(self) -> Path:
         """Folder for this session's raw logs; a resumed run gets one of its own."""
         logs = self.path / "logs"
-        count = len(list(logs.glob("part-*"))) if logs.exists() and not self._replaces else 0
+        count = len(list(logs.glob("part-*"))) if logs.exists() and not self._replaces_run else 0
         self._part = logs / f"part-{count:03d}"
         return self._part
 
