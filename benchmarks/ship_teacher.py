@@ -30,6 +30,9 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--name", required=True)
     options = parser.parse_args()
+    run = json.loads((options.run / "run.json").read_text())
+    if run["status"] != "finished":
+        parser.error(f"{options.run} is {run['status']}")
     saved = torch.load(options.run / "student.pt", map_location="cpu", weights_only=True)
     saved["state_dict"] = {
         name: value.half() if value.is_floating_point() else value for name, value in saved["state_dict"].items()
@@ -42,9 +45,6 @@ def main() -> None:
     scored = evaluate_detector(
         load_detector(file, class_names=data.class_names), data.split("val"), loader=data.loader("val"), area_scale=0.25
     )
-    run = json.loads((options.run / "run.json").read_text())
-    if run["status"] != "finished":
-        parser.error(f"{options.run} is {run['status']}")
     known = ("command", "seed", "steps", "commit", "versions", "machine", "started", "finished", "sessions")
     facts = {name: run.get(name) for name in known}
     facts["command"] = ["drkd", *run["command"][1:]]

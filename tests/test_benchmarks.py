@@ -249,3 +249,11 @@ def test_the_table_of_sensitivity_is_that_of_its_cells(monkeypatch: pytest.Monke
     assert json.loads((folder / "table.json").read_text()) == found
     assert (folder / "table.md").read_text() == table(found)
     assert {len(own) for kinds in found.values() for own in kinds.values()} == {6}
+
+
+def test_a_teacher_is_not_shipped_from_a_run_that_was_broken_off(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"status": "interrupted"}))
+    command = [sys.executable, str(BENCHMARKS / "ship_teacher.py"), str(tmp_path), "--name", "nobody"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and "is interrupted" in done.stderr
+    assert not list((BENCHMARKS.parent / "src" / "drkd" / "assets").glob("nobody*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -334,3 +335,22 @@ def test_a_split_may_lack_a_class_that_is_kept(source: Path, tmp_path: Path) -> 
     file.write_text(json.dumps(document))
     convert(source, tmp_path / "new", to="yolo", classes=["dog", "brush"])
     assert load_split(tmp_path / "new", "val").class_names == ("dog", "brush")
+
+
+def test_classes_are_those_of_train_whatever_test_has(source: Path, tmp_path: Path) -> None:
+    """`test` comes first by name; it may lack a class, and have others in another order."""
+    shutil.copytree(source / "val", source / "test")
+    train = load_split(source, "train").class_names
+    document = json.loads((source / "annotations/instances_val.json").read_text())
+    document["categories"] = [entry for entry in document["categories"] if entry["name"] != "dog"][::-1]
+    document["annotations"] = [entry for entry in document["annotations"] if entry["category_id"] != 18]
+    for record in document["categories"]:
+        record["id"] += 100
+    for box in document["annotations"]:
+        box["category_id"] += 100
+    (source / "annotations/instances_test.json").write_text(json.dumps(document))
+    before = load_split(source, "test")
+    convert(source, tmp_path / "new", to="yolo")
+    for name in ("train", "val", "test"):
+        assert load_split(tmp_path / "new", name).class_names == train
+    assert content(load_split(tmp_path / "new", "test"), crowds=False) == content(before, crowds=False)

@@ -159,3 +159,13 @@ def test_loading_does_not_change_the_file(coco: CocoFolder) -> None:
 
     assert coco.annotations.read_bytes() == before
     assert json.loads(before)["categories"][0]["id"] == 90
+
+
+def test_classes_that_are_too_many_may_be_left_out(coco: CocoFolder) -> None:
+    """The message names the way for a detector that knows some of them, and none where it knows others too."""
+    with pytest.raises(
+        DrkdError, match=r"rename the categories, or keep those classes only \(--classes, data\.classes"
+    ):
+        load_split(coco.root, "train", class_names=["dog"])
+    with pytest.raises(DrkdError, match=r"rename the categories\.$"):
+        load_split(coco.root, "train", class_names=["dog", "horse"])

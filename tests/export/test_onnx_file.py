@@ -284,3 +284,9 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"no model")
     with pytest.raises(DrkdError, match=r"foreign\.onnx"):
         OnnxDetector(path)
+
+
+@pytest.mark.parametrize(("divisor", "expected"), [(1, 32), (32, 32), (48, 96), (64, 64)])
+def test_sides_are_multiples_of_what_backbones_halve_five_times(divisor: int, expected: int) -> None:
+    size = ImageSize(100, 100, divisor)
+    assert size.multiple == expected and size.fixed[0] % 32 == 0 == size.fixed[0] % divisor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from drkd.cli import main
 from drkd.contracts import DrkdError
 from drkd.recipes.demo import clear_demo, run_demo
+from drkd.recipes.lock import locked_folder
 
 
 @pytest.mark.slow
@@ -69,3 +71,13 @@ def test_an_earlier_demo_is_replaced(marks: tuple[str, ...], tmp_path: Path) -> 
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DrkdError, match=r"no demo \(notes\.txt\)"):
         clear_demo(tmp_path)
+
+
+def test_a_demo_at_work_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clear_demo(tmp_path)
+    (tmp_path / "student").mkdir()
+    with locked_folder(tmp_path, worker="drkd demo"):
+        monkeypatch.setattr("drkd.recipes.demo.locked_folder", partial(locked_folder, patience=0.0))
+        with pytest.raises(DrkdError, match="another drkd demo is at work in this folder"):
+            run_demo(tmp_path, quick=True)
+    assert (tmp_path / "student").is_dir()

@@ -105,7 +105,7 @@ class DetectionData:
         workers: Processes that decode images; 0 decodes in the training process.
         seed: Of order and augmentation.
         limit: Train on the first images only.
-        val_limit: Evaluate on the first images only.
+        val_limit: Evaluate on the first images of a split only, after the last step too.
         group_by_aspect: Put images of like aspect into a batch.
         keep_empty: Train on images without boxes too.
         class_names: Classes whose order the labels follow; the training file's by default.

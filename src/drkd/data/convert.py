@@ -143,10 +143,14 @@ def _check_target(source: Path, target: Path) -> None:
 
 
 def _read(sources: Mapping[str, SplitSource], classes: Sequence[str] | None) -> tuple[list[DatasetSplit], list[str]]:
-    splits: list[DatasetSplit] = []
+    splits: dict[str, DatasetSplit] = {}
     lost: list[str] = []
+    # Whose classes the others follow: what is trained on, as `check_data` has it, and not what comes first by name.
+    reference = next((name for name in ("train", "trainval") if name in sources), next(iter(sources)))
+    names: tuple[str, ...] = ()
     damaged: list[DataProblem] = []
-    for name, entry in sources.items():
+    for name in (reference, *(name for name in sources if name != reference)):
+        entry = sources[name]
         scan = scan_source(entry)
         raise_errors(scan.problems, file=entry.file)
         damaged += check_images(scan.split, entry.file)
@@ -154,14 +158,14 @@ def _read(sources: Mapping[str, SplitSource], classes: Sequence[str] | None) -> 
             lost.append(
                 f"{name}: {scan.dropped} boxes without area; what {scan.clipped} boxes overhang their images by"
             )
-        known = splits[0].class_names if splits else ()
-        split = scan.split if classes is None else keep_classes(scan.split, classes, source=entry.file, known=known)
-        splits.append(split if not splits else map_classes(split, splits[0].class_names, source=entry.file))
+        split = scan.split if classes is None else keep_classes(scan.split, classes, source=entry.file, known=names)
+        splits[name] = map_classes(split, names, source=entry.file) if names else split
+        names = splits[reference].class_names
     if damaged:
         raise_errors(damaged, file=damaged[0].file, shown=_SHOWN)
     if classes is not None:
         lost.append(f"boxes of other classes than {', '.join(classes)}")
-    return splits, lost
+    return [splits[name] for name in sources], lost
 
 
 def _choose_names(splits: Sequence[DatasetSplit], folders: Sequence[Path], writer: Writer) -> list[list[str]]:

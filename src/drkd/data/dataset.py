@@ -152,9 +152,10 @@ def map_classes(split: DatasetSplit, class_names: Sequence[str], *, source: Path
         return split
     unknown = [name for name in split.class_names if name not in names]
     if unknown:
+        more = ", or keep those classes only (--classes, data.classes)" if {*names} <= {*split.class_names} else ""
         raise DrkdError(
             f"{source}: the classes differ: its {_listing(unknown)} not among the expected {len(names)} classes "
-            f"({_listing(names)}). Use the data set that the model was made for, or rename the categories."
+            f"({_listing(names)}). Use the data set that the model was made for, or rename the categories{more}."
         )
     if len(set(names)) != len(names):
         names_twice = sorted({name for name in split.class_names if names.count(name) > 1})

@@ -38,7 +38,7 @@ class ImageSize:
     @property
     def multiple(self) -> int:
         """Sides of the graph's input are multiples of it, px."""
-        return max(self.size_divisor, SIZE_MULTIPLE)
+        return math.lcm(self.size_divisor, SIZE_MULTIPLE)
 
     @property
     def fixed(self) -> Size:

@@ -16,6 +16,7 @@ from drkd.data.module import DetectionDataModule
 from drkd.recipes.builtin import builtin_recipe
 from drkd.recipes.evaluation import evaluate_detector, measure_detector
 from drkd.recipes.explanation import explain, save_explanation
+from drkd.recipes.lock import locked_folder
 from drkd.recipes.recipe import load_recipe
 from drkd.recipes.run_folder import versions, write_json
 from drkd.recipes.training import RunResult, distill, train
@@ -46,8 +47,15 @@ def run_demo(output: Path, *, quick: bool = False) -> Path:
     Raises:
         DrkdError: If the folder holds something else, or for anything else a user can put right.
     """
+    check_demo(output)
+    with locked_folder(output, worker="drkd demo"):
+        clear_demo(output)
+        return _run(output, quick=quick)
+
+
+def _run(output: Path, *, quick: bool) -> Path:
+    """The demo, in a folder that is empty and held."""
     console = Console(stderr=True)
-    clear_demo(output)
     console.print("[bold]1/5[/] Building the embedded data set: handwritten digits on photographs (once)")
     root = build_digits(config=_QUICK_DIGITS) if quick else build_digits()
     overrides = [f"--data.root={root}", *(_QUICK if quick else ())]
@@ -68,15 +76,15 @@ def run_demo(output: Path, *, quick: bool = False) -> Path:
     return output
 
 
-def clear_demo(output: Path) -> None:
-    """Make the folder empty, but for the mark that it is a demo's; only such a one is removed.
+def check_demo(output: Path) -> list[str]:
+    """The names of what a demo left in the folder.
 
     Raises:
         DrkdError: If it holds anything else: runs of the user's may be called as the demo's are.
     """
     known = {"student", "drkd", "teacher", "images", "figures", "detections.json", "explain.npz", _MARK}
     known |= {"report.html", "table.md"}
-    held = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    held = sorted(path.name for path in output.iterdir() if path.name != ".lock") if output.is_dir() else []
     # Demos of before there was a mark have both of these at their end.
     marked = _MARK in held or {"detections.json", "explain.npz"} <= set(held)
     strange = [name for name in held if name not in known] if marked else held
@@ -85,6 +93,12 @@ def clear_demo(output: Path) -> None:
             f"{output} holds something that is no demo ({', '.join(strange[:5]) or 'it is a file'}). "
             "Choose another folder with --output."
         )
+    return held
+
+
+def clear_demo(output: Path) -> None:
+    """Make the folder empty, but for the mark that it is a demo's; only such a one is removed, see `check_demo`."""
+    held = check_demo(output)
     output.mkdir(parents=True, exist_ok=True)
     # First, so that what an interruption leaves is known again.
     write_json(output / _MARK, {"made_by": "drkd demo", "versions": versions()})

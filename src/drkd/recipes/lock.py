@@ -17,19 +17,20 @@ _LEASE = 120.0
 
 
 @contextmanager
-def locked_folder(folder: Path, *, patience: float = 20.0) -> Iterator[int | None]:
-    """Hold the folder's lock for a comparison; yields its descriptor, or None on a system without such locks.
+def locked_folder(folder: Path, *, worker: str = "drkd compare", patience: float = 20.0) -> Iterator[int | None]:
+    """Hold the folder's lock for a comparison or a demo; yields its descriptor, or None on a system without such locks.
 
     The descriptor is to be inherited by processes that work in the folder: the lock ends with the last of them.
 
     Args:
         folder: Created if need be.
-        patience: Seconds to wait for the processes of a comparison that was killed.
+        worker: What works in the folder, for the message.
+        patience: Seconds to wait for the processes of one that was killed.
 
     Raises:
-        DrkdError: If another comparison is at work in the folder.
+        DrkdError: If another one is at work in the folder.
     """
-    descriptor = lock_folder(folder, worker="drkd compare", patience=patience)
+    descriptor = lock_folder(folder, worker=worker, patience=patience)
     try:
         yield descriptor
     finally:
